@@ -1,4 +1,4 @@
-"""What a kernel will run on: decided by the mesh in use, so that programs compile ahead of time for machines elsewhere."""
+"""What a kernel will run on: the mesh decides, so that programs compile ahead of time for machines elsewhere."""
 
 import dataclasses
 import re
@@ -31,7 +31,7 @@ class Platform:
 
 
 def current() -> Platform:
-    """The platform of the mesh in use (`jax.sharding.use_abstract_mesh`, `jax.set_mesh`), else of jax's first device."""
+    """The platform of the mesh in use (`jax.sharding.use_abstract_mesh`, `jax.set_mesh`), or of the default device."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     if device is None:
