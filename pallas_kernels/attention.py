@@ -1,56 +1,29 @@
-"""Attention behind one call: the semantics, the choice of a backend, and the dense XLA reference."""
+"""Attention behind one call: its meaning, and the choice of who computes it."""
 
-import dataclasses
+import logging
 import math
-from typing import Protocol, override
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dropout, masks
+from pallas_kernels import dropout, masks, platforms
+from pallas_kernels.backends.xla import XlaBackend
 from pallas_kernels.biases import Bias, DenseBias
+from pallas_kernels.requests import WHOLE, Backend, Origin, Request, UnsupportedAttention
 
-# Scores of hidden keys. Far below any score, and finite: a row of them has a maximum to subtract.
-_HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+__all__ = ["BACKENDS", "Origin", "UnsupportedAttention", "attention"]
 
+BACKENDS: dict[str, Backend] = {"xla": XlaBackend()}
 
-class UnsupportedAttention(ValueError):
-    """The named backend cannot do what was asked for, or does not exist."""
+# For "auto", fastest first; the last one refuses nothing.
+_PREFERENCE = {
+    "cpu": ("xla",),
+    "gpu": ("xla",),
+    "tpu": ("xla",),
+}
 
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What a call asks for, beside the arrays.
-
-    Attributes:
-      mask: which query sees which key.
-      bias: added to the scores, or None.
-      scale: the scores are scale * q . k.
-      soft_cap: scores become soft_cap * tanh(score / soft_cap), or None. Applied before bias and mask.
-      sinks: [H] logits of a key that has no value and takes part in each head's softmax, or None.
-      dropout_rate: share of the attention weights to drop.
-      dropout_seed: uint32 scalar, or None without dropout.
-    """
-
-    mask: masks.Mask
-    bias: Bias | None
-    scale: float
-    soft_cap: float | None
-    sinks: jax.Array | None
-    dropout_rate: float
-    dropout_seed: jax.Array | None
-
-
-class Backend(Protocol):
-    """One implementation of attention."""
-
-    name: str
-
-    def refuses(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> list[str]:
-        """Reasons why this backend cannot serve the call; empty if it can. Looks at shapes and types only."""
-
-    def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> jax.Array:
-        """The result, [B, Tq, Hq, Dv]."""
+_log = logging.getLogger(__name__)
+_announced: set[str] = set()
 
 
 def attention(
@@ -65,8 +38,10 @@ def attention(
     sinks: jax.Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    origin: Origin = WHOLE,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(scale * q k^T + bias, over the keys `mask` shows) v, for each head.
 
     A query that sees no key gives 0 and passes no gradient. The softmax is taken in float32.
@@ -76,109 +51,85 @@ def attention(
       k: [B, Tk, Hkv, D]; Hkv divides Hq, and query head h uses key head h // (Hq / Hkv).
       v: [B, Tk, Hkv, Dv].
       mask: see `pallas_kernels.masks`.
-      bias: a `Bias`, or an array broadcastable to [B, Hq, Tq, Tk].
+      bias: a `Bias`, or an array broadcastable to [B, Hq, Tq, Tk], whose gradient is an error; a learned one is
+        `DenseBias(array, differentiable=True)`.
       scale: multiplies q . k; None is 1 / sqrt(D).
       soft_cap: caps the scores smoothly at +-soft_cap (Gemma 2, arXiv 2408.00118, 2).
-      sinks: [Hq], see `Request`.
+      sinks: [Hq] logits of a key that has no value and takes part in each head's softmax.
       dropout_rate: share of weights to drop, the rest growing by 1 / (1 - rate). No effect without `dropout_key`.
       dropout_key: jax key; which weights drop is a function of the key and the global (b, h, q, k) alone.
+      origin: where these arrays lie in the whole, if they are one device's part of it; matters to dropout only.
+      return_lse: also return the log-sum-exp of the scores, [B, Hq, Tq] float32 (natural logarithm, -inf where a query
+        sees nothing, sinks counted in). It is differentiable, so that parts of a row can be combined.
       backend: a name from `BACKENDS`, or "auto": the fastest that can.
 
     Returns:
-      [B, Tq, Hq, Dv], in v's type.
+      [B, Tq, Hq, Dv] in v's type; with `return_lse` also the log-sum-exp.
 
     Raises:
       UnsupportedAttention: the named backend does not exist or refuses.
       ValueError: shapes do not fit.
     """
     _check_shapes(q, k, v)
-    if bias is not None and not isinstance(bias, Bias):
-        bias = DenseBias(bias)
+    sizes = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
+    mask.check(*sizes)
+    if bias is not None:
+        bias = bias if isinstance(bias, Bias) else DenseBias(bias)
+        bias.check(*sizes)
+        bias = bias.guarded()
+    if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
+        raise ValueError(f"sinks must be [Hq] = [{q.shape[2]}], got {list(jnp.shape(sinks))}.")
     drops = dropout_rate > 0.0 and dropout_key is not None
     request = Request(
         mask=mask,
         bias=bias,
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         soft_cap=soft_cap,
-        sinks=sinks,
         dropout_rate=dropout_rate if drops else 0.0,
         dropout_seed=dropout.seed_of(dropout_key) if drops else None,
+        origin=origin,
+        needs_lse=return_lse or sinks is not None,
+        q_shape=q.shape,
+        k_shape=k.shape,
+        v_shape=v.shape,
+        dtype=jnp.dtype(q.dtype),
     )
-    return _choose(backend, q, k, v, request).run(q, k, v, request)
+    out, lse = _choose(backend, request).run(q, k, v, request)
+    if sinks is not None:
+        out, lse = _with_sinks(out, lse, sinks)
+    return (out, lse) if return_lse else out
 
 
-class XlaBackend(Backend):
-    """The dense reference: plain jax, any mask, any bias; O(Tq Tk) memory."""
-
-    name = "xla"
-
-    @override
-    def refuses(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> list[str]:
-        return []
-
-    @override
-    def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> jax.Array:
-        batch, tq, heads, _ = q.shape
-        tk, kv_heads = k.shape[1:3]
-        group = heads // kv_heads
-        q = q * jnp.asarray(request.scale, q.dtype)
-        if group == 1:
-            scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-        else:  # Queries that share a key head are one axis of the product: k and v are never repeated.
-            grouped = q.reshape(batch, tq, kv_heads, group, -1)
-            scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=jnp.float32)
-            scores = scores.reshape(batch, heads, tq, tk)
-        if request.soft_cap is not None:
-            scores = request.soft_cap * jnp.tanh(scores / request.soft_cap)
-        if request.bias is not None:
-            scores = scores + request.bias.dense(tq, tk)
-        if not isinstance(request.mask, masks.Full):
-            scores = jnp.where(request.mask.dense(tq, tk), scores, _HIDDEN)
-        weights = _softmax(scores) if request.sinks is None else _softmax_with_sinks(scores, request.sinks)
-        if request.dropout_seed is not None:
-            kept = dropout.keep(request.dropout_seed, *jnp.indices(scores.shape, sparse=True), request.dropout_rate)
-            weights = jnp.where(kept, weights / (1.0 - request.dropout_rate), 0.0)
-        weights = weights.astype(v.dtype)
-        if group == 1:
-            return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-        weights = weights.reshape(batch, kv_heads, group, tq, tk)
-        return jnp.einsum("bhgqk,bkhd->bqhgd", weights, v).reshape(batch, tq, heads, -1)
+def _with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds exp(sink) to each softmax's normaliser: whatever a backend gave shrinks by what that adds."""
+    sinks = sinks.astype(jnp.float32)[None, :, None]
+    share = jax.nn.sigmoid(lse - sinks)  # of the keys, [B, H, Tq]
+    return (out * share.swapaxes(1, 2)[..., None]).astype(out.dtype), jnp.logaddexp(lse, sinks)
 
 
-@jax.custom_jvp
-def _softmax(scores: jax.Array) -> jax.Array:
-    """Softmax over the last axis; a row with nothing but hidden keys is all 0."""
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    exponentials = jnp.exp(scores - highest)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    return exponentials * jnp.where(highest > 0.5 * _HIDDEN, 1.0 / total, 0.0)
-
-
-@_softmax.defjvp
-def _softmax_jvp(primals, tangents):
-    weights, (tangent,) = _softmax(*primals), tangents
-    return weights, weights * (tangent - jnp.sum(weights * tangent, axis=-1, keepdims=True))
-
-
-def _softmax_with_sinks(scores: jax.Array, sinks: jax.Array) -> jax.Array:
-    column = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*scores.shape[:3], 1))
-    return _softmax(jnp.concatenate([scores, column], axis=-1))[..., :-1]
-
-
-BACKENDS: dict[str, Backend] = {"xla": XlaBackend()}
-_PREFERENCE = ("xla",)  # for "auto", best first; the last one refuses nothing
-
-
-def _choose(name: str, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> Backend:
+def _choose(name: str, request: Request) -> Backend:
     if name == "auto":
-        return next(BACKENDS[n] for n in _PREFERENCE if not BACKENDS[n].refuses(q, k, v, request))
+        platform = platforms.current()
+        refusals = {n: BACKENDS[n].refuses(request) for n in _PREFERENCE[platform.kind]}
+        chosen = next(n for n, reasons in refusals.items() if not reasons)
+        _announce(platform, chosen, refusals)
+        return BACKENDS[chosen]
     if name not in BACKENDS:
         raise UnsupportedAttention(f"There is no attention backend {name!r}; there are {sorted(BACKENDS)} and 'auto'.")
-    reasons = BACKENDS[name].refuses(q, k, v, request)
+    reasons = BACKENDS[name].refuses(request)
     if reasons:
-        able = [n for n, b in BACKENDS.items() if not b.refuses(q, k, v, request)]
+        able = [n for n, b in BACKENDS.items() if not b.refuses(request)]
         raise UnsupportedAttention(f"{name} cannot: {'; '.join(reasons)}. Backends that can: {', '.join(able)}.")
     return BACKENDS[name]
+
+
+def _announce(platform: platforms.Platform, chosen: str, refusals: dict[str, list[str]]) -> None:
+    """Logs each choice once, with what kept faster backends from it."""
+    passed_over = [f"{n} cannot: {', '.join(reasons)}" for n, reasons in refusals.items() if reasons]
+    line = f"attention on {platform.chip} runs on {chosen}" + (f" ({'; '.join(passed_over)})" if passed_over else "")
+    if line not in _announced:
+        _announced.add(line)
+        _log.info(line)
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:

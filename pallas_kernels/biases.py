@@ -6,6 +6,7 @@ differences are those of the positions in the text.
 
 import abc
 import dataclasses
+import functools
 from typing import override
 
 import jax
@@ -17,8 +18,29 @@ class Bias(abc.ABC):
     """A number added to each score."""
 
     @abc.abstractmethod
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        """float32, broadcastable to [B, H, Tq, Tk]."""
+    def dense(self, tq: int, tk: int, start: jax.Array | int = 0) -> jax.Array:
+        """float32, broadcastable to [B, H, Tq, Tk]: of the queries start ... start + Tq."""
+
+    @abc.abstractmethod
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        """Raises a ValueError that names the array which does not fit these sizes."""
+
+    def guarded(self) -> "Bias":
+        """The same, whose gradient is an error where kernels do not compute it."""
+        return self
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _constant(x: jax.Array, what: str) -> jax.Array:
+    """`x`; asking for its gradient is an error that names it."""
+    return x
+
+
+def _refuse_gradient(what, residuals, gradient):
+    raise ValueError(f"A gradient was asked for of {what}.")
+
+
+_constant.defvjp(lambda x, what: (x, None), _refuse_gradient)
 
 
 @jax.tree_util.register_dataclass
@@ -28,13 +50,31 @@ class DenseBias(Bias):
 
     Attributes:
       values: broadcastable to [B, H, Tq, Tk].
+      differentiable: pass a gradient, for which kernels write an array [B, H, Tq, Tk]. Otherwise asking for it is an
+        error.
     """
 
     values: jax.Array
+    differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        return self.values.astype(jnp.float32)
+    def guarded(self) -> "DenseBias":
+        if self.differentiable:
+            return self
+        return DenseBias(_constant(self.values, "an array given as bias; say DenseBias(array, differentiable=True)"))
+
+    @override
+    def dense(self, tq: int, tk: int, start: jax.Array | int = 0) -> jax.Array:
+        values = jnp.asarray(self.values, jnp.float32)
+        if values.ndim < 2 or values.shape[-2] == 1:
+            return values
+        return jax.lax.dynamic_slice_in_dim(values, start, tq, axis=-2)
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        shape, full = np.shape(self.values), (batch, heads, tq, tk)
+        if len(shape) > 4 or any(a not in (1, b) for a, b in zip(shape[::-1], full[::-1])):
+            raise ValueError(f"bias must be broadcastable to [B, H, Tq, Tk] = {list(full)}, got {list(shape)}.")
 
 
 @jax.tree_util.register_dataclass
@@ -43,15 +83,24 @@ class AlibiBias(Bias):
     """-slope * |q - k| (arXiv 2108.12409; symmetric, so that it also serves encoders).
 
     Attributes:
-      slopes: float32 [H].
+      slopes: float32 [H], constants.
     """
 
     slopes: jax.Array
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        distance = np.abs(np.arange(tq)[:, None] - np.arange(tk)[None]).astype(np.float32)
+    def guarded(self) -> "AlibiBias":
+        return AlibiBias(_constant(self.slopes, "AlibiBias.slopes, which are constants; learn a RelativeBias instead"))
+
+    @override
+    def dense(self, tq: int, tk: int, start: jax.Array | int = 0) -> jax.Array:
+        distance = jnp.abs(start + np.arange(tq)[:, None] - np.arange(tk)[None]).astype(jnp.float32)
         return -jnp.asarray(self.slopes, jnp.float32)[None, :, None, None] * distance
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        if np.shape(self.slopes) != (heads,):
+            raise ValueError(f"AlibiBias.slopes must be [H] = [{heads}], got {list(np.shape(self.slopes))}.")
 
 
 @jax.tree_util.register_dataclass
@@ -70,17 +119,31 @@ class RelativeBias(Bias):
     bidirectional: bool = dataclasses.field(default=True, metadata={"static": True})
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
+    def dense(self, tq: int, tk: int, start: jax.Array | int = 0) -> jax.Array:
         # Entry r of `by_offset` is the bias of offset r modulo Tq + Tk. Repeating it Tq times and cutting rows of
         # one less shifts it by one each row: [H, q, k] = by_offset[(k - q) mod (Tq + Tk)]. Both directions are
         # copies and sums; a gather's gradient would scatter Tq * Tk numbers.
         period = tq + tk
         offsets = (np.arange(period) + tq) % period - tq
-        buckets = relative_buckets(offsets, self.table.shape[0], self.max_distance, self.bidirectional)
-        by_offset = self.table.astype(jnp.float32)[buckets].T  # [H, Tq + Tk]
+        by_offset = self.by_offset(offsets - start)
         heads = by_offset.shape[0]
         rows = jnp.broadcast_to(by_offset[:, None], (heads, tq, period)).reshape(heads, tq * period)
         return rows[:, : tq * (period - 1)].reshape(heads, tq, period - 1)[None, :, :, :tk]
+
+    def by_offset(self, offsets: np.ndarray | jax.Array) -> jax.Array:
+        """float32 [H, n]: the bias at each offset, key position minus query position, of the n given."""
+        # Buckets are computed once, by numpy: another machine's logarithm could round to the other side of a border.
+        far = self.max_distance
+        known = relative_buckets(np.arange(-far, far + 1), self.table.shape[0], far, self.bidirectional)
+        buckets = (jnp if isinstance(offsets, jax.Array) else np).take(known, offsets + far, mode="clip")
+        return jnp.asarray(self.table, jnp.float32)[buckets].T
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        if np.ndim(self.table) != 2 or np.shape(self.table)[1] != heads:
+            raise ValueError(
+                f"RelativeBias.table must be [buckets, H] with H = {heads}, got {list(np.shape(self.table))}."
+            )
 
 
 def relative_buckets(offsets: np.ndarray, buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:

@@ -1,9 +1,17 @@
-"""The mask algebra: which query sees which key, as small objects that combine with `&`.
+"""The mask algebra: which query sees which key, as small objects that combine with `&` and `|`.
 
 Every mask is a frozen dataclass and a pytree, so that jit, vmap and shard_map carry its arrays. `dense` is a
-mask's definition; every other form (`rows`, later block plans and kernels) is tested against it. Positions are
-rows of the [Tq, Tk] score matrix, counted from 0; in a packed batch they are positions in the packed row, and
-`Segments` keeps the examples apart.
+mask's definition; the other two forms are tested against it: `rows`, one or two key intervals a query, which is what
+kernels evaluate, and `plan`, the blocks they visit. Positions are rows and columns of the [Tq, Tk] score matrix,
+counted from 0; in a packed batch they are positions in the packed row, and `Segments` keeps the examples apart.
+
+| want | write |
+|---|---|
+| packed causal | `Causal() & Segments(ids)` |
+| packed prefix-LM | `PrefixLM(prefix_end) & Segments(ids)` with prefix_end [B, T] |
+| sliding window of w keys | `Causal() & Window(w - 1, 0)` |
+| Longformer | `Window(w, w) | GlobalTokens(n)` |
+| padded encoder | `KVLength(lengths)` |
 """
 
 import abc
@@ -13,6 +21,8 @@ from typing import Any, override
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.plans import HIDDEN, Plan, Rows, plan_of_rows
 
 Array = Any  # jax.Array, numpy array, or a Python int where said so
 
@@ -30,85 +40,150 @@ def _static(**options: Any) -> Any:
     return dataclasses.field(metadata={"static": True}, **options)
 
 
-def _queries(tq: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (1, 1, tq, 1), 2)
+def _positions(count: int, start: Array = 0) -> jax.Array:
+    """int32 [1, count]: start, start + 1, ..."""
+    return start + jnp.arange(count, dtype=jnp.int32)[None]
 
 
-def _keys(tk: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (1, 1, 1, tk), 3)
-
-
-def _per_row(value: Array, columns: bool = False) -> jax.Array:
-    """A scalar, [B] or [B, T] value as [B|1, 1, T|1, 1] (or [B|1, 1, 1, T|1] for `columns`)."""
+def _per_query(value: Array, tq: int, start: Array = 0) -> jax.Array:
+    """A scalar, [B] or [B, T] value as int32 [B|1, tq|1]: of the queries start ... start + tq."""
     value = jnp.asarray(value, jnp.int32)
-    value = value.reshape(value.shape + (1,) * (2 - value.ndim))
-    return value[:, None, None, :] if columns else value[:, None, :, None]
+    if value.ndim < 2:
+        return value.reshape(-1, 1)
+    return jax.lax.dynamic_slice_in_dim(value, start, tq, axis=1)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
-    """The normal form of a mask: query q sees the keys of one interval [lo, hi).
-
-    Attributes:
-      lo: int32 [B|1, Tq], first visible key.
-      hi: int32 [B|1, Tq], one past the last; lo >= hi means that the query sees nothing.
-    """
-
-    lo: jax.Array
-    hi: jax.Array
-
-    def __and__(self, other: "Rows") -> "Rows":
-        return Rows(jnp.maximum(self.lo, other.lo), jnp.minimum(self.hi, other.hi))
-
-    def dense(self, tk: int) -> jax.Array:
-        """The mask itself: bool [B|1, 1, Tq, Tk]."""
-        keys = _keys(tk)
-        return (keys >= self.lo[:, None, :, None]) & (keys < self.hi[:, None, :, None])
+def _check_shape(name: str, value: Array, *allowed: tuple[int, ...]) -> None:
+    if np.shape(value) not in allowed:
+        shapes = " or ".join(str(list(shape)) for shape in allowed)
+        raise ValueError(
+            f"{name} must have the shape {shapes} for these queries and keys, got {list(np.shape(value))}."
+        )
 
 
 class Mask(abc.ABC):
-    """Which query sees which key. Combine masks with `&`."""
+    """Which query sees which key. Combine masks with `&` and `|`."""
+
+    def __str__(self) -> str:
+        return type(self).__name__
 
     @abc.abstractmethod
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        """bool, broadcastable to [B, 1, Tq, Tk]: True where query q sees key k."""
+    def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
+        """bool, broadcastable to [B, H, Tq, Tk]: True where query start + q sees key k."""
 
-    def rows(self, tq: int, tk: int) -> Rows | None:
-        """The mask as one interval of keys a query, in O(Tq) memory; None if it is not of that form."""
+    @property
+    def intervals(self) -> int | None:
+        """How many intervals of keys a query sees at most, 1 or 2; None if the mask is not of that form."""
         return None
 
+    def rows(self, tq: int, tk: int) -> Rows | None:
+        """The mask as intervals of keys for each query, in O(Tq) memory; None if it is not of that form.
+
+        A `BlockSparse` part is not in them; see `block_sparse`.
+        """
+        return None
+
+    @property
+    def block_sparse(self) -> "BlockSparse | None":
+        """The mask's lists of blocks, if it has any."""
+        return None
+
+    def plan(self, tq: int, tk: int, bq: int, bk: int) -> Plan:
+        """Which blocks of bq queries and bk keys have anything to see, for each example (and head, if those differ).
+
+        Raises:
+          TypeError: the mask is not of interval form.
+          ValueError: bq and bk do not divide the blocks of a `BlockSparse` part.
+        """
+        rows = self.rows(tq, tk)
+        if rows is None:
+            raise TypeError(
+                f"{self} has no block plan: it is not made of key intervals. Use the backend xla or xla_chunked."
+            )
+        plan = plan_of_rows(rows, tk, (bq, bk))
+        if self.block_sparse is None:
+            return plan
+        return dataclasses.replace(plan, state=jnp.where(self.block_sparse.map(tq, tk, bq, bk), plan.state, HIDDEN))
+
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        """Raises a ValueError that names the array which does not fit these sizes."""
+        del batch, heads, tq, tk
+
     def __and__(self, other: "Mask") -> "Mask":
+        """What both masks show."""
         if not isinstance(other, Mask):
             return NotImplemented
         parts = [m for side in (self, other) for m in (side.masks if isinstance(side, And) else (side,))]
         parts = tuple(m for m in parts if not isinstance(m, Full))
+        if sum(m.intervals == 2 for m in parts) > 1:
+            raise TypeError(
+                f"{self} & {other} can need more than two key intervals a query, which no kernel takes; combine their "
+                f"dense forms as one Dense(...)."
+            )
+        if sum(m.block_sparse is not None for m in parts) > 1:
+            raise TypeError("BlockSparse & BlockSparse: combine their maps and make one BlockSparse of them.")
         return And(parts) if len(parts) > 1 else parts[0] if parts else Full()
+
+    def __or__(self, other: "Mask") -> "Mask":
+        """What either mask shows; both must be of one interval a query."""
+        if not isinstance(other, Mask):
+            return NotImplemented
+        if isinstance(self, Full) or isinstance(other, Full):
+            return Full()
+        if (self.intervals, other.intervals) != (1, 1) or self.block_sparse or other.block_sparse:
+            raise TypeError(
+                f"{self} | {other} has no form of one or two key intervals a query: only masks of one interval each "
+                f"can be joined. Combine their dense forms as one Dense(...), or apply & after |."
+            )
+        return Or((self, other))
 
 
 def _interval(lo: Array, hi: Array, tq: int, tk: int) -> Rows:
-    """Rows from bounds broadcastable to [B|1, Tq], cut to the keys there are."""
+    """Rows of one interval from bounds broadcastable to [B|1, Tq], cut to the keys there are."""
     lo, hi = jnp.asarray(lo, jnp.int32), jnp.asarray(hi, jnp.int32)
-    batch = max(lo.shape[0] if lo.ndim == 2 else 1, hi.shape[0] if hi.ndim == 2 else 1)
+    batch = max(x.shape[0] if x.ndim == 2 else 1 for x in (lo, hi))
     lo, hi = jnp.broadcast_to(lo, (batch, tq)), jnp.broadcast_to(hi, (batch, tq))
-    return Rows(jnp.maximum(lo, 0), jnp.minimum(hi, tk))
+    return Rows(jnp.maximum(lo, 0)[:, None], jnp.minimum(hi, tk)[:, None])
 
 
-@_mask
-class Full(Mask):
-    """Every query sees every key."""
+class IntervalMask(Mask):
+    """A mask that shows each query one interval of keys. Subclasses say which, and that defines them."""
 
+    @abc.abstractmethod
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        """The interval [lo, hi) of each query, broadcastable to [B, tq].
+
+        Args:
+          queries: int32 [1, tq], start, start + 1, ...
+          tk: number of keys.
+          start: the first query; a traced scalar in a loop over blocks of queries.
+        """
+
+    @property
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        return jnp.ones((1, 1, 1, 1), bool)
+    def intervals(self) -> int:
+        return 1
 
     @override
     def rows(self, tq: int, tk: int) -> Rows:
-        return _interval(0, tk, tq, tk)
+        return _interval(*self.bounds(_positions(tq), tk, 0), tq, tk)
+
+    @override
+    def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
+        return _interval(*self.bounds(_positions(tq, start), tk, start), tq, tk).dense(tk)
 
 
 @_mask
-class Causal(Mask):
+class Full(IntervalMask):
+    """Every query sees every key."""
+
+    @override
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        return 0, tk
+
+
+@_mask
+class Causal(IntervalMask):
     """Query q sees the keys k <= q + offset.
 
     Attributes:
@@ -118,16 +193,16 @@ class Causal(Mask):
     offset: Array = 0
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        return _keys(tk) <= _queries(tq) + _per_row(self.offset)
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        return 0, queries + 1 + _per_query(self.offset, 1)
 
     @override
-    def rows(self, tq: int, tk: int) -> Rows:
-        return _interval(0, jnp.arange(tq)[None] + _per_row(self.offset)[:, 0, :, 0] + 1, tq, tk)
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        _check_shape("Causal.offset", self.offset, (), (batch,))
 
 
 @_mask
-class PrefixLM(Mask):
+class PrefixLM(IntervalMask):
     """Query q sees the keys k <= q, and all keys before `prefix_end`.
 
     Attributes:
@@ -138,16 +213,16 @@ class PrefixLM(Mask):
     prefix_end: Array
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        return _keys(tk) < jnp.maximum(_queries(tq) + 1, _per_row(self.prefix_end))
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        return 0, jnp.maximum(queries + 1, _per_query(self.prefix_end, queries.shape[1], start))
 
     @override
-    def rows(self, tq: int, tk: int) -> Rows:
-        return _interval(0, jnp.maximum(jnp.arange(tq)[None] + 1, _per_row(self.prefix_end)[:, 0, :, 0]), tq, tk)
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        _check_shape("PrefixLM.prefix_end", self.prefix_end, (), (batch,), (batch, tq))
 
 
 @_mask
-class Window(Mask):
+class Window(IntervalMask):
     """Query q sees the keys q - left <= k <= q + right; None leaves a side open.
 
     A causal sliding window of w keys, the query's own among them, is `Causal() & Window(w - 1, 0)`.
@@ -157,51 +232,27 @@ class Window(Mask):
     right: int | None = _static(default=None)
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        return self.rows(tq, tk).dense(tk)
-
-    @override
-    def rows(self, tq: int, tk: int) -> Rows:
-        queries = jnp.arange(tq)[None]
-        lo = 0 if self.left is None else queries - self.left
-        hi = tk if self.right is None else queries + self.right + 1
-        return _interval(lo, hi, tq, tk)
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        return (
+            0 if self.left is None else queries - self.left,
+            tk if self.right is None else queries + self.right + 1,
+        )
 
 
 @_mask
-class Segments(Mask):
-    """Query and key belong to the same example of a packed row; id 0 is padding, which sees and is seen by nothing.
+class Chunked(IntervalMask):
+    """Query q sees the keys of its own chunk of `size` consecutive positions."""
 
-    Attributes:
-      q_ids: int32 [B, Tq].
-      kv_ids: int32 [B, Tk]; None means the queries' own.
-    """
-
-    q_ids: Array
-    kv_ids: Array | None = None
+    size: int = _static()
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        queries, keys = _per_row(self.q_ids), _per_row(self._kv_ids, columns=True)
-        return (queries == keys) & (queries > 0)
-
-    @override
-    def rows(self, tq: int, tk: int) -> Rows:
-        """As of any mask, for rows packed in order: ids never decrease, and padding comes last."""
-        last = np.iinfo(np.int32).max
-        keys = jnp.where(jnp.asarray(self._kv_ids) == 0, last, self._kv_ids)
-        queries = jnp.asarray(self.q_ids)
-        lo = jax.vmap(lambda ks, qs: jnp.searchsorted(ks, qs, side="left"))(keys, queries)
-        hi = jax.vmap(lambda ks, qs: jnp.searchsorted(ks, qs, side="right"))(keys, queries)
-        return _interval(lo, jnp.where(queries == 0, 0, hi), tq, tk)
-
-    @property
-    def _kv_ids(self) -> Array:
-        return self.q_ids if self.kv_ids is None else self.kv_ids
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        first = queries // self.size * self.size
+        return first, first + self.size
 
 
 @_mask
-class KVLength(Mask):
+class KVLength(IntervalMask):
     """Every query sees the first `length` keys.
 
     Attributes:
@@ -211,60 +262,277 @@ class KVLength(Mask):
     length: Array
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        return _keys(tk) < _per_row(self.length)
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        return 0, _per_query(self.length, 1)
 
     @override
-    def rows(self, tq: int, tk: int) -> Rows:
-        return _interval(0, _per_row(self.length)[:, 0, :, 0], tq, tk)
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        _check_shape("KVLength.length", self.length, (), (batch,))
 
 
 @_mask
-class Chunked(Mask):
-    """Query q sees the keys of its own chunk of `size` consecutive positions."""
+class GlobalTokens(IntervalMask):
+    """The tokens of one run see every key and are seen by every query; nothing else is visible.
 
-    size: int = _static()
+    Join it with what the other tokens see: `Window(w, w) | GlobalTokens(n)` is Longformer's mask (arXiv 2004.05150,
+    3.1). Tokens that are global but not next to each other must first be moved together, best to the front.
+
+    Attributes:
+      count: int or int32 [B]: how many tokens are global.
+      start: int or int32 [B]: the first of them.
+    """
+
+    count: Array
+    start: Array = 0
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        return _queries(tq) // self.size == _keys(tk) // self.size
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        first = _per_query(self.start, 1)
+        end = first + _per_query(self.count, 1)
+        everything = (queries >= first) & (queries < end)
+        return jnp.where(everything, 0, first), jnp.where(everything, tk, end)
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        _check_shape("GlobalTokens.count", self.count, (), (batch,))
+        _check_shape("GlobalTokens.start", self.start, (), (batch,))
+
+
+@_mask
+class Segments(Mask):
+    """Query and key belong to the same example of a packed row; id 0 is padding, which sees and is seen by nothing.
+
+    Attributes:
+      q_ids: int32 [B, Tq].
+      kv_ids: int32 [B, Tk]; None means the queries' own.
+      contiguous: ids of keys never decrease and padding comes last, as in rows packed in order. Otherwise the mask is
+        compared id by id, which the backends xla and xla_chunked can do.
+    """
+
+    q_ids: Array
+    kv_ids: Array | None = None
+    contiguous: bool = _static(default=True)
+
+    @property
+    @override
+    def intervals(self) -> int | None:
+        return 1 if self.contiguous else None
+
+    @override
+    def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
+        queries = _per_query(self.q_ids, tq, start)[:, None, :, None]
+        keys = jnp.asarray(self._kv_ids, jnp.int32)[:, None, None, :]
+        return (queries == keys) & (queries > 0)
+
+    @override
+    def rows(self, tq: int, tk: int) -> Rows | None:
+        if not self.contiguous:
+            return None
+        self._check_order()
+        queries, keys = jnp.asarray(self.q_ids, jnp.int32), jnp.asarray(self._kv_ids, jnp.int32)
+        if self.kv_ids is None:
+            lo, hi = _runs(queries)
+        else:
+            keys = jnp.where(keys == 0, np.iinfo(np.int32).max, keys)
+            lo = jax.vmap(lambda ks, qs: jnp.searchsorted(ks, qs, side="left"))(keys, queries)
+            hi = jax.vmap(lambda ks, qs: jnp.searchsorted(ks, qs, side="right"))(keys, queries)
+        return _interval(lo, jnp.where(queries == 0, 0, hi), tq, tk)
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        _check_shape("Segments.q_ids", self.q_ids, (batch, tq))
+        name = (
+            "Segments.q_ids, which are the keys' too because kv_ids is None,"
+            if self.kv_ids is None
+            else "Segments.kv_ids"
+        )
+        _check_shape(name, self._kv_ids, (batch, tk))
+
+    def _check_order(self) -> None:
+        """Refuses ids known now (not traced) whose intervals would be wrong."""
+        if isinstance(self._kv_ids, jax.core.Tracer):
+            return
+        ids = np.asarray(self._kv_ids)
+        ids = np.where(ids == 0, np.iinfo(np.int32).max, ids)
+        wrong = np.flatnonzero((np.diff(ids) < 0).any(axis=-1))
+        if wrong.size:
+            raise ValueError(
+                f"Segments: the keys' ids of row {wrong[0]} do not increase from example to example with padding (0) "
+                f"last: {np.asarray(self._kv_ids)[wrong[0]]}. Pack rows in that order, or say contiguous=False."
+            )
+
+    @property
+    def _kv_ids(self) -> Array:
+        return self.q_ids if self.kv_ids is None else self.kv_ids
+
+
+def _runs(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each position the start and the end of the run of equal ids [B, T] it is in."""
+    length = ids.shape[1]
+    position = _positions(length)
+    differs = ids[:, 1:] != ids[:, :-1]
+    edge = jnp.ones_like(ids[:, :1], bool)
+    start = jax.lax.cummax(jnp.where(jnp.concatenate([edge, differs], 1), position, 0), axis=1)
+    end = jnp.where(jnp.concatenate([differs, edge], 1), position + 1, length)
+    return start, jax.lax.cummin(end, axis=1, reverse=True)
+
+
+@_mask
+class BlockSparse(Mask):
+    """The queries of block i see the keys of the blocks that its list names; lists may differ by head.
+
+    `BlockSparse(...) & Causal()` hides the future inside the blocks on the diagonal.
+
+    Attributes:
+      index: int32 [B|1, H|1, nq, m], blocks of keys, each at most once among the first `count`.
+      count: int32 [B|1, H|1, nq], how many entries of each list count.
+      block: queries and keys a block has.
+    """
+
+    index: Array
+    count: Array
+    block: tuple[int, int] = _static()
+
+    @classmethod
+    def of_map(cls, visible: Array, block: tuple[int, int], width: int | None = None) -> "BlockSparse":
+        """The mask whose lists are the True entries of a map.
+
+        Args:
+          visible: bool [B|1, H|1, nq, nk].
+          block: queries and keys a block has.
+          width: the longest list there can be; None is nk. Longer lists lose their last entries.
+        """
+        visible = jnp.asarray(visible, bool)
+        width = visible.shape[-1] if width is None else width
+        order = jnp.argsort(~visible, axis=-1, stable=True)[..., :width]
+        return cls(order.astype(jnp.int32), jnp.minimum(visible.sum(-1, dtype=jnp.int32), width), block)
+
+    @property
+    @override
+    def intervals(self) -> int:
+        return 1
+
+    @property
+    @override
+    def block_sparse(self) -> "BlockSparse":
+        return self
 
     @override
     def rows(self, tq: int, tk: int) -> Rows:
-        start = jnp.arange(tq)[None] // self.size * self.size
-        return _interval(start, start + self.size, tq, tk)
+        return Full().rows(tq, tk)
+
+    @override
+    def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
+        bq, bk = self.block
+        queries = jnp.minimum(_positions(tq, start)[0] // bq, np.shape(self.index)[2] - 1)
+        return jnp.repeat(self._listed(-(-tk // bk))[:, :, queries], bk, axis=-1)[..., :tk]
+
+    def map(self, tq: int, tk: int, bq: int, bk: int) -> jax.Array:
+        """bool [B|1, H|1, nq, nk]: which blocks of bq queries and bk keys are listed."""
+        if self.block[0] % bq or self.block[1] % bk:
+            raise ValueError(f"BlockSparse.block={self.block} must be multiples of the kernel's blocks {(bq, bk)}.")
+        nq, nk = -(-tq // bq), -(-tk // bk)
+        listed = self._listed(-(-tk // self.block[1]))
+        listed = jnp.repeat(jnp.repeat(listed, self.block[0] // bq, axis=2), self.block[1] // bk, axis=3)
+        return listed[:, :, :nq, :nk]
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        nq, width = -(-tq // self.block[0]), np.shape(self.index)[-1]
+        shapes = [(b, h, nq) for b in {batch, 1} for h in {heads, 1}]
+        _check_shape("BlockSparse.count", self.count, *shapes)
+        _check_shape("BlockSparse.index", self.index, *((*shape, width) for shape in shapes))
+
+    def _listed(self, nk: int) -> jax.Array:
+        index, count = jnp.asarray(self.index), jnp.asarray(self.count)
+        counts = jnp.arange(index.shape[-1]) < count[..., None]
+        b, h, q, _ = jnp.indices(index.shape, sparse=True)
+        return jnp.zeros((*index.shape[:3], nk), bool).at[b, h, q, index].max(counts)
 
 
 @_mask
 class Dense(Mask):
-    """Any mask, given as an array: bool, broadcastable to [B, 1, Tq, Tk]. Costs O(Tq Tk) memory."""
+    """Any mask, given as an array: bool, broadcastable to [B, H, Tq, Tk]. Costs O(Tq Tk) memory."""
 
     mask: Array
 
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        return jnp.asarray(self.mask, bool)
+    def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
+        mask = jnp.asarray(self.mask, bool)
+        return mask if mask.shape[-2] == 1 else jax.lax.dynamic_slice_in_dim(mask, start, tq, axis=-2)
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        shape, full = np.shape(self.mask), (batch, heads, tq, tk)
+        if len(shape) != 4 or any(a not in (1, b) for a, b in zip(shape, full)):
+            raise ValueError(f"Dense.mask must be broadcastable to [B, H, Tq, Tk] = {list(full)}, got {list(shape)}.")
 
 
 @_mask
 class And(Mask):
-    """What every one of `masks` allows. Made by `&`."""
+    """What every one of `masks` shows. Made by `&`."""
 
     masks: tuple[Mask, ...]
 
+    def __str__(self) -> str:
+        return " & ".join(map(str, self.masks))
+
+    @property
     @override
-    def dense(self, tq: int, tk: int) -> jax.Array:
-        allowed = self.masks[0].dense(tq, tk)
+    def intervals(self) -> int | None:
+        counts = [mask.intervals for mask in self.masks]
+        return None if None in counts else max(counts)
+
+    @property
+    @override
+    def block_sparse(self) -> BlockSparse | None:
+        return next((mask.block_sparse for mask in self.masks if mask.block_sparse is not None), None)
+
+    @override
+    def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
+        shown = self.masks[0].dense(tq, tk, start)
         for mask in self.masks[1:]:
-            allowed = allowed & mask.dense(tq, tk)
-        return allowed
+            shown = shown & mask.dense(tq, tk, start)
+        return shown
 
     @override
     def rows(self, tq: int, tk: int) -> Rows | None:
-        rows = [mask.rows(tq, tk) for mask in self.masks]
-        if any(r is None for r in rows):
+        if self.intervals is None:
             return None
-        combined = rows[0]
-        for r in rows[1:]:
-            combined = combined & r
-        return combined
+        rows = self.masks[0].rows(tq, tk)
+        for mask in self.masks[1:]:
+            rows = rows & mask.rows(tq, tk)
+        return rows
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        for mask in self.masks:
+            mask.check(batch, heads, tq, tk)
+
+
+@_mask
+class Or(Mask):
+    """What either of two `masks` of one interval shows. Made by `|`."""
+
+    masks: tuple[Mask, Mask]
+
+    def __str__(self) -> str:
+        return f"({self.masks[0]} | {self.masks[1]})"
+
+    @property
+    @override
+    def intervals(self) -> int:
+        return 2
+
+    @override
+    def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
+        return self.masks[0].dense(tq, tk, start) | self.masks[1].dense(tq, tk, start)
+
+    @override
+    def rows(self, tq: int, tk: int) -> Rows:
+        return self.masks[0].rows(tq, tk) | self.masks[1].rows(tq, tk)
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        for mask in self.masks:
+            mask.check(batch, heads, tq, tk)

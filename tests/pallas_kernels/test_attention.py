@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels import attention as module
 from pallas_kernels import dropout, masks
 from pallas_kernels.attention import UnsupportedAttention, attention
-from pallas_kernels.biases import AlibiBias
+from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
 
 B, TQ, TK, D, DV = 2, 6, 8, 4, 3
 
@@ -38,6 +38,28 @@ def by_hand(q, k, v, mask, bias=0.0, scale=None, soft_cap=None, sinks=None):
         weights[b, h, t] = e / total if e.any() else 0.0
         out[b, t, h] = weights[b, h, t] @ v[b, :, h // group]
     return out, weights
+
+
+def test_log_sum_exp_and_its_gradient():
+    """Halves of the keys, combined by their log-sum-exp, are the whole, forward and backward."""
+    q, k, v = map(jnp.asarray, arrays(kv_heads=4))
+    sinks, cut = jnp.array([0.5, -1.0, 2.0, 0.0]), 3
+    weigh = np.random.default_rng(1).normal(size=(B, TQ, 4, DV))
+
+    def whole(q, k, v, sinks):
+        out, lse = attention(q, k, v, mask=masks.Causal(), sinks=sinks, return_lse=True)
+        return jnp.sum(out * weigh) + jnp.sum(jnp.sin(lse))
+
+    def parts(q, k, v, sinks):
+        first = attention(q, k[:, :cut], v[:, :cut], mask=masks.Causal(), sinks=sinks, return_lse=True)
+        second = attention(q, k[:, cut:], v[:, cut:], mask=masks.Causal(-cut), return_lse=True)
+        lse = jnp.logaddexp(first[1], second[1])
+        shares = [jnp.exp(part[1] - lse).swapaxes(1, 2)[..., None] for part in (first, second)]
+        return jnp.sum((shares[0] * first[0] + shares[1] * second[0]) * weigh) + jnp.sum(jnp.sin(lse))
+
+    values = [jax.value_and_grad(f, (0, 1, 2, 3))(q, k, v, sinks) for f in (whole, parts)]
+    for a, b in zip(*map(jax.tree.leaves, values)):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
 SEGMENTS = masks.Segments(
@@ -79,7 +101,7 @@ def test_gradients_of_bias_and_sinks():
     weigh = np.random.default_rng(1).normal(size=(B, TQ, 4, DV))
 
     def loss(bias, sinks):
-        return jnp.sum(attention(*inputs, mask=SEGMENTS, bias=bias, sinks=sinks) * weigh)
+        return jnp.sum(attention(*inputs, mask=SEGMENTS, bias=DenseBias(bias, True), sinks=sinks) * weigh)
 
     grads = jax.grad(loss, (0, 1))(jnp.asarray(BIAS), jnp.asarray(sinks, jnp.float32))
     step = 1e-5
@@ -174,7 +196,7 @@ def test_dropout_is_even_and_independent():
     assert abs((kept * other).mean()) / deviation**2 < 5 / np.sqrt(n)
 
 
-def test_backends_are_named_and_refusals_say_why(monkeypatch):
+def test_backends_are_named_and_refusals_say_why(monkeypatch, caplog):
     inputs = arrays()
     np.testing.assert_array_equal(
         attention(*inputs, mask=masks.Full(), backend="xla"), attention(*inputs, mask=masks.Full())
@@ -186,19 +208,23 @@ def test_backends_are_named_and_refusals_say_why(monkeypatch):
     class Fussy:
         name: str = "fussy"
 
-        def refuses(self, q, k, v, request):
+        def refuses(self, request):
             return ["bias"] if request.bias is not None else []
 
         def run(self, q, k, v, request):
-            return "fussy ran"
+            return "fussy ran", None
 
     monkeypatch.setitem(module.BACKENDS, "fussy", Fussy())
     assert attention(*inputs, mask=masks.Full(), backend="fussy") == "fussy ran"
     with pytest.raises(UnsupportedAttention, match="fussy cannot: bias. Backends that can: xla."):
         attention(*inputs, mask=masks.Full(), bias=AlibiBias(np.ones(4)), backend="fussy")
-    monkeypatch.setattr(module, "_PREFERENCE", ("fussy", "xla"))
+    monkeypatch.setattr(module, "_PREFERENCE", {"cpu": ("fussy", "xla")})
+    monkeypatch.setattr(module, "_announced", set())
+    caplog.set_level("INFO", "pallas_kernels")
     assert attention(*inputs, mask=masks.Full()) == "fussy ran"
-    assert attention(*inputs, mask=masks.Full(), bias=BIAS).shape == (B, TQ, 4, DV)
+    for _ in range(2):
+        assert attention(*inputs, mask=masks.Full(), bias=BIAS).shape == (B, TQ, 4, DV)
+    assert caplog.messages == ["attention on cpu runs on fussy", "attention on cpu runs on xla (fussy cannot: bias)"]
 
 
 @pytest.mark.parametrize(
@@ -212,3 +238,34 @@ def test_backends_are_named_and_refusals_say_why(monkeypatch):
 def test_shapes_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         attention(*change(*arrays()), mask=masks.Full())
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda x: x[:, :, :1, :1], r"gradient was asked for of an array .* DenseBias\(array, differentiable=True\)"),
+        (lambda x: AlibiBias(x[0, :, 0, 0]), "gradient was asked for of AlibiBias.slopes, which are constants"),
+    ],
+)
+def test_gradients_that_kernels_do_not_compute_are_errors(make, message):
+    loss = lambda x: attention(*arrays(), mask=masks.Full(), bias=make(x)).sum()  # noqa: E731
+    with pytest.raises(ValueError, match=message):
+        jax.grad(loss)(jnp.asarray(BIAS))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(bias=np.zeros((3, TQ, TK))), r"bias must be broadcastable to \[B, H, Tq, Tk\] = \[2, 4, 6, 8\], got"),
+        (dict(bias=AlibiBias(np.ones(3))), r"AlibiBias.slopes must be \[H\] = \[4\], got \[3\]"),
+        (
+            dict(bias=RelativeBias(np.ones((8, 3)))),
+            r"RelativeBias.table must be \[buckets, H\] with H = 4, got \[8, 3\]",
+        ),
+        (dict(sinks=np.ones(3)), r"sinks must be \[Hq\] = \[4\], got \[3\]"),
+        (dict(mask=masks.KVLength(np.ones(3))), "KVLength.length must have the shape"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*arrays(), **{"mask": masks.Full(), **options})

@@ -48,6 +48,8 @@ def test_relative_bias_is_a_look_up(tq, tk, bidirectional):
     bias = RelativeBias(jnp.asarray(table), 6, bidirectional)
     index = np.array([[bucket(k - q, 8, 6, bidirectional) for k in range(tk)] for q in range(tq)])
     np.testing.assert_array_equal(bias.dense(tq, tk), table[index].transpose(2, 0, 1)[None])
+    last = jax.jit(lambda start: bias.dense(1, tk, start))(tq - 1)
+    np.testing.assert_array_equal(last, table[index[-1:]].transpose(2, 0, 1)[None])
 
     weigh = np.random.default_rng(1).normal(size=(1, 2, tq, tk)).astype(np.float32)
     grad = jax.grad(lambda t: jnp.sum(RelativeBias(t, 6, bidirectional).dense(tq, tk) * weigh))(jnp.asarray(table))
@@ -60,3 +62,4 @@ def test_alibi_is_minus_slope_times_distance():
     bias = np.asarray(AlibiBias(np.array([0.5, 0.25])).dense(3, 4))
     np.testing.assert_array_equal(bias[0, 1, 2], -0.25 * np.array([2, 1, 0, 1]))
     np.testing.assert_array_equal(bias[0, 0], bias[0, 1] * 2)
+    np.testing.assert_array_equal(AlibiBias(np.array([0.5, 0.25])).dense(2, 4, jnp.int32(1)), bias[:, :, 1:])

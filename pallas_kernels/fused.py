@@ -1,0 +1,134 @@
+"""What our own kernels share on every machine: a call brought into their form, and its gradient.
+
+A kernel sees masks as intervals and a block plan, and biases as one of three arrays. Sinks, padding and the rest of the
+public call's variety stop here.
+"""
+
+import dataclasses
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
+from pallas_kernels.masks import BlockSparse
+from pallas_kernels.plans import Rows
+from pallas_kernels.requests import Origin, Request
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inputs:
+    """Everything beside q, k and v that a kernel needs.
+
+    Attributes:
+      rows: the keys each query sees.
+      block_sparse: lists of blocks that narrow the rows further, or None.
+      slopes: float32 [H] of ALiBi, or None.
+      diagonals: float32 [H, Tq + Tk - 1], the bias of key k for query q at k - q + Tq - 1, or None.
+      dense_bias: broadcastable to [B, H, Tq, Tk], or None.
+      seed: uint32 scalar of dropout, or None.
+      origin: global indices of the first score, for dropout.
+      scale, soft_cap, dropout_rate: as in `Request`.
+      dense_bias_gradient: whether `dense_bias` gets one.
+    """
+
+    rows: Rows
+    block_sparse: BlockSparse | None
+    slopes: jax.Array | None
+    diagonals: jax.Array | None
+    dense_bias: jax.Array | None
+    seed: jax.Array | None
+    origin: Origin
+    scale: float = dataclasses.field(metadata={"static": True})
+    soft_cap: float | None = dataclasses.field(metadata={"static": True})
+    dropout_rate: float = dataclasses.field(metadata={"static": True})
+    dense_bias_gradient: bool = dataclasses.field(metadata={"static": True})
+
+
+class Kernels(Protocol):
+    """The forward and backward kernels of one kind of machine. Hashable; two equal ones run the same code."""
+
+    def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        """Output [B, Tq, Hq, Dv] in v's type; log-sum-exp float32 [B, Hq, Tq] (natural, -inf where nothing is seen)."""
+
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        inputs: Inputs,
+        lse: jax.Array,
+        delta: jax.Array,
+        gradient: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+        """Gradients of q, k, v (their shapes), `diagonals` (None without) and `dense_bias` (None unless asked for).
+
+        Args:
+          q, k, v, inputs: as forward had them.
+          lse: what forward returned.
+          delta: float32 [B, Hq, Tq]; the gradient of a score is p * (gradient . v - delta), p its weight.
+          gradient: of the output, [B, Tq, Hq, Dv].
+        """
+
+
+def inputs_of(request: Request) -> Inputs:
+    """The request in the kernels' form.
+
+    Raises:
+      TypeError: its mask is not made of intervals; backends refuse such a request before.
+    """
+    tq, tk = request.q_shape[1], request.k_shape[1]
+    rows = request.mask.rows(tq, tk)
+    if rows is None:
+        raise TypeError(f"{request.mask} is not made of key intervals.")
+    bias = request.bias
+    return Inputs(
+        rows=rows,
+        block_sparse=request.mask.block_sparse,
+        slopes=jnp.asarray(bias.slopes, jnp.float32) if isinstance(bias, AlibiBias) else None,
+        diagonals=bias.by_offset(np.arange(1 - tq, tk)) if isinstance(bias, RelativeBias) else None,
+        dense_bias=bias.values if isinstance(bias, DenseBias) else None,
+        seed=request.dropout_seed,
+        origin=request.origin,
+        scale=request.scale,
+        soft_cap=request.soft_cap,
+        dropout_rate=request.dropout_rate,
+        dense_bias_gradient=isinstance(bias, DenseBias) and bias.differentiable,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fused_attention(
+    kernels: Kernels, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs
+) -> tuple[jax.Array, jax.Array]:
+    """`Backend.run` by `kernels`: the output [B, Tq, Hq, Dv] and its log-sum-exp [B, Hq, Tq], both differentiable."""
+    return kernels.forward(q, k, v, inputs)
+
+
+def _forward(kernels, q, k, v, inputs):
+    out, lse = kernels.forward(q, k, v, inputs)
+    return (out, lse), (q, k, v, inputs, out, lse)
+
+
+def _backward(kernels, residuals, gradients):
+    q, k, v, inputs, out, lse = residuals
+    gradient, lse_gradient = gradients
+    # d lse / d score is the weight itself, so lse's gradient enters where the mean over the weights leaves.
+    delta = jnp.einsum("bqhd,bqhd->bhq", gradient, out, preferred_element_type=jnp.float32) - lse_gradient
+    delta = jnp.where(jnp.isneginf(lse), 0.0, delta)
+    dq, dk, dv, d_diagonals, d_dense = kernels.backward(q, k, v, inputs, lse, delta, gradient)
+    zeros = jax.tree.map(_no_gradient, inputs)
+    if inputs.dense_bias is not None and d_dense is None:
+        d_dense = jnp.zeros_like(inputs.dense_bias)
+    return dq, dk, dv, dataclasses.replace(zeros, diagonals=d_diagonals, dense_bias=d_dense)
+
+
+def _no_gradient(x):
+    x = jnp.asarray(x)
+    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else np.zeros(x.shape, jax.dtypes.float0)
+
+
+fused_attention.defvjp(_forward, _backward)
