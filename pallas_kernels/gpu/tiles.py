@@ -82,9 +82,6 @@ class Tile:
         intervals = bounds.shape[0] // 2
         return [(self.per_query(bounds.at[r]), self.per_query(bounds.at[intervals + r])) for r in range(intervals)]
 
-    def hashes(self, refs: Refs) -> jax.Array | None:
-        """Dropout's hash of each query; None without dropout."""
-        return self.per_query(refs["hashes"].at[self.batch, self.head]) if "hashes" in refs else None
 
     def hide(self, scores: jax.Array, bounds: list[tuple[jax.Array, jax.Array]], whole: jax.Array) -> jax.Array:
         """The scores, HIDDEN where a query does not see a key; if `whole` is true all of the tile is seen."""
@@ -125,11 +122,15 @@ class Tile:
             scores = scores + _load(bias).astype(jnp.float32) * LOG2_E
         return scores, slope
 
-    def drop(self, x: jax.Array, hashes: jax.Array, refs: Refs, rate: float) -> jax.Array:
-        """`x` after dropout: 0 or grown by 1 / (1 - rate)."""
+    def keeps(self, hashes: jax.Array, refs: Refs, rate: float) -> jax.Array:
+        """bool tile: which weights dropout keeps."""
         keys = self.index(1 - self.query_axis) + (self.key + refs["first_key"][0])
-        kept = dropout.keep_in_row(self.spread(hashes), keys, rate)
-        return jnp.where(kept, x * (1.0 / (1.0 - rate)), 0.0)
+        return dropout.keep_in_row(self.spread(hashes), keys, rate)
+
+
+def thin(x: jax.Array, kept: jax.Array | None, rate: float) -> jax.Array:
+    """`x` after dropout: 0, or grown by 1 / (1 - rate); `x` itself if `kept` is None."""
+    return x if kept is None else jnp.where(kept, x * (1.0 / (1.0 - rate)), 0.0)
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:
