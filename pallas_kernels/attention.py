@@ -7,18 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dropout, masks, platforms
+from pallas_kernels.backends.pallas_gpu import PallasGpuBackend
 from pallas_kernels.backends.xla import XlaBackend
 from pallas_kernels.biases import Bias, DenseBias
 from pallas_kernels.requests import WHOLE, Backend, Origin, Request, UnsupportedAttention
 
 __all__ = ["BACKENDS", "Origin", "UnsupportedAttention", "attention"]
 
-BACKENDS: dict[str, Backend] = {"xla": XlaBackend()}
+BACKENDS: dict[str, Backend] = {"pallas_gpu": PallasGpuBackend(), "xla": XlaBackend()}
 
 # For "auto", fastest first; the last one refuses nothing.
 _PREFERENCE = {
     "cpu": ("xla",),
-    "gpu": ("xla",),
+    "gpu": ("pallas_gpu", "xla"),
     "tpu": ("xla",),
 }
 

@@ -6,6 +6,7 @@ one writer and needs no atomic additions.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,8 +46,7 @@ class Saved:
             "k": operands.pad(self.k, 1, tk),
             "v": operands.pad(self.v, 1, tk),
             "gradient": operands.pad(self.gradient.astype(self.v.dtype), 1, tq),
-            "lse": operands.pad(lse, 2, tq),
-            "delta": operands.pad(self.delta, 2, tq),
+            "statistics": operands.pad(jnp.stack([lse, self.delta], axis=2), 3, tq),
             "bounds": operands.bounds(self.inputs, tq),
             **operands.bias_arrays(self.inputs, tq, tk, query_axis),
             **operands.dropout_arrays(self.inputs, self.q.shape[0], self.q.shape[2], tq),
@@ -59,18 +59,33 @@ class Saved:
 
 
 class PerQuery(NamedTuple):
-    """Numbers of each query of a tile: log-sum-exp (base 2), delta, intervals of keys, hash of dropout."""
+    """Numbers of each query of a tile, each loaded when called: as columns they are too many to keep in registers.
 
-    lse: jax.Array
-    delta: jax.Array
-    bounds: list[tuple[jax.Array, jax.Array]]
-    hashes: jax.Array | None
+    Attributes:
+      lse: log-sum-exp of the scores, base 2.
+      delta: see `fused.Kernels.backward`.
+      bounds: intervals of keys.
+      hashes: of dropout.
+    """
+
+    lse: Callable[[], jax.Array]
+    delta: Callable[[], jax.Array]
+    bounds: Callable[[], list[tuple[jax.Array, jax.Array]]]
+    hashes: Callable[[], jax.Array]
 
     @classmethod
-    def of(cls, tile: Tile, refs: Refs) -> "PerQuery":
-        lse, delta = (tile.per_query(refs[name].at[tile.batch, tile.head]) for name in ("lse", "delta"))
-        hashes = tile.per_query(refs["hashes"].at[tile.batch, tile.head]) if "hashes" in refs else None
-        return cls(lse, delta, tile.bounds(refs), hashes)
+    def of_rows(cls, tile: Tile, refs: Refs) -> "PerQuery":
+        """Of queries that are rows: loaded once."""
+        statistics = refs["statistics"].at[tile.batch, tile.head]
+        lse, delta, bounds = tile.per_query(statistics.at[0]), tile.per_query(statistics.at[1]), tile.bounds(refs)
+        hashes = tile.hashes(refs) if "hashes" in refs else None
+        return cls(lambda: lse, lambda: delta, lambda: bounds, lambda: hashes)
+
+    @classmethod
+    def of_columns(cls, tile: Tile, refs: Refs, statistics: jax.Ref) -> "PerQuery":
+        """Of queries that are columns; `statistics` are theirs, in shared memory."""
+        lse, delta = (lambda row=row: plgpu.load(statistics.at[row], layout=tile.layout) for row in (0, 1))
+        return cls(lse, delta, lambda: tile.bounds(refs), lambda: tile.hashes(refs))
 
 
 class Weights(NamedTuple):
@@ -91,13 +106,13 @@ class Weights(NamedTuple):
         cls, products: jax.Array, tile: Tile, inputs: Inputs, refs: Refs, queries: PerQuery, whole: jax.Array
     ) -> "Weights":
         scores, slope = tile.scores(products, inputs, refs)
-        values = jnp.exp2(tile.hide(scores, queries.bounds, whole) - tile.spread(queries.lse))
-        kept = None if queries.hashes is None else tile.keeps(queries.hashes, refs, inputs.dropout_rate)
+        values = jnp.exp2(tile.hide(scores, queries.bounds, whole) - tile.spread(queries.lse()))
+        kept = tile.keeps(queries.hashes(), refs, inputs.dropout_rate) if "hashes" in refs else None
         return cls(values, slope, kept)
 
     def score_gradient(self, d_weights: jax.Array, tile: Tile, inputs: Inputs, queries: PerQuery) -> jax.Array:
         """Gradient of the biased scores, from that of the weights after dropout (gradient . v)."""
-        return self.values * (thin(d_weights, self.kept, inputs.dropout_rate) - tile.spread(queries.delta))
+        return self.values * (thin(d_weights, self.kept, inputs.dropout_rate) - tile.spread(queries.delta()))
 
     def product_gradient(self, score_gradient: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Gradient of scale * q . k, from that of the biased scores."""
@@ -174,7 +189,7 @@ class _QueryGradient:
             q, gradient, barrier = queries.at[warpgroup], gradients.at[warpgroup], loaded.at[warpgroup]
             plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q, barrier)
             plgpu.copy_gmem_to_smem(refs["gradient"].at[batch, rows, head], gradient, barrier)
-            per_query = PerQuery.of(tile, refs)
+            per_query = PerQuery.of_rows(tile, refs)
             plgpu.barrier_wait(barrier)
 
             def step(number, total):
@@ -241,18 +256,21 @@ class _KeyValueGradients:
             "values": matrix((tiles, ROWS, v_size), dtype),
             "queries": Ring.scratch(matrix((blocks.stages, blocks.queries, size), dtype), computing),
             "gradients": Ring.scratch(matrix((blocks.stages, blocks.queries, v_size), dtype), computing),
+            "statistics": Ring.scratch(plgpu.SMEM((blocks.stages, 2, blocks.queries), jnp.float32), computing),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=tiles),
             "finished": plgpu.Barrier(num_arrivals=computing),
         }
 
-    def body(self, refs: Refs, dk: jax.Ref, dv: jax.Ref, *, keys, values, queries, gradients, loaded, finished):
+    def body(
+        self, refs: Refs, dk: jax.Ref, dv: jax.Ref, *, keys, values, queries, gradients, statistics, loaded, finished
+    ):
         """What a thread block does."""
         batch, kv_head, block = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("block")
-        queries, gradients = Ring(*queries), Ring(*gradients)
+        queries, gradients, statistics = Ring(*queries), Ring(*gradients), Ring(*statistics)
         tiles = self.blocks.keys // ROWS
 
         def over_visits(visit, start):
-            """Folds `visit(number, head, entry, carry)` over all blocks of queries of all heads that share the key's."""
+            """Folds `visit(number, head, entry, *carry)` over the blocks of queries of all heads that share these keys."""
 
             def over_head(member, carry):
                 head = kv_head * self.group + member
@@ -276,11 +294,13 @@ class _KeyValueGradients:
                 rows = pl.ds((visit >> 1) * self.blocks.queries, self.blocks.queries)
                 queries.fill(number, refs["q"].at[batch, rows, head])
                 gradients.fill(number, refs["gradient"].at[batch, rows, head])
+                statistics.fill(number, refs["statistics"].at[batch, head, :, rows])
                 return ()
 
             (steps,) = over_visits(fill, ())
             queries.drain(steps)
             gradients.drain(steps)
+            statistics.drain(steps)
 
         def compute(number, wants_k, wants_v):
             k, v = keys.at[number], values.at[number]
@@ -290,7 +310,7 @@ class _KeyValueGradients:
             def step(number, head, visit, *totals):
                 totals = list(totals)
                 tile = Tile(self.blocks.queries, 1, batch, head, (visit >> 1) * self.blocks.queries, first_key)
-                per_query = PerQuery.of(tile, refs)
+                per_query = PerQuery.of_columns(tile, refs, statistics.wait(number))
                 q = queries.wait(number)
                 weights = Weights.of(product(k, q.T), tile, self.inputs, refs, per_query, whole=visit & 1)
                 gradient = gradients.wait(number)
@@ -302,25 +322,24 @@ class _KeyValueGradients:
                 gradients.free(number)
                 if wants_k:
                     d_scores = weights.score_gradient(d_weights, tile, self.inputs, per_query)
-                    totals[0] = accumulate(
-                        totals[0], weights.product_gradient(d_scores, q.dtype), q, self.interpreted
-                    )
+                    totals[0] = accumulate(totals[0], weights.product_gradient(d_scores, q.dtype), q, self.interpreted)
                 queries.free(number)
+                statistics.free(number)
                 return totals
 
-            wanted = [k] * wants_k + [v] * wants_v
-            _, *totals = over_visits(step, [zeros(matrix.shape) for matrix in wanted])
+            places = [k] * wants_k + [v] * wants_v
+            _, *totals = over_visits(step, [zeros(place.shape) for place in places])
             if self.blocks.shared:  # The results take the place of k and v, which the other may still be reading.
                 plgpu.barrier_arrive(finished)
                 plgpu.barrier_wait(finished)
             if wants_k:
                 totals[0] = totals[0] * self.inputs.scale
-            for matrix, total in zip(wanted, totals):
-                matrix[...] = total.astype(matrix.dtype)
+            for place, total in zip(places, totals):
+                place[...] = total.astype(place.dtype)
             plgpu.commit_smem()
             rows = pl.ds(first_key, ROWS)
-            for matrix, result in zip(wanted, [dk] * wants_k + [dv] * wants_v):
-                plgpu.copy_smem_to_gmem(matrix, result.at[batch, rows, kv_head])
+            for place, result in zip(places, [dk] * wants_k + [dv] * wants_v):
+                plgpu.copy_smem_to_gmem(place, result.at[batch, rows, kv_head])
             plgpu.wait_smem_to_gmem(0)
 
         if self.blocks.shared:

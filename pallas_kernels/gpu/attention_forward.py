@@ -125,7 +125,7 @@ class _Forward:
     def _attend(self, refs: Refs, tile: Tile, q: jax.Ref, keys: Ring, values: Ring, steps: jax.Array, visits: jax.Ref):
         """Sum of weight * v [64, Dv], maximum (base 2) and sum of weights [64] of each query, by online softmax."""
         bounds = tile.bounds(refs)
-        hashes = tile.per_query(refs["hashes"].at[tile.batch, tile.head]) if "hashes" in refs else None
+        hashes = tile.hashes(refs) if "hashes" in refs else None
 
         def step(number, carry):
             total, maximum, normaliser = carry
@@ -134,7 +134,7 @@ class _Forward:
             products = product(q, keys.wait(number).T)
             keys.free(number)
             scores, _ = here.scores(products, self.inputs, refs)
-            scores = here.hide(scores, bounds, whole=visit & 1)
+            scores = here.hide(scores, lambda: bounds, whole=visit & 1)
             highest = jnp.maximum(maximum, scores.max(axis=1))
             weights = jnp.exp2(scores - here.spread(highest))
             shrink = jnp.exp2(maximum - highest)
