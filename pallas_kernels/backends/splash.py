@@ -75,8 +75,6 @@ class SplashBackend(Backend):
             reasons.append(f"the mask {request.mask}; it takes Full, Causal, Window, Chunked and Segments(ids)")
         elif parts[0].hides_a_row(tq, tk):
             reasons.append(f"the mask {request.mask}, under which some query sees no key")
-        elif parts[1] is not None and (tq != tk or not parts[0].visible(np.arange(1), np.arange(1)).all()):
-            reasons.append("segments where a query need not see itself")
         return reasons
 
     @override

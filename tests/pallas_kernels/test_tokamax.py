@@ -1,4 +1,4 @@
-"""The adapter to tokamax, with tokamax's own reference in place of its GPU kernel; skipped where it is not installed."""
+"""The adapter to tokamax, with tokamax's own reference in place of its GPU kernel; skipped without tokamax."""
 
 import jax.numpy as jnp
 import pytest
