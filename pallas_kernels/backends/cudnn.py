@@ -92,7 +92,7 @@ def _of_the_call(request: Request) -> list[str]:
 def _of_the_mask(request: Request) -> list[str]:
     mask, tq, tk = _mask(request.mask), request.q_shape[1], request.k_shape[1]
     if mask is None:
-        return [f"the mask {request.mask}; it takes Full, Causal(), KVLength and windows that end at the query"]
+        return [f"the mask {request.mask}; it takes Full, Causal(0), KVLength and windows that end at the query"]
     reasons = []
     if mask.causal and tq != tk:
         reasons.append(f"{tq} queries and {tk} keys under a causal mask")

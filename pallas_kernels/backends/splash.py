@@ -72,7 +72,7 @@ class SplashBackend(Backend):
             reasons.append(f"{tq} queries and {tk} keys; both must be multiples of {_LANES}")
         parts = _parts(request.mask)
         if parts is None:
-            reasons.append(f"the mask {request.mask}; it takes Full, Causal, Window, Chunked and Segments(ids)")
+            reasons.append(f"the mask {request.mask}; it takes Full, Causal(int), Window, Chunked and Segments(ids)")
         elif parts[0].hides_a_row(tq, tk):
             reasons.append(f"the mask {request.mask}, under which some query sees no key")
         return reasons

@@ -136,11 +136,11 @@ def test_cudnn_refuses(options, reason, monkeypatch):
         (dict(needs_lse=True), "the log-sum-exp"),
         (dict(dtype=jnp.float16), "float16; it takes float32 and bfloat16"),
         (dict(tq=4000), "4000 queries and 4000 keys; both must be multiples of 128"),
-        (dict(mask=PACKED_PREFIX), "the mask PrefixLM & Segments; it takes Full, Causal"),
+        (dict(mask=PACKED_PREFIX), "the mask PrefixLM & Segments; it takes Full, Causal.int."),
         (dict(mask=masks.Causal(np.int32(3))), "the mask Causal; it takes"),
         (dict(mask=masks.Causal(-1)), "under which some query sees no key"),
         (dict(mask=masks.Window(5, None), tk=2048), "under which some query sees no key"),
-        (dict(mask=masks.Segments(IDS, IDS)), "the mask Segments; it takes Full, Causal"),
+        (dict(mask=masks.Segments(IDS, IDS)), "the mask Segments; it takes Full, Causal.int."),
         (dict(mask=masks.Segments(IDS) & masks.Window(9, -1) & masks.Window(None, 3)), "some query sees no key"),
     ],
 )
