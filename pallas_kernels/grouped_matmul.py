@@ -11,7 +11,8 @@ from typing import Protocol, override
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import grouped_matmul_gpu, platforms
+from pallas_kernels import platforms
+from pallas_kernels.gpu import grouped_matmul as hopper
 
 
 class UnsupportedGroupedMatmul(ValueError):
@@ -162,21 +163,21 @@ def _pad_rows(x: jax.Array, multiple: int) -> jax.Array:
 
 
 class PallasGpuBackend(Backend):
-    """Our kernels for Hopper, see `pallas_kernels.grouped_matmul_gpu`."""
+    """Our kernels for Hopper, see `pallas_kernels.gpu.grouped_matmul`."""
 
     name = "pallas_gpu"
 
     @override
     def refuses(self, x: jax.Array, w: jax.Array) -> list[str]:
-        return grouped_matmul_gpu.refuses(x, w)
+        return hopper.refuses(x, w)
 
     @override
     def by_rows(self, x: jax.Array, w: jax.Array, group_sizes: jax.Array, transposed: bool) -> jax.Array:
-        return grouped_matmul_gpu.by_rows(x, w, group_sizes, transposed)
+        return hopper.by_rows(x, w, group_sizes, transposed)
 
     @override
     def by_groups(self, x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        return grouped_matmul_gpu.by_groups(x, y, group_sizes)
+        return hopper.by_groups(x, y, group_sizes)
 
 
 BACKENDS: dict[str, Backend] = {b.name: b for b in (RaggedDotBackend(), MegabloxBackend(), PallasGpuBackend())}

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import ahead_of_time, grouped_matmul_gpu, platforms
+from pallas_kernels import ahead_of_time, platforms
 from pallas_kernels.ahead_of_time import Case
+from pallas_kernels.gpu import grouped_matmul as hopper
 from pallas_kernels.grouped_matmul import BACKENDS, UnsupportedGroupedMatmul, grouped_matmul
 
 HERE = "tests.pallas_kernels.test_grouped_matmul"
@@ -132,7 +133,7 @@ def test_groups_keep_to_themselves(backend, dtype):
 def test_visits_cover_each_row_once():
     """The plan of the GPU kernel: each row of a group is in one visit of that group, in the visit's own block."""
     rng = np.random.default_rng(0)
-    visits = jax.jit(grouped_matmul_gpu._visits, static_argnums=1)
+    visits = jax.jit(hopper._visits, static_argnums=1)
     for _ in range(50):
         sizes = np.diff([0, *np.sort(rng.choice([0, 128, 256, 384, 511, 512, *rng.integers(0, 512, 6)], 5))])
         owner = np.full(512, -1)
@@ -152,8 +153,8 @@ def test_no_races(no_races, monkeypatch):
     x, w, dy = arrays(0, "bfloat16")
     sizes = jnp.asarray([70, 0, 100, 14], jnp.int32)
     with no_races():
-        grouped_matmul_gpu.by_rows(dy, w, sizes, transposed=True).block_until_ready()
-        grouped_matmul_gpu.by_groups(x, dy, sizes).block_until_ready()
+        hopper.by_rows(dy, w, sizes, transposed=True).block_until_ready()
+        hopper.by_groups(x, dy, sizes).block_until_ready()
 
 
 def shapes(m: int, k: int, n: int, g: int, dtype: str = "bfloat16"):
