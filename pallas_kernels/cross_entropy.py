@@ -1,8 +1,9 @@
 """Cross-entropy of hidden states against an output matrix, without the [tokens, vocabulary] logits.
 
-Two forms. `cross_entropy` is a weighted sum whose gradients are taken in the forward pass, while a chunk's logits are
-at hand: three matrix products, as for logits that are kept. `token_scores` gives log-probabilities that one can
-differentiate token by token; its backward pass computes the logits again, a fourth product, in the least memory.
+Two ways. Gradients in the forward pass, while the logits of a chunk of tokens are at hand: three matrix products, as
+for logits that are kept, but a sum only (`cross_entropy`). Or logits computed again in the backward pass, a chunk of
+the vocabulary at a time: a fourth product, the least memory, and gradients token by token (`token_scores`, and
+`cross_entropy` on demand).
 """
 
 import dataclasses
@@ -14,13 +15,16 @@ from typing import Any, NamedTuple, Protocol, override
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platforms
+
 _LOG = logging.getLogger(__name__)
 
 # Logits of a chunk of `cross_entropy`: of the sizes tried on a CPU (2^20 to 2^25 entries), none is faster.
 _CHUNK_LOGITS = 2**23
-# Fewer tokens make the gradient of the matrix, which every chunk adds to, cost more than the products.
-_FEWEST_TOKENS = 512
-# Ids of a chunk of `token_scores`.
+# Fewer tokens, and an accelerator waits for its memory: each chunk adds to the float32 gradient of the whole matrix, 8
+# bytes an entry for 2 operations a token.
+_FEWEST_TOKENS, _FEWEST_TOKENS_ON_CPU = 2048, 512
+# Ids of a chunk where logits are computed twice.
 _CHUNK_IDS = 2048
 
 
@@ -101,13 +105,13 @@ class Request:
     """What a call asks for, beside the arrays.
 
     Attributes:
-      gradient_in_forward: `cross_entropy`; else `token_scores`.
-      z_loss, label_smoothing: of `cross_entropy`.
-      mean_logit: whether `token_scores` gives it.
-      chunk: tokens (`cross_entropy`) or ids (`token_scores`) at a time; None lets the backend choose.
+      recompute: logits are computed again in the backward pass.
+      z_loss, label_smoothing: coefficients of the sum.
+      mean_logit: whether the scores hold it.
+      chunk: tokens, or with `recompute` ids, at a time; None lets the backend choose.
     """
 
-    gradient_in_forward: bool
+    recompute: bool
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     mean_logit: bool = False
@@ -134,12 +138,12 @@ class Backend(Protocol):
         weights: jax.Array,
         request: Request,
     ) -> tuple[jax.Array, TokenScores]:
-        """`cross_entropy`."""
+        """The sum of a request without `recompute`."""
 
     def scores(
         self, hidden: jax.Array, projection: OutputProjection, labels: jax.Array, request: Request
     ) -> TokenScores:
-        """`token_scores`."""
+        """The scores of a request with `recompute`."""
 
 
 def cross_entropy(
@@ -150,17 +154,20 @@ def cross_entropy(
     *,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
+    recompute: bool = False,
     chunk: int | None = None,
     backend: str = "auto",
 ) -> tuple[jax.Array, TokenScores]:
-    """Weighted sum over tokens of smoothed cross-entropy and z-loss; its gradients are computed on the way forward.
+    """Weighted sum over tokens of smoothed cross-entropy and z-loss.
 
     With label smoothing e the target distribution is (1 - e) on the label plus e / V on each of the V ids (Szegedy et
     al. 2016, arXiv 1512.00567, section 7); its entropy is not subtracted. The z-loss is z_loss * log(Z)^2.
 
-    Logits of `chunk` tokens of each group exist at a time. The gradient of the matrix is added up in float32 over the
-    chunks, on each group apart, and over the groups once at the end: where tokens lie on several devices, give the
-    devices an axis of their own, and nothing of the size of the matrix travels before the end.
+    Gradients are computed on the way forward, where one asks for them. Logits of `chunk` tokens of each group exist at
+    a time. The gradient of the matrix is added up in float32 over the chunks, on each group apart, and over the groups
+    once at the end: where tokens lie on several devices, give the devices an axis of their own, and nothing of the size
+    of the matrix travels before the end. With `recompute` logits are computed again in the backward pass, see
+    `token_scores`: worth it where the vocabulary is large and memory scarce.
 
     Args:
       hidden: [*groups, tokens, E].
@@ -169,7 +176,8 @@ def cross_entropy(
       weights: [*groups, tokens], constants: no gradient passes to them. A token of weight 0 passes no gradient and adds
         nothing, whatever its hidden state and label are.
       z_loss, label_smoothing: coefficients.
-      chunk: tokens of each group at a time; None chooses, see `chunk_tokens`.
+      recompute: compute logits twice.
+      chunk: tokens of each group, with `recompute` ids, at a time; None chooses, see `chunk_tokens`.
       backend: a name from `BACKENDS`, or "auto".
 
     Returns:
@@ -185,11 +193,16 @@ def cross_entropy(
     _check(hidden, projection, labels, chunk)
     if weights.shape != labels.shape:
         raise ValueError(f"weights {weights.shape} must have the shape of labels {labels.shape}; give one a token.")
-    request = Request(True, z_loss, label_smoothing, label_smoothing > 0.0, chunk)
+    request = Request(recompute, z_loss, label_smoothing, label_smoothing > 0.0, chunk)
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
     counts = weights != 0.0
     hidden, projection = _scaled(jnp.where(counts[..., None], hidden, 0), projection)
-    total, scores = choose(backend, hidden, projection, request).summed(hidden, projection, labels, weights, request)
+    backend = choose(backend, hidden, projection, request)
+    if recompute:
+        scores = backend.scores(hidden, projection, labels, request)
+        total = weighted_sum(scores, weights, request)
+    else:
+        total, scores = backend.summed(hidden, projection, labels, weights, request)
     # The labels of tokens that count for nothing may be anything.
     return total, TokenScores(*(jnp.where(counts, x, 0.0) for x in jax.lax.stop_gradient(scores)))
 
@@ -224,14 +237,15 @@ def token_scores(
       ValueError: shapes do not fit.
     """
     _check(hidden, projection, labels, chunk)
-    request = Request(False, mean_logit=mean_logit, chunk=chunk)
+    request = Request(True, mean_logit=mean_logit, chunk=chunk)
     hidden, projection = _scaled(hidden, projection)
     return choose(backend, hidden, projection, request).scores(hidden, projection, labels, request)
 
 
 def chunk_tokens(tokens: int, vocab_size: int) -> int:
-    """Tokens whose logits `cross_entropy` holds at a time if not told: about 2^23 logits, but at least 512 tokens."""
-    return min(tokens, max(_FEWEST_TOKENS, _CHUNK_LOGITS // vocab_size))
+    """Tokens whose logits `cross_entropy` holds at a time if not told: about 2^23 logits, but not too few tokens."""
+    fewest = _FEWEST_TOKENS_ON_CPU if platforms.current().kind == "cpu" else _FEWEST_TOKENS
+    return min(tokens, max(fewest, _CHUNK_LOGITS // vocab_size))
 
 
 class XlaBackend(Backend):

@@ -27,11 +27,16 @@ def by_scores(hidden, matrix):
 
 
 def largest_collectives(text):
-    """{collective: largest result in elements} of a compiled program, and of those that run in a loop."""
-    largest = {}
-    for shapes, name in re.findall(r"= (.*?) (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", text):
-        sizes = [int(np.prod([int(d) for d in s.split(",") if d])) for s in re.findall(r"\w+\[([\d,]*)\]", shapes)]
-        largest[name] = max(largest.get(name, 0), *sizes)
+    """Elements of the largest array that a collective carries, in the program's loops and outside of them."""
+    largest, computation = {"loops": 0, "outside": 0}, ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            computation = line
+        elif found := re.search(r"= (.*?) (all-\w+|reduce-scatter|collective-permute)(-start)?\(", line):
+            place = "outside" if computation.startswith("ENTRY") else "loops"
+            shapes = re.findall(r"\w+\[([\d,]*)\]", found[1])
+            sizes = [int(np.prod([int(d) for d in shape.split(",") if d])) for shape in shapes]
+            largest[place] = max(largest[place], *sizes)
     return largest
 
 
@@ -41,14 +46,16 @@ for form in (summed, by_scores):
     for layout, of_matrix in {"replicated": P(), "fsdp": P("data"), "tensor": P(None, "tensor")}.items():
         shardings = NamedSharding(mesh, P("data")), NamedSharding(mesh, of_matrix)
         step = jax.jit(
-            jax.value_and_grad(form, (0, 1)), in_shardings=shardings, out_shardings=(NamedSharding(mesh, P()), shardings)
+            jax.value_and_grad(form, (0, 1)),
+            in_shardings=shardings,
+            out_shardings=(NamedSharding(mesh, P()), shardings),
         )
         arrays = jax.device_put(hidden, shardings[0]), jax.device_put(matrix, shardings[1])
         compiled = step.lower(*arrays).compile()
         found = jax.device_get(compiled(*arrays))
         errors = [
-            float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected))
+            float(np.linalg.norm(a - b) / np.linalg.norm(b))
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected))
         ]
-        body = compiled.as_text()
-        answer[f"{form.__name__}, {layout}"] = {"error": max(errors), "collectives": largest_collectives(body)}
-print(json.dumps(answer, indent=1))
+        answer[f"{form.__name__}, {layout}"] = {"error": max(errors), **largest_collectives(compiled.as_text())}
+print(json.dumps(answer))
