@@ -178,7 +178,7 @@ def cross_entropy(
       z_loss, label_smoothing: coefficients.
       recompute: compute logits twice.
       chunk: tokens of each group, with `recompute` ids, at a time; None chooses, see `chunk_tokens`.
-      backend: a name from `BACKENDS`, or "auto".
+      backend: a name from `backends`, or "auto": the best that can.
 
     Returns:
       f32 scalar, and the scores of the tokens without gradient; they are 0 where the weight is, and mean_logit is 0
@@ -227,7 +227,7 @@ def token_scores(
       labels: int [*groups, tokens]. A label outside [0, V) has log-probability NaN.
       mean_logit: also compute the mean of the logits, which label smoothing needs.
       chunk: ids at a time; None chooses.
-      backend: a name from `BACKENDS`, or "auto".
+      backend: a name from `backends`, or "auto": the best that can.
 
     Returns:
       The scores. A token whose scores have no cotangent passes no gradient, whatever its hidden state is.
@@ -551,21 +551,36 @@ def _write(target: jax.Array, value: jax.Array, start: jax.Array | int, axis: in
 
 # The choice of a backend.
 
-BACKENDS: dict[str, Backend] = {"xla": XlaBackend()}
+
+@functools.cache
+def backends() -> dict[str, Backend]:
+    """The backends by name, for "auto" the best first; the last one refuses nothing."""
+    from pallas_kernels.tpu.cross_entropy import TpuBackend  # which imports this module
+
+    return {backend.name: backend for backend in (TpuBackend(), XlaBackend())}
 
 
 def choose(name: str, hidden: jax.Array, projection: OutputProjection, request: Request) -> Backend:
     """The backend for a call."""
     if name == "auto":
-        return BACKENDS["xla"]
-    if name not in BACKENDS:
+        # On a CPU the kernels are interpreted, for tests alone.
+        able = [b for b in backends().values() if not b.refuses(hidden, projection, request)]
+        chosen = able[-1] if platforms.current().kind == "cpu" else able[0]
+        _log_once(chosen.name, hidden.shape, projection.vocab_size, request)
+        return chosen
+    if name not in backends():
         raise UnsupportedCrossEntropy(
-            f"There is no cross-entropy backend {name!r}; there are {sorted(BACKENDS)} and 'auto'."
+            f"There is no cross-entropy backend {name!r}; there are {sorted(backends())} and 'auto'."
         )
-    if reasons := BACKENDS[name].refuses(hidden, projection, request):
-        able = [n for n, b in BACKENDS.items() if not b.refuses(hidden, projection, request)]
+    if reasons := backends()[name].refuses(hidden, projection, request):
+        able = [n for n, b in backends().items() if not b.refuses(hidden, projection, request)]
         raise UnsupportedCrossEntropy(f"{name} cannot: {'; '.join(reasons)}. Backends that can: {', '.join(able)}.")
-    return BACKENDS[name]
+    return backends()[name]
+
+
+@functools.cache
+def _log_once(chosen: str, shape: tuple[int, ...], vocab_size: int, request: Request) -> None:
+    _LOG.info("Cross-entropy of hidden states %s over %d ids runs on %s (%s).", shape, vocab_size, chosen, request)
 
 
 def _scaled(hidden: jax.Array, projection: OutputProjection) -> tuple[jax.Array, OutputProjection]:

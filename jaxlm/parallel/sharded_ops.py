@@ -78,6 +78,8 @@ class ShardedOps:
             x = x.reshape(rows, columns, batch // rows, length // columns)
             return self._place(jnp.moveaxis(x, 1, 2).reshape(batch, length), places)
 
+        if self.mesh.size > 1:  # GSPMD partitions the plain form, and cannot partition a kernel
+            options["backend"] = "xla"
         total, scores = cross_entropy(to_groups(features), projection, to_groups(labels), to_groups(weights), **options)
         return total, jax.tree.map(from_groups, scores)
 
