@@ -41,8 +41,8 @@ class Request:
     chunk: int
 
 
-# q, k [B, T, H, Dk]; v [B, T, H, Dv]; log_decay None, [B, T, H] or [B, T, H, Dk], float32; state [B, H, Dv, Dk], float32.
-Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]
+# q, k [B, T, H, Dk]; v [B, T, H, Dv]; log_decay [B, T, H] or [B, T, H, Dk], and state [B, H, Dv, Dk], float32.
+Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class Backend(Protocol):
@@ -102,10 +102,10 @@ def linear_attention(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_size, v.shape[-1]), jnp.float32)
     state = initial_state.astype(jnp.float32).swapaxes(2, 3)
-    log_decay = None if log_decay is None else log_decay.astype(jnp.float32)
+    # Without decay is with a decay of 1: a row of numbers a head, and a tenth of the kernel's time.
+    log_decay = jnp.zeros(q.shape[:3], jnp.float32) if log_decay is None else log_decay.astype(jnp.float32)
     if chunk is None:
-        chunk = 64 if log_decay is not None and log_decay.ndim == 4 else 128
-        chunk = min(chunk, _up(length, linear_chunk.SUB_CHUNK))
+        chunk = min(128 if log_decay.ndim == 3 else 64, _up(length, linear_chunk.SUB_CHUNK))
     padding = _up(length, chunk) - length
     request = Request(float(scale), chunk)
     restart = None
@@ -113,13 +113,9 @@ def linear_attention(
         packed_rows.check_segment_ids(segment_ids, batch, length)
         real, restart = segment_ids != 0, _pad(packed_rows.restarts(segment_ids), padding)
         q, k, v = (jnp.where(real[:, :, None, None], x, jnp.zeros_like(x)) for x in (q, k, v))
-        if log_decay is None:
-            log_decay = jnp.zeros((batch, length, heads), jnp.float32)
         log_decay = jnp.where(real.reshape(real.shape + (1,) * (log_decay.ndim - 2)), log_decay, 0.0)
     # Steps after the end write nothing and decay nothing, as padding does.
-    q, k, v = (_pad(x, padding) for x in (q, k, v))
-    log_decay = None if log_decay is None else _pad(log_decay, padding)
-    inputs = (q, k, v, log_decay, state)
+    inputs = (*(_pad(x, padding) for x in (q, k, v, log_decay)), state)
     chosen = mixer_backends.choose("linear_attention", backend, BACKENDS, inputs, request)
     if restart is None:
         o, final = _unpacked(chosen.name, request, *inputs)
@@ -232,12 +228,9 @@ def _packed_backward(name, request, inputs_and_restart, gradients):
     broken = _broken(inputs) | packed_rows.is_broken(do)
     broken = broken.at[:, -1].set(broken[:, -1] | ~_finite(d_final))
     do, d_final = packed_rows.cleaned(do), packed_rows.cleaned(d_final)
-    gradients = BACKENDS[name].backward(_separated(inputs, restart), request, do, d_final)
-    *by_step, d_state = gradients
+    *by_step, d_state = BACKENDS[name].backward(_separated(inputs, restart), request, do, d_final)
     poison = packed_rows.poison_around(broken, restart)
     by_step = [(x + poison.reshape(poison.shape + (1,) * (x.ndim - 2))).astype(x.dtype) for x in by_step]
-    forgotten = restart.reshape(restart.shape + (1,) * (by_step[3].ndim - 2))
-    by_step[3] = jnp.where(forgotten, 0.0, by_step[3])
     return *by_step, d_state + poison[:, 0, None, None, None], None
 
 
@@ -300,10 +293,9 @@ class XlaBackend(Backend):
         _, states = jax.lax.scan(states_between, state, chunks)
         do = _by_chunk(do, request.chunk)
         d_state, (dq, dk, dv, d_log_decay) = jax.lax.scan(step, d_final, (chunks, states, do), reverse=True)
-        if log_decay is not None and log_decay.ndim == 3:
+        if log_decay.ndim == 3:
             d_log_decay = d_log_decay.swapaxes(3, 4)
-        d_log_decay = None if log_decay is None else _joined(d_log_decay).reshape(log_decay.shape)
-        return _joined(dq), _joined(dk), _joined(dv), d_log_decay, d_state
+        return _joined(dq), _joined(dk), _joined(dv), _joined(d_log_decay).reshape(log_decay.shape), d_state
 
 
 def _over_heads(function):
@@ -311,11 +303,11 @@ def _over_heads(function):
     return jax.vmap(jax.vmap(function))
 
 
-def _chunks(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, chunk: int):
+def _chunks(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, chunk: int):
     """Each as [T / C, B, H, C, N]; a decay for all channels as the row [T / C, B, H, 1, C]."""
-    if log_decay is not None and log_decay.ndim == 3:
+    if log_decay.ndim == 3:
         log_decay = _by_chunk(log_decay[..., None], chunk).swapaxes(3, 4)
-    elif log_decay is not None:
+    else:
         log_decay = _by_chunk(log_decay, chunk)
     return *(_by_chunk(x, chunk) for x in (q, k, v)), log_decay
 

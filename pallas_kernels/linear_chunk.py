@@ -8,8 +8,8 @@ them with the state in VMEM. For one head and C consecutive steps, b being the r
 
 (GLA, arXiv 2312.06635, section 4; with one decay for all channels, SSD, arXiv 2405.21060, section 6.) Every exponent is
 a sum of log decays over later steps, so that no exponential overflows. Where each channel has its decay, a product of
-matrices needs factors exp(b_i - e) and exp(e - b_j): as in GLA, e is the sum up to the start of i's sub-chunk, which lies
-between the two, and the pairs inside a sub-chunk are taken one by one.
+matrices needs factors exp(b_i - e) and exp(e - b_j): as in GLA, e is the sum up to the start of i's sub-chunk, which
+lies between the two, and the pairs inside a sub-chunk are taken one by one.
 
 States are kept transposed, [Dv, Dk], so that decays of key channels lie along lanes. Products are taken in the type of
 the inputs and added up in float32; with float32 inputs at full precision.
@@ -67,7 +67,7 @@ class _Decays:
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array, scale: float
+    q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array, state: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """(o [C, Dv] float32, the state after the chunk).
 
@@ -75,17 +75,17 @@ def forward(
       q: [C, Dk].
       k: [C, Dk].
       v: [C, Dv].
-      log_decay: float32; None, [1, C] (one for all channels) or [C, Dk]; -inf forgets the state.
+      log_decay: [1, C] (one for all channels) or [C, Dk], float32; -inf forgets the state.
       state: [Dv, Dk] float32, before the chunk.
       scale: multiplies o.
     """
     decays = _decays(log_decay, q.shape[0])
     o = _dot(_scores(q, k, decays), v, v.dtype)
-    o += _dot_nt(_times(q, decays and decays.into), state, q.dtype)
+    o += _dot_nt(_times(q, decays.into), state, q.dtype)
     return scale * o, _next_state(k, v, decays, state)
 
 
-def next_state(k: jax.Array, v: jax.Array, log_decay: jax.Array | None, state: jax.Array) -> jax.Array:
+def next_state(k: jax.Array, v: jax.Array, log_decay: jax.Array, state: jax.Array) -> jax.Array:
     """The state after the chunk, as in `forward`."""
     return _next_state(k, v, _decays(log_decay, k.shape[0]), state)
 
@@ -94,19 +94,19 @@ def backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    log_decay: jax.Array | None,
+    log_decay: jax.Array,
     state: jax.Array,
     do: jax.Array,
     d_next: jax.Array,
     scale: float,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """Gradients (dq, dk, dv, d log_decay or None, d state), all float32, of the arguments of `forward`.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients (dq, dk, dv, d log_decay, d state), all float32, of the arguments of `forward`.
 
     Args:
       q: as in `forward`, like all that follow up to `state`.
       k: [C, Dk].
       v: [C, Dv].
-      log_decay: None, [1, C] or [C, Dk].
+      log_decay: [1, C] or [C, Dk].
       state: [Dv, Dk], before the chunk.
       do: [C, Dv], gradient of o.
       d_next: [Dv, Dk] float32, gradient of the state after the chunk.
@@ -114,25 +114,21 @@ def backward(
     """
     decays = _decays(log_decay, q.shape[0])
     do = (scale * do.astype(jnp.float32)).astype(v.dtype)
-    q_into, k_out = _times(q, decays and decays.into), _times(k, decays and decays.out)
+    q_into, k_out = _times(q, decays.into), _times(k, decays.out)
     dv = _dot_tn(_scores(q, k, decays), do, v.dtype) + _dot_nt(k_out, d_next, v.dtype)
     dq_inside, dk_inside, d_sums = _scores_backward(q, k, decays, _dot_nt(do, v, v.dtype))
-    dq_state, dk_state = _dot(do, state, v.dtype), _dot(v, d_next, v.dtype)
-    d_state = _dot_tn(do, q_into, q.dtype)
-    if decays is None:
-        return dq_inside + dq_state, dk_inside + dk_state, dv, None, d_state + d_next
-    dq_state, dk_state = dq_state * decays.into, dk_state * decays.out
+    dq_state = decays.into * _dot(do, state, v.dtype)
+    dk_state = decays.out * _dot(v, d_next, v.dtype)
     kept = decays.across * d_next
     written = k * dk_state
     # exp(b_C) multiplies the state, and every write beside exp(-b_j).
     d_last = jnp.sum(state * kept, axis=0, keepdims=True) + jnp.sum(written, axis=0, keepdims=True)
     d_log_decay = _decay_gradient(log_decay, d_sums + (q * dq_state - written), d_last)
-    return dq_inside + dq_state, dk_inside + dk_state, dv, d_log_decay, d_state + kept
+    d_state = kept + _dot_tn(do, q_into, q.dtype)
+    return dq_inside + dq_state, dk_inside + dk_state, dv, d_log_decay, d_state
 
 
-def _decays(log_decay: jax.Array | None, size: int) -> _Decays | None:
-    if log_decay is None:
-        return None
+def _decays(log_decay: jax.Array, size: int) -> _Decays:
     log_decay = jnp.maximum(log_decay, FORGET)
     whole = jnp.round(log_decay)
     rest = log_decay - whole
@@ -163,27 +159,40 @@ def _running_row(row: jax.Array) -> jax.Array:
 
 
 def _decay_gradient(log_decay: jax.Array, d_sums: jax.Array, d_last: jax.Array) -> jax.Array:
-    """Gradient of log decays from that of their running sums, [C, Dk], and of the last sum alone, [1, Dk]."""
+    """Gradient of log decays from that of their running sums, [C, Dk], and of the last sum alone, [1, Dk].
+
+    A log decay is part of all later sums. Those beyond a step that forgets everything would cancel, but for rounding:
+    they are left out, so that the segments of a packed row do not touch.
+    """
     size = d_sums.shape[0]
+    column, row = _times_forgotten(log_decay, size)
     if log_decay.shape[0] == size:
-        upper = (_index(size, 0) <= _index(size, 1)).astype(jnp.float32)
-        gradient = _dot(upper, d_sums, jnp.float32) + d_last
+        reached = ((_index(size, 0) <= _index(size, 1)) & (column == row)).astype(jnp.float32)
+        gradient = _dot(reached, d_sums, jnp.float32) + jnp.where(column == row[:, size - 1 :], d_last, 0.0)
     else:
-        column = jnp.sum(d_sums, axis=1, keepdims=True)
-        gradient = jnp.sum(jnp.where(_causal(size), column, 0.0), axis=0, keepdims=True) + jnp.sum(d_last)
+        summed = jnp.where(_causal(size) & (column == row), jnp.sum(d_sums, axis=1, keepdims=True), 0.0)
+        gradient = jnp.sum(summed, axis=0, keepdims=True)
+        gradient += jnp.where(row == row[:, size - 1 :], jnp.sum(d_last, axis=1, keepdims=True), 0.0)
     return jnp.where(log_decay > FORGET, gradient, 0.0)
 
 
-def _next_state(k: jax.Array, v: jax.Array, decays: _Decays | None, state: jax.Array) -> jax.Array:
-    written = _dot_tn(v, _times(k, decays and decays.out), v.dtype)
-    return (state if decays is None else decays.across * state) + written
+def _times_forgotten(log_decay: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """How often all channels were forgotten up to each step, as a column [C, 1] and as a row [1, C]."""
+    if log_decay.shape[0] == size:
+        column = (jnp.max(log_decay, axis=1, keepdims=True) <= FORGET).astype(jnp.float32)
+        row = jnp.sum(jnp.where(_index(size, 0) == _index(size, 1), column, 0.0), axis=0, keepdims=True)
+    else:
+        row = (log_decay <= FORGET).astype(jnp.float32)
+    return _running_column(row), _running_row(row)
 
 
-def _scores(q: jax.Array, k: jax.Array, decays: _Decays | None) -> jax.Array:
+def _next_state(k: jax.Array, v: jax.Array, decays: _Decays, state: jax.Array) -> jax.Array:
+    return decays.across * state + _dot_tn(v, _times(k, decays.out), v.dtype)
+
+
+def _scores(q: jax.Array, k: jax.Array, decays: _Decays) -> jax.Array:
     """(q_i . k_j exp(b_i - b_j)) where j <= i, else 0; [C, C] float32."""
     size = q.shape[0]
-    if decays is None:
-        return jnp.where(_causal(size), _dot_nt(q, k, q.dtype), 0.0)
     if decays.between is not None:
         return _dot_nt(q, k, q.dtype) * decays.between
     earlier = [_dot_nt(q_near, k_near, q.dtype) for q_near, k_near, *_ in _sub_chunks(q, k, decays)]
@@ -196,12 +205,11 @@ def _scores(q: jax.Array, k: jax.Array, decays: _Decays | None) -> jax.Array:
 
 
 def _scores_backward(
-    q: jax.Array, k: jax.Array, decays: _Decays | None, d_scores: jax.Array
+    q: jax.Array, k: jax.Array, decays: _Decays, d_scores: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(dq, dk, d b): of the queries, keys and running sums that `_scores` was made from; each [C, Dk] float32."""
-    if decays is None or decays.between is not None:
-        between = _causal(q.shape[0]) if decays is None else decays.between
-        d_products = d_scores * between
+    if decays.between is not None:
+        d_products = d_scores * decays.between
         dq, dk = _dot(d_products, k, q.dtype), _dot_tn(d_products, q, q.dtype)
         return dq, dk, q * dq - k * dk
     dqs, d_sums, dk, d_sums_of_keys = [], [], 0.0, 0.0
@@ -276,8 +284,8 @@ def _is_column(j: int, shape: tuple[int, ...]) -> jax.Array:
     return lane == block * SUB_CHUNK + j
 
 
-def _times(x: jax.Array, factor: jax.Array | None) -> jax.Array:
-    return x if factor is None else (x * factor).astype(x.dtype)
+def _times(x: jax.Array, factor: jax.Array) -> jax.Array:
+    return (x * factor).astype(x.dtype)
 
 
 def _index(size: int, axis: int) -> jax.Array:

@@ -21,7 +21,7 @@ _LANES = 128
 _GRID_STEP = 512  # time steps of a grid step, at most
 
 # q, k, v, log_decay, state, as in pallas_kernels.linear_attention.Inputs.
-_Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array]
+_Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def refuses(inputs: _Inputs) -> list[str]:
@@ -79,11 +79,11 @@ def _forward_kernel(q, k, v, log_decay, initial, o, state, *, chunk: int, scale:
     _start_from(initial, state)
 
     def step(i, rows):
-        decay = _decay_of(log_decay, i, rows, chunk)
+        decay = log_decay[_decay_rows(log_decay, i, rows, q.shape[0]), :]
         result, state[...] = linear_chunk.forward(q[rows, :], k[rows, :], v[rows, :], decay, state[...], scale)
         o[rows, :] = result.astype(o.dtype)
 
-    _for_chunks(range(q.shape[0] // chunk), chunk, step)
+    _for_chunks(q.shape[0], chunk, log_decay, step)
 
 
 def _states_kernel(k, v, log_decay, initial, states, state, *, chunk: int):
@@ -91,10 +91,10 @@ def _states_kernel(k, v, log_decay, initial, states, state, *, chunk: int):
 
     def step(i, rows):
         states[i] = state[...]
-        decay = _decay_of(log_decay, i, rows, chunk)
+        decay = log_decay[_decay_rows(log_decay, i, rows, k.shape[0]), :]
         state[...] = linear_chunk.next_state(k[rows, :], v[rows, :], decay, state[...])
 
-    _for_chunks(range(k.shape[0] // chunk), chunk, step)
+    _for_chunks(k.shape[0], chunk, log_decay, step)
 
 
 def _backward_kernel(
@@ -103,15 +103,14 @@ def _backward_kernel(
     _start_from(d_final, d_state)
 
     def step(i, rows):
-        decay = _decay_of(log_decay, i, rows, chunk)
+        decay = log_decay[_decay_rows(log_decay, i, rows, q.shape[0]), :]
         here = (q[rows, :], k[rows, :], v[rows, :], decay, states[i], do[rows, :])
         *gradients, by_decay, d_state[...] = linear_chunk.backward(*here, d_state[...], scale)
         for ref, gradient in zip((dq, dk, dv), gradients):
             ref[rows, :] = gradient.astype(ref.dtype)
-        if by_decay is not None:
-            _set_decay(d_log_decay, i, rows, by_decay)
+        d_log_decay[_decay_rows(log_decay, i, rows, q.shape[0]), :] = by_decay
 
-    _for_chunks(reversed(range(q.shape[0] // chunk)), chunk, step)
+    _for_chunks(q.shape[0], chunk, log_decay, step, reverse=True)
 
 
 def _start_from(initial, state) -> None:
@@ -122,25 +121,29 @@ def _start_from(initial, state) -> None:
         state[...] = initial[...]
 
 
-def _for_chunks(numbers, chunk: int, step: Callable) -> None:
-    """Unrolled: what does not wait for the state overlaps with what does."""
-    for i in numbers:
-        step(i, slice(i * chunk, (i + 1) * chunk))
+def _for_chunks(length: int, chunk: int, log_decay, step: Callable, reverse: bool = False) -> None:
+    """Calls step(number of the chunk, its rows) for all chunks of a block.
+
+    Unrolled, so that what does not wait for the state overlaps with what does; but not with decays by channel, where
+    one chunk is work and code enough.
+    """
+    count = length // chunk
+
+    def at(i):
+        i = count - 1 - i if reverse else i
+        step(i, pl.ds(pl.multiple_of(i * chunk, chunk), chunk))
+
+    jax.lax.fori_loop(0, count, lambda i, _: at(i), None, unroll=not _by_channel(log_decay, length))
 
 
-def _decay_of(log_decay, i: int, rows: slice, chunk: int) -> jax.Array | None:
-    """A chunk's decays as `linear_chunk` takes them: nothing, a row for all channels, or a row a step."""
-    if log_decay is None:
-        return None
-    row_a_chunk = log_decay.shape[1] == chunk and log_decay.shape[0] < chunk
-    return log_decay[i : i + 1, :] if row_a_chunk else log_decay[rows, :]
+def _by_channel(log_decay, length: int) -> bool:
+    """Whether a block of log decays has one row a step; else it has one row a chunk."""
+    return log_decay.shape[0] == length
 
 
-def _set_decay(ref, i: int, rows: slice, gradient: jax.Array) -> None:
-    if gradient.shape[0] == 1:
-        ref[i : i + 1, :] = gradient
-    else:
-        ref[rows, :] = gradient
+def _decay_rows(log_decay, i: jax.Array, rows: pl.Slice, length: int) -> pl.Slice:
+    """Where a block of log decays has those of chunk i, whose steps are `rows`."""
+    return rows if _by_channel(log_decay, length) else pl.ds(i, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +184,10 @@ class _Layout:
         spec = pl.BlockSpec((None, self.chunks * self.chunk, size), lambda b, h, t: (b, self._at(t), h))
         return _Blocked(x.reshape(batch, length, heads * size), spec)
 
-    def decays(self, x: jax.Array | None) -> _Blocked | None:
+    def decays(self, x: jax.Array) -> _Blocked:
         """[B, T, H, Dk] as the keys; [B, T, H] as [B, H, grid steps, chunks, chunk]."""
-        if x is None or x.ndim == 4:
-            return None if x is None else self.steps(x)
+        if x.ndim == 4:  # channels that are not there forget whenever the others do
+            return self.steps(_up_to_lanes(x, 3, -jnp.inf))
         batch, heads, count = self.grid
         spec = pl.BlockSpec((None, None, None, self.chunks, self.chunk), lambda b, h, t: (b, h, self._at(t), 0, 0))
         return _Blocked(x.transpose(0, 2, 1).reshape(batch, heads, count, self.chunks, self.chunk), spec)
@@ -203,10 +206,10 @@ class _Layout:
         """The reverse of `steps`."""
         return x.reshape(*x.shape[:2], self.grid[1], -1)[..., :size]
 
-    def decays_apart(self, x: jax.Array | None, like: jax.Array | None) -> jax.Array | None:
+    def decays_apart(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """The reverse of `decays`."""
-        if like is None or like.ndim == 4:
-            return None if like is None else self.heads_apart(x, like.shape[-1])
+        if like.ndim == 4:
+            return self.heads_apart(x, like.shape[-1])
         return x.reshape(*x.shape[:2], -1).transpose(0, 2, 1)
 
     def cut_state(self, x: jax.Array, like: jax.Array) -> jax.Array:
@@ -217,32 +220,23 @@ class _Layout:
         return self.grid[2] - 1 - t if self.reverse else t
 
 
-def _up_to_lanes(x: jax.Array, axis: int) -> jax.Array:
+def _up_to_lanes(x: jax.Array, axis: int, value: float = 0.0) -> jax.Array:
     missing = -x.shape[axis] % _LANES
-    return jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)]) if missing else x
+    widths = [(0, missing if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
-def _run(
-    kernel: Callable, layout: _Layout, operands: list[_Blocked | None], results: list[_Blocked | None]
-) -> list[jax.Array | None]:
-    """Runs `kernel`, which takes a reference or None for each operand and each result, in this order."""
-    blocks = [*operands, *results]
-
-    def body(*refs):
-        refs = iter(refs)
-        kernel(*(None if block is None else next(refs) for block in blocks))
-
-    outputs = pl.pallas_call(
-        body,
+def _run(kernel: Callable, layout: _Layout, operands: list[_Blocked], results: list[_Blocked]) -> list[jax.Array]:
+    """Runs `kernel`, which takes a reference for each operand and each result."""
+    return pl.pallas_call(
+        kernel,
         grid=layout.grid,
-        in_specs=[x.spec for x in operands if x is not None],
-        out_specs=[x.spec for x in results if x is not None],
-        out_shape=[jax.ShapeDtypeStruct(x.array.shape, x.array.dtype) for x in results if x is not None],
+        in_specs=[x.spec for x in operands],
+        out_specs=[x.spec for x in results],
+        out_shape=[jax.ShapeDtypeStruct(x.array.shape, x.array.dtype) for x in results],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
         ),
         interpret=platforms.tpu_interpret(),
-        name=kernel.func.__name__.strip("_"),
-    )(*(x.array for x in operands if x is not None))
-    outputs = iter(outputs)
-    return [None if block is None else next(outputs) for block in results]
+        name="linear_attention" + kernel.func.__name__.removesuffix("_kernel"),
+    )(*(x.array for x in operands))
