@@ -8,6 +8,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import platforms
 from pallas_kernels.fused import Inputs, fused_attention, inputs_of
+from pallas_kernels.gpu.attention_backward import Saved, key_value_gradients, query_gradient
+from pallas_kernels.gpu.attention_forward import forward
+from pallas_kernels.gpu.blocks import Blocks, blocks_of
+from pallas_kernels.gpu.diagonal_gradient import diagonal_gradient
 from pallas_kernels.requests import Backend, Request
 
 _CHIPS = ("h100", "h200")
@@ -49,8 +53,6 @@ class _HopperKernels:
     """`fused.Kernels`."""
 
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        from pallas_kernels.gpu.attention_forward import forward  # Mosaic GPU is slow to import
-
         return forward(q, k, v, inputs, _blocks(q, v, inputs).forward, platforms.gpu_interpret())
 
     def backward(
@@ -63,9 +65,6 @@ class _HopperKernels:
         delta: jax.Array,
         gradient: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-        from pallas_kernels.gpu.attention_backward import Saved, key_value_gradients, query_gradient
-        from pallas_kernels.gpu.diagonal_gradient import diagonal_gradient
-
         saved = Saved(q, k, v, inputs, lse, delta, gradient)
         blocks, interpret = _blocks(q, v, inputs), platforms.gpu_interpret()
         dq, d_dense = query_gradient(saved, blocks.query_gradient, interpret)
@@ -76,9 +75,7 @@ class _HopperKernels:
         return dq, dk, dv, d_diagonals, d_dense
 
 
-def _blocks(q: jax.Array, v: jax.Array, inputs: Inputs):
-    from pallas_kernels.gpu.blocks import blocks_of
-
+def _blocks(q: jax.Array, v: jax.Array, inputs: Inputs) -> Blocks:
     sparse = None if inputs.block_sparse is None else inputs.block_sparse.block
     return blocks_of(q.shape[-1], v.shape[-1], inputs.soft_cap is not None, sparse)
 

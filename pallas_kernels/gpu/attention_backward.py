@@ -270,7 +270,7 @@ class _KeyValueGradients:
         tiles = self.blocks.keys // ROWS
 
         def over_visits(visit, start):
-            """Folds `visit(number, head, entry, *carry)` over the blocks of queries of all heads that share these keys."""
+            """Folds `visit(number, head, entry, *carry)` over the blocks of queries that see these keys, head by head."""
 
             def over_head(member, carry):
                 head = kv_head * self.group + member
