@@ -124,8 +124,6 @@ def query_gradient(saved: Saved, blocks: QueryBlocks, interpret: dict[str, Any])
     inputs, (batch, tq, heads, size), (tk, _, v_size) = saved.inputs, saved.q.shape, saved.v.shape[1:]
     padded_tq, padded_tk = operands.round_up(tq, blocks.queries), operands.round_up(tk, blocks.keys)
     plan = operands.plan_of(inputs, tk, (blocks.queries, blocks.keys))
-    if inputs.dense_bias_gradient:  # Every block of it must be written, hidden ones too.
-        plan = dataclasses.replace(plan, state=jnp.maximum(plan.state, plans.PARTIAL))
     kernel = _QueryGradient(inputs, blocks, saved.group, bool(interpret))
     out_type = [jax.ShapeDtypeStruct((batch, padded_tq, heads, size), saved.q.dtype)]
     if inputs.dense_bias_gradient:
@@ -140,7 +138,15 @@ def query_gradient(saved: Saved, blocks: QueryBlocks, interpret: dict[str, Any])
         computing=blocks.warpgroups,
         interpret=interpret,
     )
-    return dq[:, :tq], d_bias[0][:, :, :tq, :tk] if d_bias else None
+    return dq[:, :tq], _zero_where_hidden(d_bias[0], plan)[:, :, :tq, :tk] if d_bias else None
+
+
+def _zero_where_hidden(d_bias: jax.Array, plan: plans.Plan) -> jax.Array:
+    """The gradient of a dense bias whose hidden blocks nobody has written."""
+    batch, heads, tq, tk = d_bias.shape
+    (bq, bk), seen = plan.block, plan.state != plans.HIDDEN
+    blocks = d_bias.reshape(batch, heads, tq // bq, bq, tk // bk, bk)
+    return jnp.where(seen[:, :, :, None, :, None], blocks, 0.0).reshape(d_bias.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +276,7 @@ class _KeyValueGradients:
         tiles = self.blocks.keys // ROWS
 
         def over_visits(visit, start):
-            """Folds `visit(number, head, entry, *carry)` over the blocks of queries that see these keys, head by head."""
+            """Folds `visit(number, head, entry, *carry)` over the blocks of queries that see these keys, by head."""
 
             def over_head(member, carry):
                 head = kv_head * self.group + member

@@ -23,7 +23,9 @@ def product(left: jax.Ref, right: jax.Ref) -> jax.Array:
 def accumulate(total: jax.Array, left: jax.Array, right: jax.Ref, interpreted: bool) -> jax.Array:
     """total + left right, float32; left in registers, right in shared memory."""
     if interpreted:
-        return total + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+        total = total + jnp.dot(left, right[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()  # Unlike a tensor core's, this reading must be declared done before the next copy.
+        return total
 
     def run(result):
         plgpu.wgmma(result, left, right)
