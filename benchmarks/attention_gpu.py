@@ -120,7 +120,7 @@ def registers_table() -> list[dict[str, Any]]:
     for case in cases:
         kernels = ahead_of_time.gpu_registers(ahead_of_time.Case("benchmarks.attention_gpu:program", case))
         rows.append(case | {"kernels": [dataclasses.asdict(kernel) for kernel in kernels]})
-        spills = {kernel.name.removesuffix("_mosaic_gpu_kernel"): kernel.spill_loads for kernel in kernels}
+        spills = {kernel.kernel.removesuffix("_mosaic_gpu_kernel"): kernel.spill_loads for kernel in kernels}
         print(*case.values(), "- bytes of spill loads:", spills, flush=True)
     return rows
 
