@@ -192,9 +192,9 @@ class _QueryGradient:
         def compute(warpgroup):
             tile = Tile(self.blocks.keys, 0, batch, head, block * self.blocks.queries + warpgroup * ROWS, 0)
             rows = pl.ds(tile.query, ROWS)
-            q, gradient, barrier = queries.at[warpgroup], gradients.at[warpgroup], loaded.at[warpgroup]
+            q, barrier = queries.at[warpgroup], loaded.at[warpgroup]
             plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q, barrier)
-            plgpu.copy_gmem_to_smem(refs["gradient"].at[batch, rows, head], gradient, barrier)
+            plgpu.copy_gmem_to_smem(refs["gradient"].at[batch, rows, head], gradients.at[warpgroup], barrier)
             per_query = PerQuery.of_rows(tile, refs)
             plgpu.barrier_wait(barrier)
 
@@ -202,8 +202,10 @@ class _QueryGradient:
                 visit = visits[number]
                 here = dataclasses.replace(tile, key=(visit >> 1) * self.blocks.keys)
                 k = keys.wait(number)
-                weights = Weights.of(product(q, k.T), here, self.inputs, refs, per_query, whole=visit & 1)
-                d_weights = product(gradient, values.wait(number).T)
+                mine = warpgroup + self._zero(visit, widest=max(q.shape[-1], gradients.shape[-1]))
+                products = product(queries.at[mine], k.T)
+                weights = Weights.of(products, here, self.inputs, refs, per_query, whole=visit & 1)
+                d_weights = product(gradients.at[mine], values.wait(number).T)
                 values.free(number)
                 d_scores = weights.score_gradient(d_weights, here, self.inputs, per_query)
                 if d_bias:
@@ -219,6 +221,14 @@ class _QueryGradient:
             plgpu.wait_smem_to_gmem(0)
 
         specialise(copy, compute, computing=self.blocks.warpgroups)
+
+    def _zero(self, visit: jax.Array, widest: int) -> jax.Array | int:
+        """0; beside the widest heads one that the compiler does not know.
+
+        An index that seems to change with the step keeps it from computing all addresses in an operand before the loop,
+        for which, beside a sum 256 wide, there are no registers.
+        """
+        return visit >> 30 if widest == 256 else 0
 
 
 def key_value_gradients(saved: Saved, blocks: KeyBlocks, interpret: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
