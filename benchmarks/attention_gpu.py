@@ -173,20 +173,20 @@ def jax_seconds(who: str, name: str, size: int, length: int) -> dict[str, float]
     """Seconds of forward and backward by one of our backends, or by "cudnn with a dense mask"."""
     batch, heads = TOKENS // length, WIDTH // size
     q, k, v, gradient = jax.random.normal(jax.random.key(0), (4, batch, length, heads, size), jnp.bfloat16)
-    mask = jax.tree.map(jnp.asarray, mask_of(name, batch, length))
+    mask, dense = mask_of(name, batch, length), None
     if who == "cudnn with a dense mask":
-        mask = jnp.broadcast_to(mask.dense(length, length), (batch, 1, length, length))
+        dense = jnp.broadcast_to(mask.dense(length, length), (batch, 1, length, length))
 
     @jax.jit
-    def forward(q, k, v, mask):
-        if who == "cudnn with a dense mask":
-            return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+    def forward(q, k, v, dense):
+        if dense is not None:
+            return jax.nn.dot_product_attention(q, k, v, mask=dense, implementation="cudnn")
         return attention(q, k, v, mask=mask, backend=who)
 
-    _, pullback = jax.jit(lambda q, k, v, mask: jax.vjp(lambda *x: forward(*x, mask), q, k, v))(q, k, v, mask)
+    _, pullback = jax.jit(lambda q, k, v, dense: jax.vjp(lambda *x: forward(*x, dense), q, k, v))(q, k, v, dense)
     backward = jax.jit(lambda pullback, gradient: pullback(gradient))
     return {
-        "forward": seconds_a_call(lambda: forward(q, k, v, mask), jax.block_until_ready),
+        "forward": seconds_a_call(lambda: forward(q, k, v, dense), jax.block_until_ready),
         "backward": seconds_a_call(lambda: backward(pullback, gradient), jax.block_until_ready),
     }
 

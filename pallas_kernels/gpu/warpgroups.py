@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# A lane of each of the three warpgroups starts with 168 registers, of 512 there are for the three; the copying one gives
+# A lane of each of three warpgroups starts with 168 registers, of 512 there are for the three; the copying one gives
 # most of its own away.
 _COMPUTING_REGISTERS = 232
 _COPYING_REGISTERS = 40
