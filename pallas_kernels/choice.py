@@ -11,6 +11,7 @@ from pallas_kernels.requests import Backend, Request, UnsupportedAttention
 BACKENDS: dict[str, Backend | str] = {
     "xla": "pallas_kernels.backends.xla:XlaBackend",
     "xla_chunked": "pallas_kernels.backends.xla_chunked:XlaChunkedBackend",
+    "pallas_tpu": "pallas_kernels.backends.pallas_tpu:PallasTpuBackend",
     "splash": "pallas_kernels.backends.splash:SplashBackend",
     "cudnn": "pallas_kernels.backends.cudnn:CudnnBackend",
     "tokamax": "pallas_kernels.backends.tokamax:TokamaxBackend",
@@ -41,11 +42,14 @@ class Candidate:
         return reasons
 
 
+SMALL_SCORES = 8 * 2**20
+"""Bytes of float32 scores up to which the reference needs no blocks."""
+
 _SMALL = Candidate(
     "xla",
     "As fast as in blocks up to here; beyond, blocks stay in the processor's caches and take 0.5 to 0.8 of the time, "
     "and the memory of one block (benchmarks/results/attention_memory.json).",
-    most_score_bytes=8 * 2**20,
+    most_score_bytes=SMALL_SCORES,
 )
 _ANYTHING = Candidate("xla_chunked", "Refuses nothing; memory O(S * block).")
 
