@@ -15,6 +15,7 @@ BACKENDS: dict[str, Backend | str] = {
     "splash": "pallas_kernels.backends.splash:SplashBackend",
     "cudnn": "pallas_kernels.backends.cudnn:CudnnBackend",
     "tokamax": "pallas_kernels.backends.tokamax:TokamaxBackend",
+    "pallas_gpu": "pallas_kernels.backends.pallas_gpu:PallasGpuBackend",
 }
 """By name: a backend, or "module:class" of one, imported when first asked for (some need 0.3 s)."""
 
