@@ -8,12 +8,13 @@ import jax.numpy as jnp
 
 from pallas_kernels import dropout, masks, platforms
 from pallas_kernels.backends.xla import XlaBackend
+from pallas_kernels.backends.xla_blocks import XlaBlocksBackend
 from pallas_kernels.biases import Bias, DenseBias
 from pallas_kernels.requests import WHOLE, Backend, Origin, Request, UnsupportedAttention
 
 __all__ = ["BACKENDS", "Origin", "UnsupportedAttention", "attention"]
 
-BACKENDS: dict[str, Backend] = {"xla": XlaBackend()}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (XlaBackend(), XlaBlocksBackend())}
 
 # For "auto", fastest first; the last one refuses nothing.
 _PREFERENCE = {
