@@ -1,4 +1,4 @@
-"""Block-sparse attention beside dense attention, and what choosing the blocks costs, on a CPU.
+"""Attention over the visible blocks beside dense attention, and what choosing the blocks costs, on a CPU.
 
     python -m benchmarks.sparse_patterns        # writes results/sparse_patterns.json
 
@@ -12,7 +12,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,13 +29,15 @@ from pallas_kernels.sparse.top_blocks import moba_per_block
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BLOCK, HEAD_SIZE = 128, 64
+BACKENDS = ("xla", "xla_blocks")
 DENSITIES = (0.1, 0.25, 0.5, 0.75, 1.0)
 TARGETS = {"sparse_over_dense": "density * 1.25 + 0.02", "selection_over_dense": 0.15}
 
 
-def inputs(length: int, heads: int) -> list[jax.Array]:
-    """q, k, v of one row."""
-    return [jax.random.normal(key, (1, length, heads, HEAD_SIZE)) for key in jax.random.split(jax.random.key(0), 3)]
+def inputs(length: int, heads: int, rows: int = 1) -> list[jax.Array]:
+    """q, k, v."""
+    shape = (rows, length, heads, HEAD_SIZE)
+    return [jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3)]
 
 
 def random_lists(length: int, heads: int, density: float) -> masks.BlockSparse:
@@ -97,35 +99,50 @@ def by_density(length: int, heads: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def selection(lengths: Sequence[int], heads: int, rounds: int) -> list[dict[str, Any]]:
-    """Time and matrix products of choosing the blocks, over those of dense causal attention of the same length."""
+def by_length(tokens: int, heads: int, rounds: int) -> list[dict[str, Any]]:
+    """Causal attention with gradients over `tokens` tokens in rows of several lengths: xla_blocks over xla."""
     rows = []
-    for length in lengths:
-        q, k, v = inputs(length, heads)
-        config = NativeSparseConfig()
-        compressed = k[:, : config.count(length)]
-        choices = {
-            "flex_prefill": (lambda q, k: flex_prefill(q, k, block=BLOCK).mask, (q, k)),
-            "moba_per_block": (functools.partial(moba_per_block, block=BLOCK, top=8), (q, k)),
-            "nsa_per_block": (functools.partial(nsa_per_block, config=config), (q, compressed)),
+    for length in (tokens // 2**n for n in range(5)):
+        arrays = inputs(length, heads, tokens // length)
+        programs = {name: functools.partial(with_gradients(name), *arrays, masks.Causal()) for name in BACKENDS}
+        seconds = cpu_seconds(programs, rounds)
+        rows.append(
+            {"length": length, "rows": tokens // length}
+            | {f"cpu_seconds_{name}": round(seconds[name], 4) for name in BACKENDS}
+            | {"over_xla": round(seconds["xla_blocks"] / seconds["xla"], 4)}
+        )
+    return rows
+
+
+def selection(length: int, heads: int, rounds: int, with_xla: bool) -> list[dict[str, Any]]:
+    """Time of choosing the blocks over that of dense causal attention: of xla_blocks, and of xla where asked for.
+
+    The share of matrix products is over those of all scores and values, T^2 of each.
+    """
+    q, k, v = inputs(length, heads)
+    config = NativeSparseConfig()
+    compressed = k[:, : config.count(length)]
+    choices = {
+        "flex_prefill": (lambda q, k: flex_prefill(q, k, block=BLOCK).mask, (q, k)),
+        "moba_per_block": (functools.partial(moba_per_block, block=BLOCK, top=8), (q, k)),
+        "nsa_per_block": (functools.partial(nsa_per_block, config=config), (q, compressed)),
+    }
+    choices = {name: (jax.jit(choose), given) for name, (choose, given) in choices.items()}
+    programs = {name: functools.partial(choose, *given) for name, (choose, given) in choices.items()}
+    for backend in ("xla_blocks", "xla") if with_xla else ("xla_blocks",):
+        programs[backend] = functools.partial(forward(backend), q, k, v, masks.Causal())
+    seconds = cpu_seconds(programs, rounds)
+    rows = []
+    for name, (choose, given) in choices.items():
+        flops = matmul_flops(choose.lower(*given).compile().as_text())
+        row = {
+            "selection": name,
+            "length": length,
+            "cpu_seconds": round(seconds[name], 5),
+            "over_causal_xla_blocks": round(seconds[name] / seconds["xla_blocks"], 4),
+            "matmul_flops_over_dense": round(flops / (4 * heads * length**2 * HEAD_SIZE), 5),
         }
-        choices = {name: (jax.jit(choose), given) for name, (choose, given) in choices.items()}
-        dense = forward("xla")
-        programs = {name: functools.partial(choose, *given) for name, (choose, given) in choices.items()}
-        seconds = cpu_seconds({"dense": functools.partial(dense, q, k, v, masks.Causal()), **programs}, rounds)
-        dense_flops = matmul_flops(dense.lower(q, k, v, masks.Causal()).compile().as_text())
-        for name, (choose, given) in choices.items():
-            rows.append(
-                {
-                    "selection": name,
-                    "length": length,
-                    "cpu_seconds": round(seconds[name], 4),
-                    "over_dense": round(seconds[name] / seconds["dense"], 4),
-                    "matmul_flops_over_dense": round(
-                        matmul_flops(choose.lower(*given).compile().as_text()) / dense_flops, 5
-                    ),
-                }
-            )
+        rows.append(row | ({"over_causal_xla": round(seconds[name] / seconds["xla"], 4)} if with_xla else {}))
     return rows
 
 
@@ -143,11 +160,20 @@ def main() -> None:
             f"{row['pass']:22} density {row['density']:.3f}: {row['cpu_seconds']:.3f} CPU-s, {row['over_dense']:.3f} "
             f"of dense (allowed {row['allowed']:.3f}), {row['over_own_full']:.3f} of its own at density 1"
         )
-    selections = selection((args.length // 2, args.length), args.heads, args.rounds)
-    for row in selections:
+    lengths = by_length(args.length, args.heads, args.rounds)
+    for row in lengths:
         print(
-            f"{row['selection']:15} {row['length']:5} tokens: {row['cpu_seconds']:.4f} CPU-s, {row['over_dense']:.4f} "
-            f"of dense attention; {row['matmul_flops_over_dense']:.5f} of its matrix products"
+            f"causal, {row['rows']:3} rows of {row['length']:5}, forward and gradients: xla "
+            f"{row['cpu_seconds_xla']:.3f} CPU-s, xla_blocks {row['cpu_seconds_xla_blocks']:.3f}, {row['over_xla']:.3f}"
+        )
+    selections = selection(args.length, args.heads, args.rounds, with_xla=True)
+    selections += selection(4 * args.length, args.heads, args.rounds, with_xla=False)
+    for row in selections:
+        xla = f"{row['over_causal_xla']:.4f} of xla's, " if "over_causal_xla" in row else ""
+        print(
+            f"{row['selection']:15} {row['length']:5} tokens: {row['cpu_seconds']:.4f} CPU-s; of causal attention's "
+            f"time {xla}{row['over_causal_xla_blocks']:.4f} of xla_blocks'; {row['matmul_flops_over_dense']:.5f} of the "
+            f"matrix products of all scores"
         )
     result = {
         "length": args.length,
@@ -156,6 +182,7 @@ def main() -> None:
         "block": BLOCK,
         "dtype": "float32",
         "by_density": densities,
+        "causal_by_length": lengths,
         "selection": selections,
         "targets": TARGETS,
         "machine": machine.facts(),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import dropout
+from pallas_kernels import dropout, platforms
 from pallas_kernels.biases import DenseBias
 from pallas_kernels.diagonals import diagonal_sums
 from pallas_kernels.fused import Inputs, fused_attention, inputs_of
@@ -20,7 +20,7 @@ from pallas_kernels.plans import HIDDEN, plan_of_rows
 from pallas_kernels.requests import Backend, Request
 
 _BLOCK = 128  # queries, and keys, of a block if the mask does not say
-_SCORES_AT_ONCE = 2**18  # 1 MB in float32: what a processor's cache holds
+_SCORES_AT_ONCE = {"cpu": 2**18, "gpu": 2**24, "tpu": 2**24}  # what a cache holds; enough to keep all units busy
 _HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # finite: differences of two of them are numbers
 
 _product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -162,8 +162,9 @@ def _sizes(q: jax.Array, k: jax.Array, block: tuple[int, int]) -> _Sizes:
     batch, tq, heads, _ = q.shape
     tk, kv_heads = k.shape[1:3]
     bq, bk = block
-    at_once = max(1, _SCORES_AT_ONCE // (bq * bk))
-    return _Sizes(batch, heads, heads // kv_heads, tq, tk, bq, bk, -(-tq // bq), -(-tk // bk), at_once)
+    nq, nk = -(-tq // bq), -(-tk // bk)
+    at_once = min(max(1, _SCORES_AT_ONCE[platforms.current().kind] // (bq * bk)), batch * heads * nq * nk)
+    return _Sizes(batch, heads, heads // kv_heads, tq, tk, bq, bk, nq, nk, at_once)
 
 
 def _blocks(x: jax.Array, size: int) -> jax.Array:

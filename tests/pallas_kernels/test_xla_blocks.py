@@ -63,6 +63,20 @@ def test_blocks_outside_the_lists_are_not_computed():
     assert not np.any(np.asarray(clean[1])[:, planted[0, :, 0, 0]])
 
 
+def test_memory_is_linear_in_length():
+    """At 32k tokens, forward and backward: a score matrix would be 4 GB."""
+    length, size = 2**15, 64
+    array = jax.ShapeDtypeStruct((1, length, 1, size), jnp.float32)
+
+    def gradients(q, k, v):
+        return jax.grad(lambda *x: jnp.sum(attention(*x, mask=masks.Causal(), backend="xla_blocks")), (0, 1, 2))(
+            q, k, v
+        )
+
+    memory = jax.jit(gradients).lower(array, array, array).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 15 * (4 * length * size), memory
+
+
 def test_diagonal_sums():
     scores = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
     expected = np.stack([[np.trace(m, offset) for offset in range(-2, 5)] for m in scores])
