@@ -1,16 +1,16 @@
 """Cross-entropy over chunks beside the loss that keeps its logits: processor time, and memory at a large vocabulary.
 
     python -m benchmarks.cross_entropy            # everything; writes results/cross_entropy.json
-    python -m benchmarks.cross_entropy --only time
+    python -m benchmarks.cross_entropy --only time memory
 
 Time is forward and backward on this machine, in processor seconds of all threads; the programs take turns, and ratios
 are of medians. Memory is the compiler's own account of arguments, results and temporaries, over the size of (x, w, dx,
-dw); for TPUs the program is compiled ahead of time and no TPU is needed.
+dw); for TPUs the program is compiled ahead of time and no TPU is needed. Cycles are the TPU compiler's estimates for
+one chunk of ids in plain jax, which is a loop's body, and for the kernel, each for as many ids; nothing ran on a TPU.
 """
 
 import argparse
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -19,10 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.training import machine
+from pallas_kernels.ahead_of_time import Case, compile_for, memory, tpu_cycles
 from pallas_kernels.cross_entropy import OutputProjection, cross_entropy, token_scores
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -30,8 +29,11 @@ TARGETS = {"sum": 1.15, "scores": 1.4, "memory": 1.3}
 # Tokens, width, vocabulary: the quickstart's, the floor's of benchmarks/step.py, and a usual vocabulary at its width.
 TIMED = ((4096, 128, 4096), (4096, 256, 8192), (2048, 256, 32768))
 # 8k tokens by 128k ids.
-TOKENS, WIDTHS, VOCABULARY = 8192, (2048, 4096), 131_072
-TOPOLOGIES = ("cpu", "v5e:2x2", "v6e:2x2")
+TOKENS, VOCABULARY = 8192, 131_072
+WIDTHS = {"cpu": (2048, 4096), "v6e:2x2": (4096,)}
+CYCLES_OF = ("v6e:2x2",)
+# Tokens, width, ids of a cycle estimate.
+CYCLES = (1024, 2048, 4096)
 TYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))  # of x and w
 
 
@@ -102,41 +104,42 @@ def difference(a: jax.Array, b: jax.Array) -> float:
     return float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
 
 
-def device_mesh(topology: str) -> Mesh:
-    """One device: this machine's, or a TPU's of a topology that is elsewhere."""
-    if topology == "cpu":
-        return Mesh(np.array(jax.devices()[:1]), ("x",))
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices[:1]), ("x",))
-
-
-def measure_memory(topology: str, form: str, width: int, types: tuple[str, str]) -> dict[str, Any]:
+def measure_memory(device: str, form: str, width: int, types: tuple[str, str]) -> dict[str, Any]:
     """Peak memory of forward and backward over the size of (x, w, dx, dw)."""
-    mesh = device_mesh(topology)
     x_type, w_type = map(jnp.dtype, types)
-
-    def array(dtype: jnp.dtype, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-
+    array = jax.ShapeDtypeStruct
     inputs = (
-        array(x_type, TOKENS, width),
-        array(w_type, width, VOCABULARY),
-        array(jnp.dtype("int32"), TOKENS),
-        array(jnp.dtype("float32"), TOKENS),
+        array((TOKENS, width), x_type),
+        array((width, VOCABULARY), w_type),
+        array((TOKENS,), jnp.int32),
+        array((TOKENS,), jnp.float32),
     )
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        memory = with_gradients(PROGRAMS[form]).lower(*inputs).compile().memory_analysis()
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    step = with_gradients(PROGRAMS[form])
+    compiled = step.lower(*inputs).compile() if device == "cpu" else compile_for(device, step, *inputs)
+    needed = memory(compiled)
+    peak = needed.arguments + needed.outputs + needed.temporaries
     four = 2 * (TOKENS * width * x_type.itemsize + width * VOCABULARY * w_type.itemsize)
     return {
-        "device": topology,
+        "device": device,
         "form": form,
         "width": width,
         "x": types[0],
         "w": types[1],
-        "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 3),
+        "temporary_gb": round(needed.temporaries / 1e9, 3),
         "ratio": round(peak / four, 3),
     }
+
+
+def one_chunk(backend: str, gradients: bool) -> tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]:
+    """Token scores of `CYCLES`' size: two blocks of ids for the kernel; plain jax computes one in its loop's body."""
+    tokens, width, ids = CYCLES
+
+    def loss(x: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
+        return token_scores(x, OutputProjection(w), labels, chunk=ids // 2, backend=backend).log_probability.sum()
+
+    array = jax.ShapeDtypeStruct
+    inputs = array((tokens, width), jnp.bfloat16), array((width, ids), jnp.bfloat16), array((tokens,), jnp.int32)
+    return jax.grad(loss, (0, 1)) if gradients else loss, inputs
 
 
 def time_table(rounds: int) -> list[dict[str, Any]]:
@@ -155,31 +158,48 @@ def time_table(rounds: int) -> list[dict[str, Any]]:
 def memory_table() -> list[dict[str, Any]]:
     """`measure_memory` of all programs, printed."""
     rows = []
-    for topology in TOPOLOGIES:
-        for width in WIDTHS:
+    for device, widths in WIDTHS.items():
+        for width in widths:
             for types in TYPES:
                 for form in ("sum", "scores"):
-                    rows.append(row := measure_memory(topology, form, width, types))
+                    rows.append(row := measure_memory(device, form, width, types))
                     print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     return rows
 
 
+def cycles_table() -> list[dict[str, Any]]:
+    """Estimated cycles for half of `CYCLES`' ids, printed: of each operation above a hundredth of the whole."""
+    rows = []
+    for device in CYCLES_OF:
+        for gradients in (False, True):
+            for backend, halves in (("xla", 1), ("pallas_tpu", 2)):  # a loop's body is counted once
+                case = Case("benchmarks.cross_entropy:one_chunk", {"backend": backend, "gradients": gradients})
+                found = {name: cycles // halves for name, cycles in tpu_cycles(case, device, timeout=900).items()}
+                total = sum(found.values())
+                row = {"device": device, "backend": backend, "gradients": gradients, "cycles": total}
+                row["operations"] = {name: cycles for name, cycles in found.items() if cycles > total / 100}
+                rows.append(row)
+                print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return rows
+
+
 def main() -> None:
-    """Measures, prints, writes results/cross_entropy.json; with --only, replaces that part of it."""
+    """Measures, prints, writes results/cross_entropy.json; with --only, replaces those parts of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=("time", "memory"))
+    parser.add_argument("--only", nargs="+", choices=("time", "memory", "cycles"), default=["time", "memory", "cycles"])
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "cross_entropy.json")
     args = parser.parse_args()
-    results = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
     results |= {"machine": machine.facts(), "targets": TARGETS}
-    if args.only != "memory":
+    if "time" in args.only:
         results["time"] = time_table(args.rounds)
-    if args.only != "time":
+    if "memory" in args.only:
         results["memory"] = memory_table()
+    if "cycles" in args.only:
+        results["cycles"] = {"tokens, width, ids": (*CYCLES[:2], CYCLES[2] // 2), "estimates": cycles_table()}
     args.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # this machine may have no TPU to ask
     main()

@@ -11,10 +11,12 @@ from pallas_kernels.requests import Backend, Request, UnsupportedAttention
 BACKENDS: dict[str, Backend | str] = {
     "xla": "pallas_kernels.backends.xla:XlaBackend",
     "xla_chunked": "pallas_kernels.backends.xla_chunked:XlaChunkedBackend",
+    "xla_blocks": "pallas_kernels.backends.xla_blocks:XlaBlocksBackend",
     "pallas_tpu": "pallas_kernels.backends.pallas_tpu:PallasTpuBackend",
     "splash": "pallas_kernels.backends.splash:SplashBackend",
     "cudnn": "pallas_kernels.backends.cudnn:CudnnBackend",
     "tokamax": "pallas_kernels.backends.tokamax:TokamaxBackend",
+    "pallas_gpu": "pallas_kernels.backends.pallas_gpu:PallasGpuBackend",
 }
 """By name: a backend, or "module:class" of one, imported when first asked for (some need 0.3 s)."""
 

@@ -522,8 +522,11 @@ def _logit_cotangents(
 
 
 def _logit_at(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """logits[..., labels]; any entry where the label is outside of them."""
-    # A gather: on a CPU a third less time than a sum over a one-hot mask.
+    """logits[..., labels]; where the label is outside of them, any number."""
+    if platforms.current().kind == "tpu":  # where a gather takes longer than a matrix product
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        return jnp.where(ids == labels[..., None], logits, 0.0).sum(-1)
+    # On a CPU a gather takes less time than such a sum.
     labels = jnp.clip(labels, 0, logits.shape[-1] - 1)
     return jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
 
