@@ -5,17 +5,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import platforms
 from pallas_kernels.fused import Inputs
-from pallas_kernels.masks import BlockSparse
-from pallas_kernels.plans import HIDDEN, Plan, plan_of_rows
+from pallas_kernels.plans import HIDDEN, plan_of_rows
 from pallas_kernels.requests import Request
 from pallas_kernels.tpu import block_sizes, schedule
 from pallas_kernels.tpu.attention_backward import backward
 from pallas_kernels.tpu.attention_forward import forward
 from pallas_kernels.tpu.block_sizes import Blocks
 from pallas_kernels.tpu.operands import Sizes
-from pallas_kernels.tpu.schedule import Listed, Walk, Whole
+from pallas_kernels.tpu.schedule import Walk, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +52,20 @@ def _sizes(q, k, v, inputs: Inputs, wanted: Blocks) -> Sizes:
 
 def _walk(inputs: Inputs, sizes: Sizes, group: int) -> Walk:
     blocks = sizes.blocks
-    if inputs.block_sparse is None and sizes.query_blocks * sizes.key_blocks == 1:
-        return Whole((sizes.batch, sizes.heads // group, group, 1, 1), masked=True)
+    unmasked = inputs.hides_nothing and sizes.keys == sizes.padded_keys
+    if unmasked or (inputs.block_sparse is None and sizes.query_blocks * sizes.key_blocks == 1):
+        return whole(sizes, group, masked=not unmasked)
     plan = plan_of_rows(inputs.rows, sizes.keys, (blocks.queries, blocks.keys))
     if inputs.block_sparse is not None:
         shown = inputs.block_sparse.map(sizes.queries, sizes.keys, blocks.queries, blocks.keys)
         plan = dataclasses.replace(plan, state=jnp.where(shown, plan.state, HIDDEN))
     return schedule.listed(plan, sizes.batch, sizes.heads, group)
+
+
+def whole(sizes: Sizes, group: int, masked: bool) -> Whole:
+    """The walk over all blocks, with `group` query heads in a scope."""
+    counts = sizes.batch, sizes.heads // group, group, sizes.query_blocks, sizes.key_blocks
+    return Whole(counts, masked)
 
 
 def _summed(gradient: jax.Array, like: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import platforms
 from pallas_kernels.fused import Inputs
 from pallas_kernels.tpu import operands, scores
-from pallas_kernels.tpu.attention_forward import compiler_params, precision, scaled
+from pallas_kernels.tpu.attention_forward import precision, scaled
 from pallas_kernels.tpu.operands import Operand, Sizes
 from pallas_kernels.tpu.schedule import Walk, current_step
 from pallas_kernels.tpu.scores import Scoring
@@ -86,7 +86,9 @@ def backward(
         ),
         out_shape={name: operand.array for name, operand in results.items()},
         input_output_aliases={before: sorted(results).index("dense_bias")} if zeros else {},
-        compiler_params=compiler_params(walk),
+        compiler_params=operands.compiler_params(
+            walk, sizes, [*given.values(), *results.values()], scratch.values()
+        ),
         interpret=platforms.tpu_interpret(),
         name="attention_backward",
     )(*walk.prefetch, operands.scalars(inputs, first_key_block), {n: o.array for n, o in given.items()}, zeros)

@@ -31,8 +31,8 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def vmem_limit(chip: str) -> int:
-    """Bytes of vector memory that a kernel may use: what there is, less a part for the compiler's own needs."""
+def vmem(chip: str) -> int:
+    """Bytes of vector memory that a kernel may use: what there is, less a part for what surrounds it."""
     return VMEM.get(chip, _SMALLEST_VMEM) * 7 // 8
 
 

@@ -1,17 +1,23 @@
 """A call's arrays in the layout of the TPU kernels, and which part of each a step loads."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import platforms
 from pallas_kernels.fused import Inputs
-from pallas_kernels.tpu.block_sizes import Blocks, round_up
+from pallas_kernels.tpu.block_sizes import Blocks, round_up, vmem
 from pallas_kernels.tpu.schedule import Step, Walk
-from pallas_kernels.tpu.scores import LOG2_E
+from pallas_kernels.tpu.scores import LANES, LOG2_E
+
+# Tiles of scores in float32 that the compiler may spill, and memory for whatever else it needs.
+_SPILLED_TILES, _SPARE = 8, 4 << 20
 
 SCALARS = ("first_key_block", "example", "head", "query", "key", "seed")
 """Scalars that every kernel has: the first block of keys it is given, the origin of the scores, dropout's seed."""
@@ -90,6 +96,35 @@ class Operand:
             return self.index(walk.step(*where[:axes], *prefetch), scalars)
 
         return pl.BlockSpec(self.block, index_map)
+
+
+def compiler_params(
+    walk: Walk, sizes: Sizes, loaded: Iterable[Operand], scratch: Iterable[Any]
+) -> pltpu.CompilerParams:
+    """How the compiler is to treat a kernel: which axes may be shared by cores, and the memory it may use on the chip.
+
+    Examples and scopes may run on two cores; the steps within a scope follow each other.
+
+    Args:
+      walk: the kernel's grid.
+      sizes: of the call.
+      loaded: what the steps read and write, of which there are two copies on the chip, used and on the way.
+      scratch: what the kernel keeps.
+    """
+    blocks = [(operand.block, operand.array.dtype) for operand in loaded if operand.block is not None]
+    tile = sizes.blocks.queries * sizes.blocks.sub_keys * 4
+    needed = 2 * sum(_bytes(*block) for block in blocks) + sum(_bytes(x.shape, x.dtype) for x in scratch)
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(walk.grid) - 2),
+        vmem_limit_bytes=min(needed + _SPILLED_TILES * tile + _SPARE, vmem(platforms.current().chip)),
+    )
+
+
+def _bytes(shape: tuple[int | None, ...], dtype: jnp.dtype) -> int:
+    """What an array takes on the chip, where rows have 128 lanes and columns 32 bytes at least."""
+    *rest, rows, columns = (n for n in shape if n is not None) if sum(n is not None for n in shape) > 1 else (1, *shape)
+    size = jnp.dtype(dtype).itemsize
+    return math.prod(rest) * round_up(rows, 32 // size) * round_up(columns, LANES) * size
 
 
 def scalars(inputs: Inputs, first_key_block: jax.Array | int = 0) -> jax.Array:
