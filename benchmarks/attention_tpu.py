@@ -66,7 +66,7 @@ def ours(
         sizes = Sizes.of(q, k, v, Blocks(*blocks))
         walk = tpu_attention.whole(sizes, 1, masked) if listed is None else _list(sizes, listed)
         if backwards:
-            return backward(q, k, v, inputs, lse, delta, v, walk, sizes, 0, sizes.key_blocks)
+            return backward(q, k, v, inputs, lse, delta, v, walk, sizes, 0)
         return forward(q, k, v, inputs, walk, sizes)
 
     array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)

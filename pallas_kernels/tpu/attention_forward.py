@@ -1,4 +1,4 @@
-"""The forward attention kernel for TPUs: online softmax over the blocks a mask shows (FlashAttention-2, arXiv 2307.08691).
+"""The forward attention kernel for TPUs: online softmax (FlashAttention-2, arXiv 2307.08691) over what a mask shows.
 
 Queries lie along sublanes, keys along lanes. The running maximum is kept equal along 128 lanes, as it is used; the
 running sum is kept as 128 partial sums, which are added up once at the end of the row.
@@ -61,9 +61,7 @@ def forward(
             scratch_shapes=[scratch],
         ),
         out_shape={name: operand.array for name, operand in results.items()},
-        compiler_params=operands.compiler_params(
-            walk, sizes, [*given.values(), *results.values()], scratch.values()
-        ),
+        compiler_params=operands.compiler_params(walk, sizes, [*given.values(), *results.values()], scratch.values()),
         interpret=platforms.tpu_interpret(),
         name="attention_forward",
     )(*walk.prefetch, operands.scalars(inputs), {name: operand.array for name, operand in given.items()})

@@ -32,6 +32,7 @@ class Sizes:
       queries, keys: Tq, Tk.
       size, v_size: D, Dv.
       blocks: of the kernel.
+      key_parts: in how many parts of equal size the keys are taken.
     """
 
     batch: int
@@ -42,12 +43,20 @@ class Sizes:
     size: int
     v_size: int
     blocks: Blocks
+    key_parts: int = 1
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks) -> "Sizes":
         """Of a call's q, k, v."""
         batch, queries, heads, size = q.shape
         return cls(batch, heads, k.shape[2], queries, k.shape[1], size, v.shape[3], blocks)
+
+    def in_parts(self, memory: int, dtype: jnp.dtype) -> "Sizes":
+        """The same with the keys in as many parts as it takes to keep the gradients of one part in `memory` bytes."""
+        columns = round_up(self.size, LANES) + round_up(self.v_size, LANES)
+        a_key = columns * (4 + 2 * jnp.dtype(dtype).itemsize)  # the sum, and two copies of the result
+        blocks = max(1, memory // (a_key * self.blocks.keys))
+        return dataclasses.replace(self, key_parts=-(-self.key_blocks // blocks))
 
     @property
     def group(self) -> int:
@@ -60,7 +69,7 @@ class Sizes:
 
     @property
     def padded_keys(self) -> int:
-        return round_up(self.keys, self.blocks.keys)
+        return round_up(self.keys, self.blocks.keys * self.key_parts)
 
     @property
     def query_blocks(self) -> int:
@@ -69,6 +78,11 @@ class Sizes:
     @property
     def key_blocks(self) -> int:
         return self.padded_keys // self.blocks.keys
+
+    @property
+    def part_blocks(self) -> int:
+        """Blocks of keys in a part."""
+        return self.key_blocks // self.key_parts
 
 
 @dataclasses.dataclass(frozen=True)
