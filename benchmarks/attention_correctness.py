@@ -3,8 +3,8 @@
     python -m benchmarks.attention correctness [backend ...]    # writes results/attention_correctness.json
 
 The cases are those of tests/pallas_kernels/conformance.py. A float32 error is ||x - r|| / ||r|| against float64
-arithmetic written out, the largest of output, log-sum-exp and all gradients; a bfloat16 one is that divided by the error of
-the plain XLA form of the same type. Kernels are interpreted; what a matrix unit rounds only its machine shows.
+arithmetic written out, the largest of output, log-sum-exp and all gradients; a bfloat16 one is that divided by the error
+of the plain XLA form of the same type. Kernels are interpreted; what a matrix unit rounds only its machine shows.
 """
 
 import json
@@ -23,7 +23,7 @@ from tests.pallas_kernels import conformance
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 TARGETS = {"float32": 1e-5, "bfloat16": 2.0}
-BACKENDS = ("xla", "xla_chunked", "splash", "pallas_tpu")
+BACKENDS = ("xla", "xla_chunked", "xla_blocks", "splash", "pallas_tpu", "pallas_gpu")
 
 
 def errors_of(backend: str, case: conformance.Case, plain: dict[str, float]) -> dict[str, Any]:

@@ -72,9 +72,10 @@ REQUESTS = {
 }
 AUTOMATIC = {
     "cpu": dict.fromkeys(REQUESTS, "xla_chunked") | {"short": "xla"},
-    "v6e": dict.fromkeys(REQUESTS, "xla_chunked")
-    | dict.fromkeys(["causal", "causal packed", "window", "soft cap", "short"], "splash"),
-    "h200": dict.fromkeys(REQUESTS, "xla_chunked") | dict.fromkeys(["causal", "window", "lengths", "short"], "cudnn"),
+    "v6e": dict.fromkeys(REQUESTS, "pallas_tpu") | {"dense": "xla_chunked"},
+    "h200": dict.fromkeys(REQUESTS, "pallas_gpu")
+    | dict.fromkeys(["causal", "window", "lengths", "short"], "cudnn")
+    | {"dense": "xla_chunked"},
     "mi300": dict.fromkeys(REQUESTS, "xla_chunked") | {"short": "xla"},
 }
 
