@@ -3,15 +3,17 @@
     python -m benchmarks.linear_mixers              # all; writes results/linear_mixers.json
     python -m benchmarks.linear_mixers --only cpu   # one part, the others stay as the results file has them
 
-Cycles are estimates of the TPU compiler, with no TPU: good for comparing two programs on one chip. It counts the body of
-a program's loop once, so that the XLA forms are estimated for one turn of their loop and multiplied by its turns: what
-the loop itself costs is left out, in their favour.
+Cycles are estimates of the TPU compiler, with no TPU: good for comparing two programs on one chip. It counts the body
+of a program's loop once, so that the XLA forms are estimated for one turn of their loop and multiplied by its turns:
+what the loop itself costs is left out, in their favour. Where the estimator aborts, which is not the compiler's refusal,
+the row has its words.
 """
 
 import argparse
 import functools
 import json
 import pathlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +28,7 @@ from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.selective_scan import selective_scan
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "linear_mixers.json"
-TPUS = ("v5e:2x2", "v6e:2x2", "tpu7x:2x2x1")
+TPUS = ("v6e:2x2", "v5e:2x2", "tpu7x:2x2x1")
 LENGTH, HEADS, HEAD_SIZE = 4096, 4, 128  # of linear attention on TPUs
 CHANNELS, ENTRIES = 512, 16  # of the selective scan there: as much state as one head has
 CHUNKS = {"by head": 128, "by channel": 64}  # linear attention's own; a turn of the XLA form's loop
@@ -57,12 +59,21 @@ def with_gradients(function: Callable) -> Callable:
     return both
 
 
-def cycles(maker: str, topology: str, **arguments: Any) -> dict[str, int]:
-    """Estimated cycles of the kernels, by name without its decorations, and of everything."""
-    found = ahead_of_time.tpu_cycles(ahead_of_time.Case(f"benchmarks.linear_mixers:{maker}", arguments), topology, 600)
-    kernels = {name: n for name, n in found.items() if "linear_attention_" in name or "selective_scan_" in name}
-    short = {name.split("linear_attention_")[-1].split("selective_scan_")[-1].split("_")[0]: name for name in kernels}
-    return {name.split(".")[0]: kernels[full] for name, full in short.items()} | {"all": sum(found.values())}
+def cycles(maker: str, topology: str, turns: int = 1, **arguments: Any) -> dict[str, int] | str:
+    """Estimated cycles of each kernel and of everything, times `turns`; or why there is no estimate."""
+    try:
+        found = ahead_of_time.tpu_cycles(
+            ahead_of_time.Case(f"benchmarks.linear_mixers:{maker}", arguments), topology, timeout=400
+        )
+    except ahead_of_time.CannotCompile as failure:
+        words = " ".join([str(failure), *getattr(failure, "__notes__", [])])
+        reason = re.search(r"LLO_CHECK failure.*?(?=Operands:|$)|longer than \d+ seconds", words, re.DOTALL)
+        return f"no estimate: {reason[0].strip() if reason else failure}"
+    kernels = {}
+    for operation, count in found.items():
+        if name := re.search(r"(?:linear_attention|selective_scan)_(forward|states|backward)", operation):
+            kernels[name[1]] = count
+    return kernels | {"all": turns * sum(found.values())}
 
 
 def tpu_rows() -> list[dict[str, Any]]:
@@ -71,11 +82,11 @@ def tpu_rows() -> list[dict[str, Any]]:
     for topology in TPUS:
         for decay, chunk in CHUNKS.items():
             kernel = cycles("attention_case", topology, decay=decay, backend="pallas_tpu", length=LENGTH)
-            xla = cycles("attention_case", topology, decay=decay, backend="xla", length=chunk)["all"] * LENGTH // chunk
+            xla = cycles("attention_case", topology, LENGTH // chunk, decay=decay, backend="xla", length=chunk)
             rows.append({"chip": topology, "mixer": f"linear attention, decay {decay}", "kernel": kernel, "xla": xla})
             print(rows[-1], flush=True)
         kernel = cycles("scan_case", topology, backend="pallas_tpu", length=LENGTH)
-        xla = cycles("scan_case", topology, backend="xla", length=1)["all"] * LENGTH
+        xla = cycles("scan_case", topology, LENGTH, backend="xla", length=1)
         rows.append({"chip": topology, "mixer": "selective scan", "kernel": kernel, "xla": xla})
         print(rows[-1], flush=True)
     return rows
