@@ -1,14 +1,15 @@
-"""The selective scan of Mamba (arXiv 2312.00752, section 3): a state for each channel, with a decay for each of its entries.
+"""The selective scan of Mamba (arXiv 2312.00752, section 3): each channel has a state, each of its entries a decay.
 
 For channel c and state entry n, with a step size dt that is positive and A negative:
 
     h_t[c, n] = exp(dt_t[c] A[c, n]) h_{t-1}[c, n] + dt_t[c] x_t[c] B_t[n]
     y_t[c]    = sum over n of C_t[n] h_t[c, n] + D[c] x_t[c]
 
-Decays differ between the entries of a state, so that steps cannot meet in products of matrices as in `linear_attention`.
-What counts is memory: the states of all steps are N times as large as x. Both backends keep the states between chunks
-alone, T / chunk of them, and compute those inside a chunk again for its gradient. Inside a chunk the XLA form goes step by
-step: an associative scan would hold log T copies of the chunk's states where this holds one state.
+Decays differ between the entries of a state, so that steps cannot meet in products of matrices, as they do in
+`linear_attention`. What counts is memory: the states of all steps are N times as large as x. Both backends keep the
+states between chunks alone, T / chunk of them, and compute those inside a chunk again for its gradient. Inside a chunk
+the XLA form goes step by step: an associative scan holds the states of the whole chunk, several times over, already on
+the way forward, where this holds one.
 
 | backend | runs on | state entries | types |
 |---|---|---|---|
