@@ -172,8 +172,8 @@ def main() -> None:
         xla = f"{row['over_causal_xla']:.4f} of xla's, " if "over_causal_xla" in row else ""
         print(
             f"{row['selection']:15} {row['length']:5} tokens: {row['cpu_seconds']:.4f} CPU-s; of causal attention's "
-            f"time {xla}{row['over_causal_xla_blocks']:.4f} of xla_blocks'; {row['matmul_flops_over_dense']:.5f} of the "
-            f"matrix products of all scores"
+            f"time {xla}{row['over_causal_xla_blocks']:.4f} of xla_blocks'; of the matrix products of all scores "
+            f"{row['matmul_flops_over_dense']:.5f}"
         )
     result = {
         "length": args.length,
