@@ -15,7 +15,7 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_data={"jaxlm.data": ["assets/*"]},
+    package_data={"jaxlm.data": ["assets/*"], "pallas_kernels": ["h200.txtpb"]},
     packages=find_packages(include=["jaxlm", "jaxlm.*", "pallas_kernels", "pallas_kernels.*"]),
     python_requires=">=3.12",
     install_requires=[
@@ -41,6 +41,7 @@ setup(
         "seqio": SEQIO,
         "tpu": ["jax[tpu]>=0.11.2"],
         "cuda": ["jax[cuda13]>=0.11.2"],
+        "tokamax": ["tokamax==0.0.17"],
         "torch": ["torch>=2.6", "transformers>=4.50"],
         "dev": [
             "hypothesis>=6.130",

@@ -27,9 +27,18 @@ def keep(
       batch, head, query, key: integer arrays that broadcast against each other.
       rate: share of weights to drop, in [0, 1).
     """
-    batch, head, query, key = (x.astype(jnp.uint32) for x in (batch, head, query, key))
-    row = _mix(_mix(_mix(seed ^ (batch * _ODD[0])) ^ (head * _ODD[1])) ^ (query * _ODD[2]))
-    return _mix(row ^ (key * _ODD[0])) >= np.uint32(round(rate * 2**32))
+    return keep_in_row(row(seed, batch, head, query), key, rate)
+
+
+def row(seed: jax.Array, batch: jax.Array, head: jax.Array, query: jax.Array) -> jax.Array:
+    """uint32: the hash of a row of scores, from which `keep_in_row` tells its entries. Arguments as in `keep`."""
+    batch, head, query = (x.astype(jnp.uint32) for x in (batch, head, query))
+    return _mix(_mix(_mix(seed ^ (batch * _ODD[0])) ^ (head * _ODD[1])) ^ (query * _ODD[2]))
+
+
+def keep_in_row(rows: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """`keep`, given the hashes of the rows; the only part a kernel has to do for every score."""
+    return _mix(rows ^ (key.astype(jnp.uint32) * _ODD[0])) >= np.uint32(round(rate * 2**32))
 
 
 def keep_entries(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import masks
-from pallas_kernels.attention import BACKENDS, UnsupportedAttention, attention
+from pallas_kernels.attention import UnsupportedAttention, attention
+from pallas_kernels.choice import BACKENDS
 
 LENGTH, SIDE, GLOBAL = 200, 15, 5
 

@@ -1,0 +1,30 @@
+"""Our own attention kernels on TPUs."""
+
+import dataclasses
+from typing import override
+
+import jax
+
+from pallas_kernels.fused import fused_attention, inputs_of
+from pallas_kernels.requests import Backend, Request
+from pallas_kernels.tpu.attention import TpuKernels
+
+
+@dataclasses.dataclass(frozen=True)
+class PallasTpuBackend(Backend):
+    """Forward and backward over key intervals and block lists, skipping what the mask hides.
+
+    On a CPU the kernels are interpreted: slow, and right.
+    """
+
+    kernels: TpuKernels = TpuKernels()
+
+    name = "pallas_tpu"
+
+    @override
+    def refuses(self, request: Request) -> list[str]:
+        return self.kernels.refuses(request)
+
+    @override
+    def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
+        return fused_attention(self.kernels, q, k, v, inputs_of(request))

@@ -1,0 +1,156 @@
+"""The forward attention kernel for TPUs: online softmax over the blocks a mask shows (FlashAttention-2, arXiv 2307.08691).
+
+Queries lie along sublanes, keys along lanes. The running maximum is kept equal along 128 lanes, as it is used; the
+running sum is kept as 128 partial sums, which are added up once at the end of the row.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import platforms
+from pallas_kernels.fused import Inputs
+from pallas_kernels.tpu import operands, scores
+from pallas_kernels.tpu.block_sizes import vmem_limit
+from pallas_kernels.tpu.operands import Operand, Sizes
+from pallas_kernels.tpu.schedule import Walk, current_step
+from pallas_kernels.tpu.scores import LANES, Scoring
+from pallas_kernels.tpu.tile_inputs import Here
+
+_KEYS_AXIS = 1
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs, walk: Walk, sizes: Sizes
+) -> tuple[jax.Array, jax.Array]:
+    """Output [B, Tq, Hq, Dv] and natural log-sum-exp [B, Hq, Tq]; see `pallas_kernels.fused.Kernels`."""
+    scoring = Scoring(inputs.scale, inputs.soft_cap, inputs.dropout_rate)
+    given = {
+        "q": operands.by_query(sizes, operands.heads_first(scaled(q, scoring), sizes.padded_queries)),
+        "k": operands.by_key(sizes, operands.heads_first(k, sizes.padded_keys)),
+        "v": operands.by_key(sizes, operands.heads_first(v, sizes.padded_keys)),
+        **(operands.intervals(sizes, inputs) if walk.has_partial else {}),
+        **operands.biases(sizes, inputs, _KEYS_AXIS),
+    }
+    out = jax.ShapeDtypeStruct((sizes.batch, sizes.heads, sizes.padded_queries, sizes.v_size), v.dtype)
+    lse = jax.ShapeDtypeStruct((sizes.batch, sizes.heads, 1, sizes.padded_queries), jnp.float32)
+    results = {
+        "out": operands.by_query(sizes, out),
+        "lse": Operand(
+            lse, (None, None, 1, sizes.blocks.queries), lambda step, _: (step.example, step.head, 0, step.query_block)
+        ),
+    }
+    queries = sizes.blocks.queries
+    scratch = {
+        "maximum": pltpu.VMEM((queries, LANES), jnp.float32),
+        "total": pltpu.VMEM((queries, LANES), jnp.float32),
+        "sum": pltpu.VMEM((queries, sizes.v_size), jnp.float32),
+    }
+    if walk.has_partial:
+        count = inputs.rows.lo.shape[1]
+        scratch |= {name: pltpu.VMEM((count, queries, LANES), jnp.int32) for name in ("row_starts", "row_widths")}
+    found = pl.pallas_call(
+        functools.partial(_kernel, walk=walk, sizes=sizes, scoring=scoring, has_seed=inputs.seed is not None),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(walk.prefetch) + 1,
+            grid=walk.grid,
+            in_specs=[{name: operand.spec(walk) for name, operand in given.items()}],
+            out_specs={name: operand.spec(walk) for name, operand in results.items()},
+            scratch_shapes=[scratch],
+        ),
+        out_shape={name: operand.array for name, operand in results.items()},
+        compiler_params=compiler_params(walk),
+        interpret=platforms.tpu_interpret(),
+        name="attention_forward",
+    )(*walk.prefetch, operands.scalars(inputs), {name: operand.array for name, operand in given.items()})
+    return found["out"][:, :, : sizes.queries].swapaxes(1, 2), found["lse"][:, :, 0, : sizes.queries]
+
+
+def scaled(q: jax.Array, scoring: Scoring) -> jax.Array:
+    """Queries whose products with keys are scores in units of log 2, or the soft cap's arguments."""
+    return (q.astype(jnp.float32) * scoring.query_factor).astype(q.dtype)
+
+
+def compiler_params(walk: Walk) -> pltpu.CompilerParams:
+    """Examples and scopes may run on two cores; the steps within a scope follow each other."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(walk.grid) - 2),
+        vmem_limit_bytes=vmem_limit(platforms.current().chip),
+    )
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """float32 means float32: by default a matrix unit rounds its operands to bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _kernel(*refs, walk: Walk, sizes: Sizes, scoring: Scoring, has_seed: bool):
+    *prefetch, scalars, given, results, scratch = refs
+    step = current_step(walk, prefetch)
+    row = {**given, **scratch}
+
+    @pl.when(step.opens_row)
+    def _():
+        row["maximum"][...] = jnp.full_like(row["maximum"], scores.LOWEST_MAXIMUM)
+        row["total"][...] = jnp.zeros_like(row["total"])
+        row["sum"][...] = jnp.zeros_like(row["sum"])
+        if walk.has_partial:
+            for n in range(row["starts"].shape[0]):
+                row["row_starts"][n] = _down(row["starts"][n : n + 1])
+                row["row_widths"][n] = _down(row["widths"][n : n + 1])
+
+    def attend(masked: bool):
+        blocks = sizes.blocks
+        for first in range(0, blocks.keys, blocks.sub_keys):
+            here = Here(row, scalars, step, sizes, _KEYS_AXIS, slice(first, first + blocks.sub_keys))
+            _attend(row, here, masked, scoring, has_seed)
+
+    pl.when(step.full)(lambda: attend(masked=False))
+    pl.when(step.partial)(lambda: attend(masked=True))
+
+    @pl.when(step.closes_row)
+    def _():
+        total = jnp.broadcast_to(row["total"][...].sum(axis=1, keepdims=True), row["total"].shape)
+        seen = total > 0.0
+        share = jnp.where(seen, 1.0 / (jnp.where(seen, total, 1.0) * scoring.kept), 0.0)
+        results["out"][...] = (row["sum"][...] * _wide(share, sizes.v_size)).astype(results["out"].dtype)
+        lse = row["maximum"][...] * scores.LN_2 + jnp.log(total)
+        results["lse"][...] = jnp.where(seen, lse, -jnp.inf).T[:1]
+
+
+def _attend(row, here: Here, masked: bool, scoring: Scoring, has_seed: bool):
+    """Takes the keys of one tile into the running softmax of its queries."""
+    q, k, v = row["q"][...], row["k"][here.keys, :], row["v"][here.keys, :]
+    tile, exact = here.tile, precision(q.dtype)
+    product = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32)
+    score = here.add_bias(scoring.cap(product))
+    if masked:
+        starts, widths = (
+            [bounds[n] for n in range(bounds.shape[0])] for bounds in (row["row_starts"], row["row_widths"])
+        )
+        score = jnp.where(tile.visible(starts, widths), score, scores.HIDDEN_SCORE)
+    before = row["maximum"][...]
+    maximum = jnp.maximum(before, score.max(axis=1, keepdims=True))
+    weight = jnp.exp2(score - tile.spread(maximum))
+    shrink = jnp.exp2(before - maximum)
+    row["total"][...] = shrink * row["total"][...] + sum(
+        weight[:, lane : lane + LANES] for lane in range(0, tile.shape[1], LANES)
+    )
+    row["maximum"][...] = maximum
+    if has_seed:
+        weight = jnp.where(here.kept(scoring.dropout_rate), weight, 0.0)
+    values = jax.lax.dot(weight.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32)
+    row["sum"][...] = _wide(shrink, row["sum"].shape[1]) * row["sum"][...] + values
+
+
+def _down(by_lane: jax.Array) -> jax.Array:
+    """[n, 128] of [1, n]: from along lanes to along sublanes, equal along lanes."""
+    return jnp.broadcast_to(by_lane, (LANES, by_lane.shape[1])).T
+
+
+def _wide(by_query: jax.Array, size: int) -> jax.Array:
+    """[n, size] of [n, 128] that is equal along lanes."""
+    return jnp.tile(by_query, (1, -(-size // LANES)))[:, :size]

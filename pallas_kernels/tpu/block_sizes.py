@@ -1,0 +1,62 @@
+"""Block sizes of the TPU attention kernels, by chip and shape."""
+
+import dataclasses
+
+from pallas_kernels.tpu.scores import LANES
+
+_MIB = 1 << 20
+
+VMEM = {"v5e": 128 * _MIB, "v5p": 64 * _MIB, "v6e": 128 * _MIB, "tpu7x": 64 * _MIB}
+"""Bytes of a core's vector memory."""
+
+_SMALLEST_VMEM = min(VMEM.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a kernel cuts up the scores; all multiples of 128.
+
+    Attributes:
+      queries, keys: of a block, which is what is loaded at once and skipped at once.
+      sub_keys: keys whose scores are computed at once; divides `keys`.
+    """
+
+    queries: int
+    keys: int
+    sub_keys: int
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple
+
+
+def vmem_limit(chip: str) -> int:
+    """Bytes of vector memory that a kernel may use: what there is, less a part for the compiler's own needs."""
+    return VMEM.get(chip, _SMALLEST_VMEM) * 7 // 8
+
+
+def fitted(wanted: Blocks, tq: int, tk: int, within: tuple[int, int] | None = None) -> Blocks:
+    """Blocks of about the size wanted that cut tq queries and tk keys into equal parts with little left over.
+
+    Args:
+      wanted: the largest sizes.
+      tq, tk: queries and keys there are.
+      within: blocks of a block-sparse mask, which the kernel's must divide.
+    """
+    if within is None:
+        queries, keys = _even(tq, wanted.queries), _even(tk, wanted.keys)
+    else:
+        queries, keys = (_divisor(n, limit) for n, limit in zip(within, (wanted.queries, wanted.keys)))
+    return Blocks(queries, keys, _divisor(keys, wanted.sub_keys))
+
+
+def _even(size: int, limit: int) -> int:
+    """The block that cuts `size` into as few parts as blocks of `limit` do, and these equal."""
+    parts = -(-size // limit)
+    return round_up(-(-size // parts), LANES)
+
+
+def _divisor(size: int, limit: int) -> int:
+    """The largest multiple of 128 that divides `size`, itself one, and is at most `limit`."""
+    return max(n for n in range(LANES, size + 1, LANES) if size % n == 0 and n <= max(limit, LANES))

@@ -1,0 +1,188 @@
+"""A call's arrays in the layout of the TPU kernels, and which part of each a step loads."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.fused import Inputs
+from pallas_kernels.tpu.block_sizes import Blocks, round_up
+from pallas_kernels.tpu.schedule import Step, Walk
+from pallas_kernels.tpu.scores import LOG2_E
+
+SCALARS = ("first_key_block", "example", "head", "query", "key", "seed")
+"""Scalars that every kernel has: the first block of keys it is given, the origin of the scores, dropout's seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Sizes of a call, padded to whole blocks where it says so.
+
+    Attributes:
+      batch, heads, kv_heads: B, Hq, Hkv.
+      queries, keys: Tq, Tk.
+      size, v_size: D, Dv.
+      blocks: of the kernel.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int
+    keys: int
+    size: int
+    v_size: int
+    blocks: Blocks
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks) -> "Sizes":
+        """Of a call's q, k, v."""
+        batch, queries, heads, size = q.shape
+        return cls(batch, heads, k.shape[2], queries, k.shape[1], size, v.shape[3], blocks)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def padded_queries(self) -> int:
+        return round_up(self.queries, self.blocks.queries)
+
+    @property
+    def padded_keys(self) -> int:
+        return round_up(self.keys, self.blocks.keys)
+
+    @property
+    def query_blocks(self) -> int:
+        return self.padded_queries // self.blocks.queries
+
+    @property
+    def key_blocks(self) -> int:
+        return self.padded_keys // self.blocks.keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array and what of it a step sees.
+
+    Attributes:
+      array: of any shape.
+      block: shape of the part, None for axes that the kernel does not have.
+      index: from the step to the part's block indices; None means the whole array, in scalar memory.
+    """
+
+    array: jax.Array
+    block: tuple[int | None, ...] | None
+    index: Callable[[Step, jax.Array], tuple] | None
+
+    def spec(self, walk: Walk) -> pl.BlockSpec:
+        """For `pallas_call`."""
+        if self.index is None:
+            return pl.BlockSpec(memory_space=pltpu.SMEM)
+        axes = len(walk.grid)
+
+        def index_map(*where):
+            *prefetch, scalars = where[axes:]
+            return self.index(walk.step(*where[:axes], *prefetch), scalars)
+
+        return pl.BlockSpec(self.block, index_map)
+
+
+def scalars(inputs: Inputs, first_key_block: jax.Array | int = 0) -> jax.Array:
+    """int32 [6], as `SCALARS` says."""
+    seed = jnp.uint32(0) if inputs.seed is None else inputs.seed
+    seed = jax.lax.bitcast_convert_type(jnp.asarray(seed, jnp.uint32), jnp.int32)
+    return jnp.stack([jnp.asarray(x, jnp.int32) for x in (first_key_block, *inputs.origin, seed)])
+
+
+def heads_first(x: jax.Array, length: int) -> jax.Array:
+    """[B, H, length, D] of [B, T, H, D], with zeros at the end."""
+    x = x.swapaxes(1, 2)
+    return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)])
+
+
+def by_query(sizes: Sizes, array: jax.Array) -> Operand:
+    """[B, Hq, Tq, n], a block of queries of a head."""
+    block = (None, None, sizes.blocks.queries, array.shape[3])
+    return Operand(array, block, lambda step, _: (step.example, step.head, step.query_block, 0))
+
+
+def by_key(sizes: Sizes, array: jax.Array) -> Operand:
+    """[B, Hkv, Tk, n], a block of keys of a query head's key head."""
+    block, group = (None, None, sizes.blocks.keys, array.shape[3]), sizes.group
+    return Operand(
+        array, block, lambda step, scalars: (step.example, step.head // group, step.key_block + scalars[0], 0)
+    )
+
+
+def row_numbers(sizes: Sizes, array: jax.Array) -> Operand:
+    """float32 [B, Hq, Tq], as [1, queries] of a head."""
+    padded = jnp.pad(array, [(0, 0), (0, 0), (0, sizes.padded_queries - array.shape[2])])[:, :, None]
+    return Operand(
+        padded, (None, None, 1, sizes.blocks.queries), lambda step, _: (step.example, step.head, 0, step.query_block)
+    )
+
+
+def intervals(sizes: Sizes, inputs: Inputs) -> dict[str, Operand]:
+    """Starts and widths of the queries' intervals, as [R, queries]."""
+    rows = inputs.rows.pad(sizes.padded_queries)
+    block = (None, rows.lo.shape[1], sizes.blocks.queries)
+    one = rows.lo.shape[0] == 1
+
+    def index(step, _):
+        return 0 if one else step.example, 0, step.query_block
+
+    widths = jnp.maximum(rows.hi - rows.lo, 0)
+    return {"starts": Operand(rows.lo, block, index), "widths": Operand(widths, block, index)}
+
+
+def biases(sizes: Sizes, inputs: Inputs, keys_axis: int) -> dict[str, Operand]:
+    """Whatever bias the call has, in units of log 2 unless it is dense."""
+    found = {}
+    if inputs.slopes is not None:
+        found["slopes"] = Operand(inputs.slopes * LOG2_E, None, None)
+    if inputs.diagonals is not None:
+        array = padded_diagonals(sizes, inputs.diagonals, keys_axis)[:, None] * LOG2_E
+        found["diagonals"] = Operand(array, (None, 1, array.shape[2]), lambda step, _: (step.head, 0, 0))
+    if inputs.dense_bias is not None:
+        found["dense_bias"] = dense_bias(sizes, inputs.dense_bias)
+    return found
+
+
+def padded_diagonals(sizes: Sizes, diagonals: jax.Array, keys_axis: int) -> jax.Array:
+    """[H, padded Tq + padded Tk] for `scores.diagonals_start`, whose rows are queries forward and keys backward."""
+    if keys_axis == 0:
+        diagonals = diagonals[:, ::-1]
+    before = _diagonals_before(sizes, keys_axis)
+    after = sizes.padded_queries + sizes.padded_keys - diagonals.shape[1] - before
+    return jnp.pad(diagonals, [(0, 0), (before, after)])
+
+
+def cut_diagonals(sizes: Sizes, padded: jax.Array, keys_axis: int) -> jax.Array:
+    """The reverse of `padded_diagonals`."""
+    before = _diagonals_before(sizes, keys_axis)
+    diagonals = padded[:, before : before + sizes.queries + sizes.keys - 1]
+    return diagonals[:, ::-1] if keys_axis == 0 else diagonals
+
+
+def _diagonals_before(sizes: Sizes, keys_axis: int) -> int:
+    return sizes.padded_keys - sizes.keys if keys_axis == 0 else sizes.padded_queries - sizes.queries
+
+
+def dense_bias(sizes: Sizes, values: jax.Array) -> Operand:
+    """A bias broadcastable to [B, H, Tq, Tk]; axes of size 1 stay so."""
+    values = values.reshape((1,) * (4 - values.ndim) + values.shape)
+    of_one = [size == 1 for size in values.shape]
+    padding = (0, 0, sizes.padded_queries - sizes.queries, sizes.padded_keys - sizes.keys)
+    values = jnp.pad(values, [(0, 0 if one else n) for one, n in zip(of_one, padding)])
+    queries, keys = (1 if one else n for one, n in zip(of_one[2:], (sizes.blocks.queries, sizes.blocks.keys)))
+
+    def index(step, scalars):
+        places = step.example, step.head, step.query_block, step.key_block + scalars[0]
+        return tuple(0 if one else place for one, place in zip(of_one, places))
+
+    return Operand(values, (None, None, queries, keys), index)

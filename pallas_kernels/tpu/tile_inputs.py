@@ -1,0 +1,89 @@
+"""What a running kernel reads for one tile of scores."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.tpu import scores
+from pallas_kernels.tpu.operands import Sizes
+from pallas_kernels.tpu.schedule import Step
+from pallas_kernels.tpu.scores import LANES, Tile
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """One tile of a kernel's current block.
+
+    Attributes:
+      given: the kernel's inputs by name.
+      scalars: reference to `operands.SCALARS`.
+      step: the block.
+      sizes: of the call.
+      keys_axis: as of `Tile`.
+      keys: which of the block's keys the tile has.
+    """
+
+    given: Mapping[str, Any]
+    scalars: Any
+    step: Step
+    sizes: Sizes
+    keys_axis: int
+    keys: slice
+
+    @property
+    def tile(self) -> Tile:
+        """The tile's place among all scores."""
+        blocks = self.sizes.blocks
+        shape = (blocks.queries, blocks.sub_keys)
+        return Tile(
+            shape if self.keys_axis == 1 else shape[::-1],
+            self.keys_axis,
+            self.step.query_block * blocks.queries,
+            (self.step.key_block + self.scalars[0]) * blocks.keys + self.keys.start,
+        )
+
+    def kept(self, rate: float) -> jax.Array:
+        """bool: the weights that dropout leaves."""
+        example, head, query, key, seed = (self.scalars[n] for n in range(1, 6))
+        seed = jax.lax.bitcast_convert_type(seed, jnp.uint32)
+        return self.tile.kept(seed, self.step.example + example, self.step.head + head, (query, key), rate)
+
+    def add_bias(self, score: jax.Array) -> jax.Array:
+        """The scores, in units of log 2, plus the bias that the call has."""
+        if "slopes" in self.given:
+            score = score - self.given["slopes"][self.step.head] * self.tile.distances()
+        if "diagonals" in self.given:
+            windows = {d: self.given["diagonals"][:, self.window(d)] for d in self.diagonals()}
+            score = score + scores.toeplitz(windows, *self.squares())
+        if "dense_bias" in self.given:
+            score = score + self._dense_bias()
+        return score
+
+    def squares(self) -> tuple[int, int]:
+        """How many squares of 128 the tile has along its axes."""
+        height, width = self.tile.shape
+        return height // LANES, width // LANES
+
+    def diagonals(self) -> range:
+        """The diagonals that these squares are on: column minus row."""
+        height, width = self.squares()
+        return range(1 - height, width)
+
+    def window(self, diagonal: int) -> pl.Slice:
+        """What of the array of diagonals the tile's squares on one diagonal show."""
+        tile, rows = self.tile, self.sizes.padded_queries
+        row, column = tile.first_query, tile.first_key
+        if self.keys_axis == 0:
+            row, column, rows = column, row, self.sizes.padded_keys
+        start = column - row + diagonal * LANES + rows - LANES
+        return pl.ds(pl.multiple_of(start, LANES), 2 * LANES)
+
+    def _dense_bias(self) -> jax.Array:
+        block = self.given["dense_bias"]
+        bias = block[:, self.keys] if block.shape[1] > 1 else block[...]
+        bias = bias.astype(jnp.float32) * scores.LOG2_E
+        return bias if self.keys_axis == 1 else bias.T
