@@ -49,7 +49,7 @@ SMALL_SCORES = 8 * 2**20
 
 _SMALL = Candidate(
     "xla",
-    "As fast as in blocks up to here; beyond, blocks stay in the processor's caches and take 0.5 to 0.8 of the time, "
+    "As fast as in blocks up to here; beyond, blocks stay in the processor's caches and take 0.6 to 0.9 of the time, "
     "and the memory of one block (benchmarks/results/attention_memory.json).",
     most_score_bytes=SMALL_SCORES,
 )
