@@ -23,7 +23,8 @@ from typing import Protocol, override
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mixer_backends, packed_rows
+from pallas_kernels import packed_rows
+from pallas_kernels.choice import Candidate, Choice
 from pallas_kernels.tpu import selective_scan as tpu_kernel
 
 _CHUNK = 64  # of the XLA form
@@ -52,6 +53,10 @@ class Inputs:
     d: jax.Array
     restart: jax.Array
     state: jax.Array
+
+
+class UnsupportedSelectiveScan(ValueError):
+    """The named backend cannot do what was asked for, or does not exist."""
 
 
 class Backend(Protocol):
@@ -96,7 +101,7 @@ def selective_scan(
       (y [B, T, C] in x's type, final state [B, C, N] float32).
 
     Raises:
-      UnsupportedMixer: the named backend does not exist or refuses.
+      UnsupportedSelectiveScan: the named backend does not exist or refuses.
       ValueError: shapes do not fit.
     """
     _check(x, dt, a, b, c, d, initial_state)
@@ -121,7 +126,7 @@ def selective_scan(
         restart=restart,
         state=initial_state.astype(jnp.float32).swapaxes(1, 2),
     )
-    y, final = mixer_backends.choose("selective_scan", backend, BACKENDS, inputs).run(inputs)
+    y, final = SELECTIVE_SCAN.choose(backend, inputs).run(inputs)
     return y, final.swapaxes(1, 2)
 
 
@@ -221,7 +226,18 @@ class TpuBackend(Backend):
         return tpu_kernel.scan(*(getattr(inputs, field.name) for field in dataclasses.fields(Inputs)))
 
 
-BACKENDS: dict[str, Backend] = {"xla": XlaBackend(), "pallas_tpu": TpuBackend()}
+_PLAIN = Candidate("xla", "In chunks, on any device; refuses nothing.")
+
+SELECTIVE_SCAN: Choice[Backend] = Choice(
+    "selective_scan",
+    backends={"xla": XlaBackend(), "pallas_tpu": TpuBackend()},
+    order={
+        "cpu": (_PLAIN,),
+        "gpu": (_PLAIN,),
+        "tpu": (Candidate("pallas_tpu", "Keeps states on the chip (benchmarks/results/linear_mixers.json)."), _PLAIN),
+    },
+    error=UnsupportedSelectiveScan,
+)
 
 
 def _check(

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import ahead_of_time, mixer_backends
-from pallas_kernels.selective_scan import BACKENDS, selective_scan, selective_scan_step
+from pallas_kernels import ahead_of_time
+from pallas_kernels.selective_scan import SELECTIVE_SCAN, UnsupportedSelectiveScan, selective_scan, selective_scan_step
 from pallas_kernels.tpu import selective_scan as tpu_kernel
 
 B, T, C, N = 2, 150, 24, 8  # T is no whole number of chunks, and more than one of each backend's
@@ -90,7 +90,7 @@ def test_the_reference_gradients_are_slopes():
     assert abs(found - slope) < 1e-6 * abs(slope)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SELECTIVE_SCAN.backends)
 def test_equals_the_recurrence(backend):
     """Step sizes that keep everything or forget everything among them."""
     args = arguments()
@@ -101,7 +101,7 @@ def test_equals_the_recurrence(backend):
         assert error(g, expected) < 1e-5, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SELECTIVE_SCAN.backends)
 def test_bfloat16_loses_only_what_its_results_are_rounded_to(backend):
     """States and sums are float32: a result is off by half a last place of bfloat16, 2^-9, at most; so is its norm."""
     args, (dy, d_final) = arguments(jnp.bfloat16), cotangents(jnp.bfloat16)
@@ -131,7 +131,7 @@ def test_two_halves_make_a_whole_and_steps_make_the_same():
 SEGMENTS = np.array([[1] * 70 + [2] * 13 + [3] * 60 + [0] * 7, [0] * 3 + [1] * 130 + [2] * 1 + [3] * 16])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SELECTIVE_SCAN.backends)
 def test_a_packed_row_equals_its_segments(backend):
     """Law 1, forward and backward: segments start anew, the row's first from the initial state; padding gives 0."""
     args, (dy, _) = arguments(), cotangents()
@@ -162,7 +162,7 @@ def test_a_packed_row_equals_its_segments(backend):
 
 
 @pytest.mark.parametrize("name", [*BY_STEP, "dy"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", SELECTIVE_SCAN.backends)
 def test_a_nan_stays_in_its_segment(name, backend):
     """To the last bit, planted in the first and the last step of a segment. (The sums da and dd hold all segments.)"""
     args, (dy, d_final) = arguments(), cotangents()
@@ -246,5 +246,5 @@ def test_bad_input_is_one_sentence(changes, message):
 
 def test_a_named_backend_that_cannot_says_why():
     shapes = [(1, 4, 8), (1, 4, 8), (8, 3), (1, 4, 3), (1, 4, 3)]
-    with pytest.raises(mixer_backends.UnsupportedMixer, match="multiple of 8 up to 64, got 3. Backends that can: xla"):
+    with pytest.raises(UnsupportedSelectiveScan, match="multiple of 8 up to 64, got 3. Backends that can: xla"):
         selective_scan(*(np.zeros(s, np.float32) for s in shapes), backend="pallas_tpu")
