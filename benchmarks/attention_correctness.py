@@ -23,7 +23,7 @@ from tests.pallas_kernels import conformance
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 TARGETS = {"float32": 1e-5, "bfloat16": 2.0}
-BACKENDS = ("xla", "xla_chunked", "splash", "pallas_tpu")
+BACKENDS = ("xla", "xla_chunked", "xla_blocks", "splash", "pallas_tpu", "pallas_gpu")
 
 
 def errors_of(backend: str, case: conformance.Case, plain: dict[str, float]) -> dict[str, Any]:

@@ -45,17 +45,21 @@ ATTENTION: Choice[Backend] = Choice(
     order={
         "cpu": (_SMALL, _VISIBLE_BLOCKS, _ANYTHING),
         "tpu": (
+            Candidate(
+                "pallas_tpu",
+                "One kernel for all masks, which skips blocks by example; splash computes the blocks of other examples "
+                "in packed rows. benchmarks/attention_tpu.py ranks the two by the compiler's cycles.",
+            ),
             Candidate("splash", "Masks that are the same for every example, without bias; jax's own."),
-            Candidate("pallas_tpu", "Every mask made of intervals, with every score, skipping what is hidden."),
             _SMALL,
             _ANYTHING,
         ),
         "gpu": (
+            Candidate("cudnn", "Fastest of four implementations on an H100, by the times that tokamax 0.0.17 ships."),
             Candidate(
-                "cudnn", "The fastest there is for what it takes: 530-690 TFLOP/s forward at D = 128 on an H100."
+                "tokamax", "By the same times next to cuDNN, and it skips by example; only where it is installed."
             ),
-            Candidate("pallas_gpu", "Every mask made of intervals, with every score, skipping what is hidden."),
-            Candidate("tokamax", "Where it is installed: intervals with block skipping, 490-690 TFLOP/s on an H100."),
+            Candidate("pallas_gpu", "Intervals, block lists and biases; not yet timed beside tokamax on an H200."),
             _SMALL,
             _ANYTHING,
         ),

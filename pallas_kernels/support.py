@@ -21,6 +21,7 @@ _LENGTH, _HEADS = 1024, 8
 _MACHINES = {
     "xla": ("tpu", "TPU v6 lite"),
     "xla_chunked": ("tpu", "TPU v6 lite"),
+    "xla_blocks": ("tpu", "TPU v6 lite"),
     "pallas_tpu": ("tpu", "TPU v6 lite"),
     "splash": ("tpu", "TPU v6 lite"),
     "pallas_gpu": ("gpu", "NVIDIA H200"),
@@ -34,12 +35,11 @@ def table() -> str:
 
     What a backend says of every call (that tokamax is not installed, that there is no GPU here) is left out.
     """
-    names = [name for name in _MACHINES if name in ATTENTION.backends]
     features = _features()
-    columns = {name: _answers(name, features) for name in names}
-    lines = [["", *(f"`{name}`" for name in names)], ["---", *(["---"] * len(names))]]
+    columns = {name: _answers(name, features) for name in _MACHINES}
+    lines = [["", *(f"`{name}`" for name in _MACHINES)], ["---", *(["---"] * len(_MACHINES))]]
     for feature in features:
-        lines.append([feature, *("yes" if columns[name][feature] else "" for name in names)])
+        lines.append([feature, *("yes" if columns[name][feature] else "" for name in _MACHINES)])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 

@@ -73,10 +73,11 @@ REQUESTS = {
     "dense": request(masks.Dense(np.ones((1, 1, 4096, 4096), bool))),
 }
 AUTOMATIC = {
-    "cpu": dict.fromkeys(REQUESTS, "xla_chunked") | {"short": "xla"},
-    "v6e": dict.fromkeys(REQUESTS, "xla_chunked")
-    | dict.fromkeys(["causal", "causal packed", "window", "soft cap", "short"], "splash"),
-    "h200": dict.fromkeys(REQUESTS, "xla_chunked") | dict.fromkeys(["causal", "window", "lengths", "short"], "cudnn"),
+    "cpu": dict.fromkeys(REQUESTS, "xla_blocks") | {"short": "xla", "dense": "xla_chunked"},
+    "v6e": dict.fromkeys(REQUESTS, "pallas_tpu") | {"dense": "xla_chunked"},
+    "h200": dict.fromkeys(REQUESTS, "pallas_gpu")
+    | dict.fromkeys(["causal", "window", "lengths", "short"], "cudnn")
+    | {"dense": "xla_chunked"},
     "mi300": dict.fromkeys(REQUESTS, "xla_chunked") | {"short": "xla"},
 }
 
