@@ -130,7 +130,7 @@ class MegabloxBackend(Backend):
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # slow to import, and needed on TPUs alone
 
         out = w.shape[1] if transposed else w.shape[2]
-        tiles = _megablox_tiles(x.shape[0], x.shape[1], out, w.shape[0])
+        tiles = megablox_tiles(x.shape[0], x.shape[1], out, w.shape[0], x.dtype)
         y = gmm(
             _pad_rows(x, tiles[0]),
             w,
@@ -146,15 +146,20 @@ class MegabloxBackend(Backend):
     def by_groups(self, x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-        tiles = _megablox_tiles(x.shape[0], x.shape[1], y.shape[1], group_sizes.shape[0])
+        tiles = megablox_tiles(x.shape[0], x.shape[1], y.shape[1], group_sizes.shape[0], x.dtype)
         x, y = _pad_rows(x, tiles[0]), _pad_rows(y, tiles[0])
         return tgmm(x.T, y, group_sizes, x.dtype, tiles, interpret=platforms.tpu_interpret())
 
 
-def _megablox_tiles(rows: int, inner: int, outer: int, groups: int) -> tuple[int, int, int]:
-    """Tile sizes (rows, x's columns, w's columns): large, but of no more rows than a group has on average."""
-    tile = min(512, max(128, rows // groups // 128 * 128))
-    return min(tile, -(-rows // 16) * 16), min(1024, -(-inner // 128) * 128), min(1024, -(-outer // 128) * 128)
+def megablox_tiles(rows: int, inner: int, outer: int, groups: int, dtype: jnp.dtype) -> tuple[int, int, int]:
+    """Tile sizes (rows, x's columns, w's columns): of no more rows than a group has on average, and else large.
+
+    A matrix whose K lies in one tile stays on the chip while its group's rows pass; splitting K doubles the cycles of
+    the compiler's estimate (`benchmarks/results/grouped_matmul.json`). Larger tiles than these take minutes to compile.
+    """
+    high = min(256, max(128, rows // groups // 128 * 128))
+    wide = 2048 // jnp.dtype(dtype).itemsize
+    return min(high, -(-rows // 16) * 16), min(wide, -(-inner // 128) * 128), min(wide, -(-outer // 128) * 128)
 
 
 def _pad_rows(x: jax.Array, multiple: int) -> jax.Array:
