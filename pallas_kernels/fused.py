@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
-from pallas_kernels.masks import BlockSparse
+from pallas_kernels.masks import BlockSparse, Full
 from pallas_kernels.plans import Rows
 from pallas_kernels.requests import Origin, Request
 
@@ -33,6 +33,7 @@ class Inputs:
       origin: global indices of the first score, for dropout.
       scale, soft_cap, dropout_rate: as in `Request`.
       dense_bias_gradient: whether `dense_bias` gets one.
+      hides_nothing: known beforehand, that every query sees every key.
     """
 
     rows: Rows
@@ -46,6 +47,7 @@ class Inputs:
     soft_cap: float | None = dataclasses.field(metadata={"static": True})
     dropout_rate: float = dataclasses.field(metadata={"static": True})
     dense_bias_gradient: bool = dataclasses.field(metadata={"static": True})
+    hides_nothing: bool = dataclasses.field(metadata={"static": True})
 
 
 class Kernels(Protocol):
@@ -97,6 +99,7 @@ def inputs_of(request: Request) -> Inputs:
         soft_cap=request.soft_cap,
         dropout_rate=request.dropout_rate,
         dense_bias_gradient=isinstance(bias, DenseBias) and bias.differentiable,
+        hides_nothing=isinstance(request.mask, Full),
     )
 
 

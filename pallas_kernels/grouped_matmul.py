@@ -5,13 +5,13 @@ backward passes are made of; the gradient, and the rows that are in no group, ar
 """
 
 import functools
-import logging
 from typing import Protocol, override
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
+from pallas_kernels.choice import Candidate, Choice
 from pallas_kernels.gpu import grouped_matmul as hopper
 
 
@@ -43,7 +43,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, backen
       x: [M, K], sorted by group.
       w: [G, K, N], of x's type.
       group_sizes: int32 [G], rows in each group; they add up to M at most. May depend on data.
-      backend: a name from `BACKENDS`, or "auto": the first in the platform's order that can.
+      backend: a name from `GROUPED_MATMUL`, or "auto": the first in the platform's order that can.
 
     Returns:
       [M, N], in x's type. Differentiable in x and w, in reverse mode.
@@ -53,7 +53,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, backen
       ValueError: shapes or types do not fit.
     """
     _check(x, w, group_sizes)
-    return _grouped_matmul(x, w, group_sizes, _choose(backend, x, w))
+    return _grouped_matmul(x, w, group_sizes, GROUPED_MATMUL.choose(backend, x, w))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -180,32 +180,18 @@ class PallasGpuBackend(Backend):
         return hopper.by_groups(x, y, group_sizes)
 
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (RaggedDotBackend(), MegabloxBackend(), PallasGpuBackend())}
-# For "auto", best first; the last one refuses nothing.
-_PREFERENCE = {"tpu": ("megablox", "ragged_dot"), "gpu": ("pallas_gpu", "ragged_dot"), "cpu": ("ragged_dot",)}
+_PLAIN = Candidate("ragged_dot", "XLA's own; refuses nothing.")
 
-
-def _choose(name: str, x: jax.Array, w: jax.Array) -> Backend:
-    if name == "auto":
-        platform = platforms.current()
-        order = _PREFERENCE[platform.kind]
-        refusals = {n: BACKENDS[n].refuses(x, w) for n in order}
-        chosen = next(n for n in order if not refusals[n])
-        passed_over = "".join(f"; {n} cannot: {'; '.join(r)}" for n, r in refusals.items() if r)
-        _log_once(f"grouped_matmul of {x.shape} by {w.shape} {x.dtype} on {platform.chip}: {chosen}{passed_over}")
-        return BACKENDS[chosen]
-    if name not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise UnsupportedGroupedMatmul(f"There is no grouped_matmul backend {name!r}; there are {known} and 'auto'.")
-    if reasons := BACKENDS[name].refuses(x, w):
-        able = [n for n, b in BACKENDS.items() if not b.refuses(x, w)]
-        raise UnsupportedGroupedMatmul(f"{name} cannot: {'; '.join(reasons)}. Backends that can: {', '.join(able)}.")
-    return BACKENDS[name]
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logging.getLogger(__name__).info(message)
+GROUPED_MATMUL: Choice[Backend] = Choice(
+    "grouped_matmul",
+    backends={b.name: b for b in (RaggedDotBackend(), MegabloxBackend(), PallasGpuBackend())},
+    order={
+        "cpu": (_PLAIN,),
+        "tpu": (Candidate("megablox", "Multiplies each row by its own matrix alone."), _PLAIN),
+        "gpu": (Candidate("pallas_gpu", "Multiplies each row by its own matrix alone."), _PLAIN),
+    },
+    error=UnsupportedGroupedMatmul,
+)
 
 
 def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:

@@ -1,4 +1,4 @@
-"""The forward attention kernel for TPUs: online softmax over the blocks a mask shows (FlashAttention-2, arXiv 2307.08691).
+"""The forward attention kernel for TPUs: online softmax (FlashAttention-2, arXiv 2307.08691) over what a mask shows.
 
 Queries lie along sublanes, keys along lanes. The running maximum is kept equal along 128 lanes, as it is used; the
 running sum is kept as 128 partial sums, which are added up once at the end of the row.
@@ -14,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import platforms
 from pallas_kernels.fused import Inputs
 from pallas_kernels.tpu import operands, scores
-from pallas_kernels.tpu.block_sizes import vmem_limit
 from pallas_kernels.tpu.operands import Operand, Sizes
 from pallas_kernels.tpu.schedule import Walk, current_step
 from pallas_kernels.tpu.scores import LANES, Scoring
@@ -62,7 +61,7 @@ def forward(
             scratch_shapes=[scratch],
         ),
         out_shape={name: operand.array for name, operand in results.items()},
-        compiler_params=compiler_params(walk),
+        compiler_params=operands.compiler_params(walk, sizes, [*given.values(), *results.values()], scratch.values()),
         interpret=platforms.tpu_interpret(),
         name="attention_forward",
     )(*walk.prefetch, operands.scalars(inputs), {name: operand.array for name, operand in given.items()})
@@ -72,14 +71,6 @@ def forward(
 def scaled(q: jax.Array, scoring: Scoring) -> jax.Array:
     """Queries whose products with keys are scores in units of log 2, or the soft cap's arguments."""
     return (q.astype(jnp.float32) * scoring.query_factor).astype(q.dtype)
-
-
-def compiler_params(walk: Walk) -> pltpu.CompilerParams:
-    """Examples and scopes may run on two cores; the steps within a scope follow each other."""
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(walk.grid) - 2),
-        vmem_limit_bytes=vmem_limit(platforms.current().chip),
-    )
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:

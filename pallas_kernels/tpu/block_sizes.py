@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
 from pallas_kernels.tpu.scores import LANES
 
 _MIB = 1 << 20
@@ -31,9 +33,19 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def vmem_limit(chip: str) -> int:
-    """Bytes of vector memory that a kernel may use: what there is, less a part for the compiler's own needs."""
+def vmem(chip: str) -> int:
+    """Bytes of vector memory that a kernel may use: what there is, less a part for what surrounds it."""
     return VMEM.get(chip, _SMALLEST_VMEM) * 7 // 8
+
+
+def forward(chip: str, size: int, dtype: jnp.dtype) -> Blocks:
+    """The forward kernel's blocks on `chip`, for the larger of the two head sizes."""
+    return Blocks(1024, 1024, 512)
+
+
+def backward(chip: str, size: int, dtype: jnp.dtype) -> Blocks:
+    """The backward kernel's blocks."""
+    return Blocks(1024, 1024, 512)
 
 
 def fitted(wanted: Blocks, tq: int, tk: int, within: tuple[int, int] | None = None) -> Blocks:

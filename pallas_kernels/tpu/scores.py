@@ -1,8 +1,8 @@
 """What happens to a tile of scores between two matrix products: soft cap, bias, mask, dropout.
 
-The forward kernel has queries along sublanes and keys along lanes, the backward kernel the reverse, because of what each
-sums over. All that is written here holds for both: a `Tile` knows which axis is which. Scores are in units of log 2, so
-that a power of two is all that the softmax takes of them.
+The forward kernel has queries along sublanes and keys along lanes, the backward kernel the reverse, because of what
+each sums over. All that is written here holds for both: a `Tile` knows which axis is which. Scores are in units of
+log 2, so that a power of two is all that the softmax takes of them.
 """
 
 import dataclasses
