@@ -5,8 +5,8 @@
 
 Cycles are estimates of the TPU compiler, with no TPU: good for comparing two programs on one chip. It counts the body
 of a program's loop once, so that the XLA forms are estimated for one turn of their loop and multiplied by its turns:
-what the loop itself costs is left out, in their favour. Where the estimator aborts, which is not the compiler's refusal,
-the row has its words.
+what the loop itself costs is left out, in their favour. Where the estimator aborts, which is not the compiler's
+refusal, the row has its words.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from pallas_kernels.selective_scan import selective_scan
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "linear_mixers.json"
 TPUS = ("v6e:2x2", "v5e:2x2", "tpu7x:2x2x1")
-LENGTH, HEADS, HEAD_SIZE = 4096, 4, 128  # of linear attention on TPUs
+LENGTH, HEADS, HEAD_SIZE = 2048, 4, 128  # of linear attention on TPUs
 CHANNELS, ENTRIES = 512, 16  # of the selective scan there: as much state as one head has
 CHUNKS = {"by head": 128, "by channel": 64}  # linear attention's own; a turn of the XLA form's loop
 
@@ -76,20 +76,23 @@ def cycles(maker: str, topology: str, turns: int = 1, **arguments: Any) -> dict[
     return kernels | {"all": turns * sum(found.values())}
 
 
-def tpu_rows() -> list[dict[str, Any]]:
-    """Kernel and XLA form, forward and backward, on each chip."""
-    rows = []
+def attention_rows(decay: str) -> Iterator[dict[str, Any]]:
+    """The rows of linear attention with one kind of decay."""
+    chunk = CHUNKS[decay]
     for topology in TPUS:
-        for decay, chunk in CHUNKS.items():
-            kernel = cycles("attention_case", topology, decay=decay, backend="pallas_tpu", length=LENGTH)
-            xla = cycles("attention_case", topology, LENGTH // chunk, decay=decay, backend="xla", length=chunk)
-            rows.append({"chip": topology, "mixer": f"linear attention, decay {decay}", "kernel": kernel, "xla": xla})
-            print(rows[-1], flush=True)
+        kernel = cycles("attention_case", topology, decay=decay, backend="pallas_tpu", length=LENGTH)
+        xla = cycles("attention_case", topology, LENGTH // chunk, decay=decay, backend="xla", length=chunk)
+        yield {"chip": topology, "mixer": f"linear attention, decay {decay}", "kernel": kernel, "xla": xla}
+
+
+def tpu_rows() -> Iterator[dict[str, Any]]:
+    """Kernel and XLA form, forward and backward, on each chip."""
+    yield from attention_rows("by head")
+    for topology in TPUS:
         kernel = cycles("scan_case", topology, backend="pallas_tpu", length=LENGTH)
         xla = cycles("scan_case", topology, LENGTH, backend="xla", length=1)
-        rows.append({"chip": topology, "mixer": "selective scan", "kernel": kernel, "xla": xla})
-        print(rows[-1], flush=True)
-    return rows
+        yield {"chip": topology, "mixer": "selective scan", "kernel": kernel, "xla": xla}
+    yield from attention_rows("by channel")
 
 
 def step_by_step(q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -120,9 +123,8 @@ FORMS = {
 }
 
 
-def cpu_rows() -> list[dict[str, Any]]:
+def cpu_rows() -> Iterator[dict[str, Any]]:
     """Processor seconds and temporary bytes, forward and backward, float32, one decay a head."""
-    rows = []
     for length in (512, 1024, 2048, 4096):
         rng = np.random.default_rng(0)
         q, k, v, do = (jnp.asarray(rng.normal(size=(1, length, 2, 64)), jnp.float32) for _ in range(4))
@@ -137,19 +139,15 @@ def cpu_rows() -> list[dict[str, Any]]:
                 start = time.process_time()
                 jax.block_until_ready(program((q, k, v, log_decay), do))
                 seconds[name].append(time.process_time() - start)
-        rows.append(
-            {
-                "length": length,
-                "cpu_seconds": {name: round(float(np.median(s)), 4) for name, s in seconds.items()},
-                "temporary_bytes": {name: ahead_of_time.memory(p).temporaries for name, p in programs.items()},
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+        yield {
+            "length": length,
+            "cpu_seconds": {name: round(float(np.median(s)), 4) for name, s in seconds.items()},
+            "temporary_bytes": {name: ahead_of_time.memory(p).temporaries for name, p in programs.items()},
+        }
 
 
 def main() -> None:
-    """Measures, prints rows, writes the results file."""
+    """Measures, prints rows, writes the results file after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = {"tpu": tpu_rows, "cpu": cpu_rows}
     parser.add_argument("--only", choices=parts, help="measure this part alone")
@@ -159,11 +157,14 @@ def main() -> None:
         "tpu": {"T": LENGTH, "H": HEADS, "Dk": HEAD_SIZE, "Dv": HEAD_SIZE, "C": CHANNELS, "N": ENTRIES},
         "cpu": {"H": 2, "Dk": 64, "Dv": 64},
     }
+    results["machine"] = machine.facts()
     for name, measure in parts.items():
         if args.only in (None, name):
-            results[name] = measure()
-    results["machine"] = machine.facts()
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            results[name] = []
+            for row in measure():
+                print(row, flush=True)
+                results[name].append(row)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
