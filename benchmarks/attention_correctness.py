@@ -3,8 +3,8 @@
     python -m benchmarks.attention correctness [backend ...]    # writes results/attention_correctness.json
 
 The cases are those of tests/pallas_kernels/conformance.py. A float32 error is ||x - r|| / ||r|| against float64
-arithmetic written out, the largest of output, log-sum-exp and all gradients; a bfloat16 one is that divided by the error
-of the plain XLA form of the same type. Kernels are interpreted; what a matrix unit rounds only its machine shows.
+arithmetic written out, the largest of output, log-sum-exp and all gradients; a bfloat16 one is that divided by the
+error of the plain XLA form of the same type. Kernels are interpreted; what a matrix unit rounds only its machine shows.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxlm.training import machine
-from pallas_kernels import choice
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends.splash import SplashBackend
 from pallas_kernels.backends.xla_chunked import XlaChunkedBackend
 from pallas_kernels.requests import UnsupportedAttention
@@ -46,8 +46,8 @@ def errors_of(backend: str, case: conformance.Case, plain: dict[str, float]) -> 
 def main() -> None:
     """Measures the named backends, or all, and writes the results."""
     wanted = sys.argv[1:] or BACKENDS
-    choice.BACKENDS["xla_chunked"] = XlaChunkedBackend(budget=1)  # blocks of 64 queries: the cases are short
-    choice.BACKENDS["splash"] = conformance.WithReferenceLse(SplashBackend())
+    ATTENTION.backends["xla_chunked"] = XlaChunkedBackend(budget=1)  # blocks of 64 queries: the cases are short
+    ATTENTION.backends["splash"] = conformance.WithReferenceLse(SplashBackend())
     table: dict[str, dict[str, Any]] = {name: {} for name in wanted}
     cases = conformance.CASES | {f"{name} (256)": case for name, case in conformance.STATIC_CASES.items()}
     for name, case in cases.items():

@@ -6,8 +6,8 @@ Programs are the forward pass and the gradient of q, k and v in a packed causal 
 the whole matrix of scores would take in float32: a program below it does not hold one. TPU programs are compiled
 without a TPU.
 
-The second table is for `pallas_kernels.choice`: processor seconds of the gradient on this machine, the least of several
-runs, with the whole matrix and in blocks.
+The second table is for `pallas_kernels.attention_backends`: processor seconds of the gradient on this machine, the
+least of several runs, with the whole matrix and in blocks.
 """
 
 import functools
@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.training import machine
-from pallas_kernels import ahead_of_time, choice, masks
+from pallas_kernels import ahead_of_time, masks
 from pallas_kernels.attention import UnsupportedAttention, attention
+from pallas_kernels.attention_backends import SMALL_SCORES
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LENGTH, HEADS, SIZE = 32768, 4, 128
@@ -128,7 +129,7 @@ def main() -> None:
         "none_holds_the_scores": all(row["temporaries_mib"] < scores for row in memory if "temporaries_mib" in row),
         "temporaries": memory,
         "blocks_on_a_cpu": border(),
-        "border_mib": choice.SMALL_SCORES / 2**20,
+        "border_mib": SMALL_SCORES / 2**20,
     }
     path = RESULTS / "attention_memory.json"
     path.write_text(json.dumps(result, indent=2) + "\n")

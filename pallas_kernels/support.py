@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import choice, masks
+from pallas_kernels import masks
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
 from pallas_kernels.requests import WHOLE, Request
 
@@ -43,7 +44,7 @@ def table() -> str:
 
 
 def _answers(name: str, features: dict[str, Request]) -> dict[str, bool]:
-    backend, (platform, kind) = choice.backend(name), _MACHINES[name]
+    backend, (platform, kind) = ATTENTION.backend(name), _MACHINES[name]
     device = AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         always = set(backend.refuses(_PLAIN))

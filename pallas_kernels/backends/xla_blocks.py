@@ -38,13 +38,19 @@ class XlaBlocksBackend(Backend):
             reasons.append(f"the mask {request.mask} is not made of key intervals")
         if isinstance(request.bias, DenseBias):
             reasons.append("a dense bias")
+        (batch, tq, heads, _), tk, (bq, bk) = request.q_shape, request.k_shape[1], _block(request)
+        if batch * heads * -(-tq // bq) * -(-tk // bk) >= 2**31:
+            reasons.append("more pairs of blocks than an int32 counts")
         return reasons
 
     @override
     def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
-        lists = request.mask.block_sparse
-        block = (min(_BLOCK, q.shape[1]), min(_BLOCK, k.shape[1])) if lists is None else lists.block
-        return fused_attention(BlockKernels(block), q, k, v, inputs_of(request))
+        return fused_attention(BlockKernels(_block(request)), q, k, v, inputs_of(request))
+
+
+def _block(request: Request) -> tuple[int, int]:
+    lists = request.mask.block_sparse
+    return (min(_BLOCK, request.q_shape[1]), min(_BLOCK, request.k_shape[1])) if lists is None else lists.block
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,11 +74,10 @@ def flex_prefill(
 
     Raises:
       TypeError: the mask has no intervals, or has lists of blocks already.
-      ValueError: q and k have different lengths.
+      ValueError: q and k do not fit each other.
     """
+    selection.check_shapes(q, k, "flex_prefill")
     length = q.shape[1]
-    if k.shape[1] != length:
-        raise ValueError(f"flex_prefill takes q and k of one length, got q {q.shape} and k {k.shape}.")
     mask = Causal() if mask is None else mask
     q, k = jax.lax.stop_gradient((q, k))
     rows = selection.interval_rows(mask, length, "flex_prefill")

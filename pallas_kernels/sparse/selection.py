@@ -24,6 +24,16 @@ class Chooser(enum.Enum):
     MEAN = enum.auto()
 
 
+def check_shapes(q: jax.Array, k: jax.Array, who: str) -> None:
+    """Raises a ValueError unless q [B, T, H, D] and k [B, T, Hkv, D] are those of self-attention."""
+    fits = q.ndim == k.ndim == 4 and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    if not fits or q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"{who} takes q [B, T, H, D] and k [B, T, Hkv, D] of one length, with Hkv dividing H; got {q.shape} and "
+            f"{k.shape}."
+        )
+
+
 def interval_rows(mask: Mask, length: int, who: str) -> Rows:
     """The intervals of a mask of self-attention.
 

@@ -33,7 +33,7 @@ def moba_per_query(q: jax.Array, k: jax.Array, *, block: int, top: int, mask: Ma
 
     Raises:
       TypeError: the mask has no intervals, or has lists of blocks already.
-      ValueError: q and k have different lengths.
+      ValueError: q and k do not fit each other.
     """
     return _moba(q, k, mask, 1, block, top, Chooser.FIRST)
 
@@ -50,9 +50,8 @@ def moba_per_block(
 
 
 def _moba(q: jax.Array, k: jax.Array, mask: Mask | None, bq: int, bk: int, top: int, chooser: Chooser) -> Mask:
+    selection.check_shapes(q, k, "MoBA")
     length = q.shape[1]
-    if k.shape[1] != length:
-        raise ValueError(f"MoBA takes q and k of one length, got q {q.shape} and k {k.shape}.")
     mask = Causal() if mask is None else mask
     q, k = jax.lax.stop_gradient((q, k))
     rows = selection.interval_rows(mask, length, "MoBA")

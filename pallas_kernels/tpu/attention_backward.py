@@ -2,8 +2,8 @@
 
 Keys lie along sublanes, queries along lanes, so that what belongs to a query (log-sum-exp, intervals) is a row that
 needs no spreading, and no product needs scores transposed: dq is summed transposed instead. Blocks come row after row
-as in the forward kernel: a row's dq is complete when the row ends, while dk and dv of all keys of a key head stay on the
-chip in float32 until every query head that shares it is done. Where they have no room, the keys are taken in parts.
+as in the forward kernel: a row's dq is complete when the row ends, while dk and dv of all keys of a key head stay on
+the chip in float32 until every query head that shares it is done. Where they have no room, the keys are taken in parts.
 """
 
 import functools

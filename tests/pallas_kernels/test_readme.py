@@ -3,11 +3,13 @@
 import pathlib
 import re
 
-from pallas_kernels import choice, support
+import pallas_kernels.attention
+from pallas_kernels import support
+from pallas_kernels.attention_backends import ATTENTION
 
 
 def test_examples_run_in_order(monkeypatch, capsys):
-    monkeypatch.setattr(choice, "BACKENDS", dict(choice.BACKENDS))
+    monkeypatch.setattr(ATTENTION, "backends", dict(ATTENTION.backends))
     namespace = {}
     examples = re.findall(r"```python\n(.*?)```", support.README.read_text(), re.DOTALL)
     assert len(examples) == 4
@@ -26,8 +28,8 @@ def test_the_table_is_what_the_backends_answer():
 
 def test_every_backend_is_described():
     text = support.README.read_text()
-    for name in choice.BACKENDS:
+    for name in ATTENTION.backends:
         assert f"\n| `{name}` |" in text
-    modules = pathlib.Path(choice.__file__).parent
+    modules = pathlib.Path(pallas_kernels.attention.__file__).parent
     for name in re.findall(r"`(\w+\.py)`", text):
         assert (modules / name).is_file()

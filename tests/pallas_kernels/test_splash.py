@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import ahead_of_time, choice, masks
+from pallas_kernels import ahead_of_time, masks
 from pallas_kernels.attention import attention
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends.splash import SplashBackend
 from tests.pallas_kernels import conformance
 
@@ -14,7 +15,7 @@ WHY_NOT = ahead_of_time.why_not("v6e:2x2")
 
 @pytest.mark.parametrize("name", conformance.STATIC_CASES)
 def test_float32(name, monkeypatch):
-    monkeypatch.setitem(choice.BACKENDS, "splash", conformance.WithReferenceLse(SplashBackend()))
+    monkeypatch.setitem(ATTENTION.backends, "splash", conformance.WithReferenceLse(SplashBackend()))
     errors = conformance.errors("splash", conformance.STATIC_CASES[name], jnp.float32)
     assert all(error < 1e-5 for error in errors.values()), errors
 

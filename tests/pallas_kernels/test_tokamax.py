@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import choice, masks, platforms
+from pallas_kernels import masks, platforms
 from pallas_kernels.attention import UnsupportedAttention, attention
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends import tokamax
 from tests.pallas_kernels import conformance
 
@@ -29,6 +30,6 @@ def test_conformance_of_the_translation(name, monkeypatch):
             return []
 
     monkeypatch.setattr(tokamax, "_kernel", base.DotProductAttention)
-    monkeypatch.setitem(choice.BACKENDS, "tokamax", conformance.WithReferenceLse(OnThisMachine()))
+    monkeypatch.setitem(ATTENTION.backends, "tokamax", conformance.WithReferenceLse(OnThisMachine()))
     assert platforms.current().kind == "cpu"
     conformance.check("tokamax", name, jnp.float32)

@@ -10,8 +10,8 @@ from pallas_kernels.attention import UnsupportedAttention, attention
 from pallas_kernels.diagonals import diagonal_sums
 from tests.pallas_kernels import conformance
 
-ORDINARY = ["packed prefix", "longformer, packed", "block sparse", "alibi", "relative", "dropout", "cross"]
-NARROW = ["packed prefix", "relative"]
+ORDINARY = ["packed prefix", "longformer, packed", "block sparse", "relative", "dropout", "cross"]
+NARROW = ["packed prefix"]
 
 
 def _cases(ordinary):
@@ -40,6 +40,9 @@ def test_refuses_what_has_no_plan():
         attention(q, q, q, mask=masks.Dense(np.ones((1, 1, 8, 8), bool)), backend="xla_blocks")
     with pytest.raises(UnsupportedAttention, match="a dense bias"):
         attention(q, q, q, mask=masks.Full(), bias=jnp.zeros((1, 1, 8, 8)), backend="xla_blocks")
+    q = jax.ShapeDtypeStruct((1, 2**20, 32, 4), jnp.float32)
+    with pytest.raises(UnsupportedAttention, match="more pairs of blocks"):
+        jax.eval_shape(lambda q: attention(q, q, q, mask=masks.Full(), backend="xla_blocks"), q)
 
 
 def test_blocks_outside_the_lists_are_not_computed():

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels import masks
 from pallas_kernels.attention import UnsupportedAttention, attention
-from pallas_kernels.choice import BACKENDS
+from pallas_kernels.attention_backends import ATTENTION
 
 LENGTH, SIDE, GLOBAL = 200, 15, 5
 
@@ -15,7 +15,7 @@ def longformer(side=SIDE):
     return masks.Window(side, side) | masks.GlobalTokens(GLOBAL)
 
 
-@pytest.mark.parametrize("backend", [name for name in sorted(BACKENDS) if name != "xla"])
+@pytest.mark.parametrize("backend", [name for name in sorted(ATTENTION.backends) if name != "xla"])
 @pytest.mark.parametrize("side", [SIDE, LENGTH])
 def test_every_backend_equals_dense(backend, side):
     """With a window wider than the text it is full attention."""
