@@ -23,11 +23,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_masks
 
 from jaxlm.training import machine
-from pallas_kernels import ahead_of_time, masks
+from pallas_kernels import ahead_of_time, masks, platforms
 from pallas_kernels.ahead_of_time import Case
 from pallas_kernels.fused import inputs_of
 from pallas_kernels.requests import WHOLE, Request
 from pallas_kernels.tpu import attention as tpu_attention
+from pallas_kernels.tpu import block_sizes
 from pallas_kernels.tpu.attention_backward import backward
 from pallas_kernels.tpu.attention_forward import forward
 from pallas_kernels.tpu.block_sizes import Blocks
@@ -51,26 +52,29 @@ TARGETS = {
 def ours(
     masked: bool,
     backwards: bool = False,
-    blocks: tuple[int, int, int] = BLOCKS,
+    two_sided: bool = False,
+    blocks: tuple[int, int, int, int] | None = None,
     length: int = LENGTH,
     size: int = SIZE,
     listed: int | None = None,
 ):
     """Our kernel over all blocks, or over a list of `listed` blocks a head."""
-    shape = (1, length, HEADS, size)
-    mask = masks.Causal() if masked else masks.Full()
+    shape = (HEADS, length, 1, size)  # heads are examples here: no copy brings the arrays in the kernel's order
+    mask = masks.Window(LENGTH, 0) if two_sided else masks.Causal() if masked else masks.Full()
 
     def run(q, k, v, lse, delta, rows):
         request = Request(mask, None, size**-0.5, None, 0.0, None, WHOLE, False, shape, shape, shape, q.dtype)
         inputs = dataclasses.replace(inputs_of(request), rows=rows)
-        sizes = Sizes.of(q, k, v, Blocks(*blocks))
+        table = block_sizes.backward if backwards else block_sizes.forward
+        wanted = Blocks(*blocks) if blocks else table(platforms.current().chip, size, q.dtype)
+        sizes = Sizes.of(q, k, v, wanted)
         walk = tpu_attention.whole(sizes, 1, masked) if listed is None else _list(sizes, listed)
         if backwards:
             return backward(q, k, v, inputs, lse, delta, v, walk, sizes, 0)
         return forward(q, k, v, inputs, walk, sizes)
 
     array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    row = jax.ShapeDtypeStruct((1, HEADS, length), jnp.float32)
+    row = jax.ShapeDtypeStruct((HEADS, 1, length), jnp.float32)
     rows = jax.eval_shape(lambda: mask.rows(length, length))
     return run, (array, array, array, row, row, rows)
 
@@ -101,7 +105,8 @@ def splash_kernel(mask: str, backwards: bool = False, blocks: tuple[int, int, in
         return splash.make_splash_mha_single_device(heads, block_sizes=sizes)(q, k, v)
 
     def run(q, k, v):
-        return jax.vjp(attend, q, k, v)[1](v) if backwards else attend(q, k, v)
+        # Without dq: the kernel computes it still, in a part for each block of keys; their sum is not the kernel's.
+        return jax.vjp(attend, q, k, v)[1](v)[1:] if backwards else attend(q, k, v)
 
     return run, (jax.ShapeDtypeStruct((HEADS, length, SIZE), jnp.bfloat16),) * 3
 

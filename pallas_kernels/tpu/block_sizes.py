@@ -20,12 +20,21 @@ class Blocks:
 
     Attributes:
       queries, keys: of a block, which is what is loaded at once and skipped at once.
-      sub_keys: keys whose scores are computed at once; divides `keys`.
+      sub_queries, sub_keys: of a tile, whose scores are computed at once; they divide a block's.
     """
 
     queries: int
     keys: int
+    sub_queries: int
     sub_keys: int
+
+    def tiles(self) -> list[tuple[slice, slice]]:
+        """The queries and keys of each tile of a block."""
+        return [
+            (slice(query, query + self.sub_queries), slice(key, key + self.sub_keys))
+            for key in range(0, self.keys, self.sub_keys)
+            for query in range(0, self.queries, self.sub_queries)
+        ]
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -40,12 +49,12 @@ def vmem(chip: str) -> int:
 
 def forward(chip: str, size: int, dtype: jnp.dtype) -> Blocks:
     """The forward kernel's blocks on `chip`, for the larger of the two head sizes."""
-    return Blocks(1024, 1024, 512)
+    return Blocks(1024, 1024, 512, 512)
 
 
 def backward(chip: str, size: int, dtype: jnp.dtype) -> Blocks:
     """The backward kernel's blocks."""
-    return Blocks(1024, 1024, 512)
+    return Blocks(1024, 1024, 1024, 512)
 
 
 def fitted(wanted: Blocks, tq: int, tk: int, within: tuple[int, int] | None = None) -> Blocks:
@@ -60,7 +69,7 @@ def fitted(wanted: Blocks, tq: int, tk: int, within: tuple[int, int] | None = No
         queries, keys = _even(tq, wanted.queries), _even(tk, wanted.keys)
     else:
         queries, keys = (_divisor(n, limit) for n, limit in zip(within, (wanted.queries, wanted.keys)))
-    return Blocks(queries, keys, _divisor(keys, wanted.sub_keys))
+    return Blocks(queries, keys, _divisor(queries, wanted.sub_queries), _divisor(keys, wanted.sub_keys))
 
 
 def _even(size: int, limit: int) -> int:
