@@ -41,6 +41,7 @@ setup(
         "seqio": SEQIO,
         "tpu": ["jax[tpu]>=0.11.2"],
         "cuda": ["jax[cuda13]>=0.11.2"],
+        "tokamax": ["tokamax==0.0.17"],
         "torch": ["torch>=2.6", "transformers>=4.50"],
         "dev": [
             "hypothesis>=6.130",

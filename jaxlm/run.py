@@ -321,7 +321,8 @@ def _evaluator(
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
     names = dataclasses.replace(names, datasets=loader.dataset_names)
-    loss = LossConfig(token_chunk=run.loss.token_chunk, num_datasets=len(loader.dataset_names))
+    # Cross-entropy alone, so that runs with different losses compare.
+    loss = dataclasses.replace(run.loss, z_loss=0.0, label_smoothing=0.0, num_datasets=len(loader.dataset_names))
     return Evaluator(
         make_eval_step(definition, loader.objective, optimizer, mesh, run.rules, config=step, loss=loss),
         make_loader,

@@ -66,10 +66,9 @@ def why_not(topology: str) -> str | None:
     remedy = f"set {CUDA_PLUGIN} to a folder made by `pip install --no-deps --target` of it and of jax-cuda13-pjrt"
     if not folder:
         return f"compiling for {topology} needs jax-cuda13-plugin: {remedy}"
-    version = pathlib.Path(folder, "jax_cuda13_plugin", "version.py")
-    if not version.is_file():
+    if not pathlib.Path(folder, "jax_cuda13_plugin").is_dir():
         return f"there is no jax-cuda13-plugin in {folder}: {remedy}"
-    if f"'{jax.__version__}'" not in version.read_text().replace('"', "'"):
+    if not pathlib.Path(folder, f"jax_cuda13_plugin-{jax.__version__}.dist-info").is_dir():
         return f"jax-cuda13-plugin in {folder} is not of jax's version {jax.__version__}: {remedy}"
     return None
 

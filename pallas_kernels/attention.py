@@ -1,29 +1,16 @@
-"""Attention behind one call: its meaning, and the choice of who computes it."""
+"""Attention behind one call. Who can compute it is in `pallas_kernels.attention_backends`."""
 
-import logging
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dropout, masks, platforms
-from pallas_kernels.backends.xla import XlaBackend
+from pallas_kernels import dropout, masks
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.biases import Bias, DenseBias
-from pallas_kernels.requests import WHOLE, Backend, Origin, Request, UnsupportedAttention
+from pallas_kernels.requests import WHOLE, Origin, Request, UnsupportedAttention
 
-__all__ = ["BACKENDS", "Origin", "UnsupportedAttention", "attention"]
-
-BACKENDS: dict[str, Backend] = {"xla": XlaBackend()}
-
-# For "auto", fastest first; the last one refuses nothing.
-_PREFERENCE = {
-    "cpu": ("xla",),
-    "gpu": ("xla",),
-    "tpu": ("xla",),
-}
-
-_log = logging.getLogger(__name__)
-_announced: set[str] = set()
+__all__ = ["Origin", "UnsupportedAttention", "attention"]
 
 
 def attention(
@@ -61,7 +48,7 @@ def attention(
       origin: where these arrays lie in the whole, if they are one device's part of it; matters to dropout only.
       return_lse: also return the log-sum-exp of the scores, [B, Hq, Tq] float32 (natural logarithm, -inf where a query
         sees nothing, sinks counted in). It is differentiable, so that parts of a row can be combined.
-      backend: a name from `BACKENDS`, or "auto": the fastest that can.
+      backend: a name from `pallas_kernels.attention_backends`, or "auto": the fastest that can.
 
     Returns:
       [B, Tq, Hq, Dv] in v's type; with `return_lse` also the log-sum-exp.
@@ -94,7 +81,7 @@ def attention(
         v_shape=v.shape,
         dtype=jnp.dtype(q.dtype),
     )
-    out, lse = _choose(backend, request).run(q, k, v, request)
+    out, lse = ATTENTION.choose(backend, request).run(q, k, v, request)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out
@@ -105,31 +92,6 @@ def _with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.A
     sinks = sinks.astype(jnp.float32)[None, :, None]
     share = jax.nn.sigmoid(lse - sinks)  # of the keys, [B, H, Tq]
     return (out * share.swapaxes(1, 2)[..., None]).astype(out.dtype), jnp.logaddexp(lse, sinks)
-
-
-def _choose(name: str, request: Request) -> Backend:
-    if name == "auto":
-        platform = platforms.current()
-        refusals = {n: BACKENDS[n].refuses(request) for n in _PREFERENCE[platform.kind]}
-        chosen = next(n for n, reasons in refusals.items() if not reasons)
-        _announce(platform, chosen, refusals)
-        return BACKENDS[chosen]
-    if name not in BACKENDS:
-        raise UnsupportedAttention(f"There is no attention backend {name!r}; there are {sorted(BACKENDS)} and 'auto'.")
-    reasons = BACKENDS[name].refuses(request)
-    if reasons:
-        able = [n for n, b in BACKENDS.items() if not b.refuses(request)]
-        raise UnsupportedAttention(f"{name} cannot: {'; '.join(reasons)}. Backends that can: {', '.join(able)}.")
-    return BACKENDS[name]
-
-
-def _announce(platform: platforms.Platform, chosen: str, refusals: dict[str, list[str]]) -> None:
-    """Logs each choice once, with what kept faster backends from it."""
-    passed_over = [f"{n} cannot: {', '.join(reasons)}" for n, reasons in refusals.items() if reasons]
-    line = f"attention on {platform.chip} runs on {chosen}" + (f" ({'; '.join(passed_over)})" if passed_over else "")
-    if line not in _announced:
-        _announced.add(line)
-        _log.info(line)
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array) -> None:

@@ -25,6 +25,11 @@ class Bias(abc.ABC):
     def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
         """Raises a ValueError that names the array which does not fit these sizes."""
 
+    @property
+    @abc.abstractmethod
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """What the axes of each of the bias's arrays run over, as `pallas_kernels.masks.Mask.axes`."""
+
     def guarded(self) -> "Bias":
         """The same, whose gradient is an error where kernels do not compute it."""
         return self
@@ -57,6 +62,13 @@ class DenseBias(Bias):
     values: jax.Array
     differentiable: bool = dataclasses.field(default=False, metadata={"static": True})
 
+    @property
+    @override
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        shape = np.shape(self.values)
+        names = ("batch", "heads", None, None)[4 - len(shape) :]
+        return (tuple(name if size > 1 else None for name, size in zip(names, shape)),)
+
     @override
     def guarded(self) -> "DenseBias":
         if self.differentiable:
@@ -88,6 +100,11 @@ class AlibiBias(Bias):
 
     slopes: jax.Array
 
+    @property
+    @override
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        return (("heads",),)
+
     @override
     def guarded(self) -> "AlibiBias":
         return AlibiBias(_constant(self.slopes, "AlibiBias.slopes, which are constants; learn a RelativeBias instead"))
@@ -117,6 +134,11 @@ class RelativeBias(Bias):
     table: jax.Array
     max_distance: int = dataclasses.field(default=128, metadata={"static": True})
     bidirectional: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    @override
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        return ((None, "heads"),)
 
     @override
     def dense(self, tq: int, tk: int, start: jax.Array | int = 0) -> jax.Array:

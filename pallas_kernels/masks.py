@@ -61,6 +61,11 @@ def _check_shape(name: str, value: Array, *allowed: tuple[int, ...]) -> None:
         )
 
 
+def _mesh_axes(shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    names = ("batch", "heads", None, None) if len(shape) > 2 else ("batch", None)
+    return tuple(name if size > 1 else None for name, size in zip(names, shape))
+
+
 class Mask(abc.ABC):
     """Which query sees which key. Combine masks with `&` and `|`."""
 
@@ -108,6 +113,15 @@ class Mask(abc.ABC):
     def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
         """Raises a ValueError that names the array which does not fit these sizes."""
         del batch, heads, tq, tk
+
+    @property
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """What the axes of each of the mask's arrays run over: "batch", "heads", or None for what no mesh may split.
+
+        In the order of `jax.tree.leaves(mask)`. The rank says it: arrays are [], [B], [B, T] or [B|1, H|1, ...], and an
+        axis of size 1 serves every example or head.
+        """
+        return tuple(_mesh_axes(np.shape(leaf)) for leaf in jax.tree.leaves(self))
 
     def __and__(self, other: "Mask") -> "Mask":
         """What both masks show."""

@@ -11,6 +11,7 @@ from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
 from jaxlm.layers.positions import Alibi, RelativePositions, RelativeTable, Rope, Rotation, rotate
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.biases import Bias
 from pallas_kernels.masks import Mask, Window
 
@@ -41,6 +42,7 @@ class AttentionConfig:
       output_bias: bias on the output projection.
       sinks: a learned logit a head that takes part in the softmax without a value (attention sinks).
       dropout: rate on the attention weights.
+      backend: who computes it, a name in `pallas_kernels.attention_backends`, or "auto": the fastest that can.
     """
 
     num_heads: int
@@ -56,6 +58,7 @@ class AttentionConfig:
     output_bias: bool = False
     sinks: bool = False
     dropout: float = 0.0
+    backend: str = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "qk_norm", QKNorm(self.qk_norm))
@@ -75,6 +78,12 @@ class AttentionConfig:
             raise ValueError(
                 f"Rope.fraction={self.position.fraction} of head_dim={self.head_dim} leaves no pair of dimensions to "
                 f"rotate; use position=None for no positions."
+            )
+
+        if self.backend not in ("auto", *ATTENTION.backends):
+            raise ValueError(
+                f"AttentionConfig.backend={self.backend!r} does not exist; there are {sorted(ATTENTION.backends)} and "
+                f"'auto'."
             )
 
     @property
@@ -162,5 +171,6 @@ class Attention(nnx.Module):
             sinks=None if self.sinks is None else self.sinks[...],
             dropout_rate=config.dropout,
             dropout_key=context.dropout_key,
+            backend=config.backend,
         )
         return self.output(out, context)

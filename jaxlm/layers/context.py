@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dropout
 from pallas_kernels.attention import attention
+from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
 
 
 class Ops(Protocol):
@@ -24,6 +25,11 @@ class Ops(Protocol):
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
         """`pallas_kernels.attention.attention`."""
 
+    def cross_entropy(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
+    ) -> tuple[jax.Array, TokenScores]:
+        """`pallas_kernels.cross_entropy.cross_entropy` of features [B, T, E], labels and weights [B, T]."""
+
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out as its logical axis names say."""
 
@@ -34,6 +40,14 @@ class LocalOps(Ops):
     @override
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
         return attention(q, k, v, **options)
+
+    @override
+    def cross_entropy(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
+    ) -> tuple[jax.Array, TokenScores]:
+        flat = features.reshape(-1, features.shape[-1]), projection, labels.ravel(), weights.ravel()
+        total, scores = cross_entropy(*flat, **options)
+        return total, jax.tree.map(lambda x: x.reshape(labels.shape), scores)
 
     @override
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Heads: logits over the vocabulary, a verdict for each token, BERT's pooler."""
+"""Heads: what leads to the vocabulary, a verdict for each token, BERT's pooler."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ from jaxlm.layers.feed_forward import Activation
 from jaxlm.layers.norms import Norm
 from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
 from jaxlm.models.config import HeadConfig
+from pallas_kernels.cross_entropy import OutputProjection
 
 
 class VocabularyHead(nnx.Module):
-    """[..., E] hidden states -> [..., V] float32 logits."""
+    """From hidden states [..., E] to an `OutputProjection`, and to what it projects."""
 
     def __init__(
         self,
@@ -45,8 +46,8 @@ class VocabularyHead(nnx.Module):
         self.dtype = dtype
         self.multiplier = (width**-0.5 if config.scale_by_width else 1.0) / make.parametrization.width_ratio(width)
 
-    def __call__(self, hidden: jax.Array, table: jax.Array, context: Context) -> jax.Array:
-        """Logits.
+    def __call__(self, hidden: jax.Array, table: jax.Array, context: Context) -> tuple[jax.Array, OutputProjection]:
+        """What the output matrix is applied to, and the matrix with all that follows.
 
         Args:
           hidden: [..., E].
@@ -54,21 +55,19 @@ class VocabularyHead(nnx.Module):
           context: operations.
 
         Returns:
-          float32 [..., V].
+          [..., transformed width] in the compute type, and the projection.
         """
         if self.transform is not None:
             hidden = self.config.transform(self.transform(hidden, context))
         if self.norm is not None:
             hidden = self.norm(hidden)
-        hidden = hidden.astype(self.dtype)
-        if self.multiplier != 1.0:
-            hidden = hidden * jnp.asarray(self.multiplier, self.dtype)
-        matrix = table.T if self.kernel is None else self.kernel[...]  # [E, V]
-        logits = context.matmul(hidden, matrix.astype(self.dtype), 1, result=jnp.float32)
-        if self.bias is not None:
-            logits = logits + self.bias[...]
-        cap = self.config.soft_cap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return hidden.astype(self.dtype), OutputProjection(
+            table if self.kernel is None else self.kernel[...],
+            None if self.bias is None else self.bias[...],
+            vocab_axis=0 if self.kernel is None else 1,
+            scale=self.multiplier,
+            soft_cap=self.config.soft_cap,
+        )
 
 
 class TokenBinaryHead(nnx.Module):

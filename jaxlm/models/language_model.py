@@ -16,6 +16,7 @@ from jaxlm.layers.stack import Stack, remat
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.heads import Pooler, VocabularyHead
+from pallas_kernels.cross_entropy import OutputProjection
 from pallas_kernels.masks import Causal, Mask, PrefixLM, Segments
 
 Batch = Mapping[str, jax.Array]
@@ -90,6 +91,20 @@ class LanguageModel(nnx.Module):
 
     def head(self, hidden: jax.Array, *, context: Context = LOCAL) -> jax.Array:
         """Logits: [..., E] -> float32 [..., V]."""
+        features, projection = self.output(hidden, context=context)
+        return projection.logits(features)
+
+    def output(self, hidden: jax.Array, *, context: Context = LOCAL) -> tuple[jax.Array, OutputProjection]:
+        """The head in two steps, for losses that never hold all logits.
+
+        Args:
+          hidden: [..., E].
+          context: operations.
+
+        Returns:
+          Features [..., F] and the projection that takes them to the vocabulary: `head` is the second's logits of the
+          first. The features are the hidden states unless the head has a transform.
+        """
         return self.vocabulary_head(hidden, self.embedding.tokens[...], context)
 
     def pooled(self, hidden: jax.Array, *, context: Context = LOCAL) -> jax.Array:

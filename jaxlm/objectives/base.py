@@ -132,14 +132,17 @@ class LossConfig:
     Attributes:
       z_loss: coefficient of log(Z)^2, which keeps logits near 0 (1e-4 in T5X and PaLM, arXiv 2204.02311, 5).
       label_smoothing: share of the target probability spread over the vocabulary.
-      token_chunk: compute logits and loss for about this many tokens of the batch at a time, recomputing them
-        in the backward pass, so that the [tokens, vocabulary] logits never exist whole; 0 computes all at once.
+      token_chunk: compute logits, loss and their gradients for this many tokens of each device at a time, so that the
+        [tokens, vocabulary] logits never exist whole; 0 chooses (`pallas_kernels.cross_entropy.chunk_tokens`).
+      recompute_logits: compute logits a part of the vocabulary at a time, and again in the backward pass: a third more
+        work for the least memory, for large vocabularies (`token_chunk` is then of no use).
       num_datasets: also sum the loss per data set, for this many (`len(loader.dataset_names)`); 0 or 1 does not.
     """
 
     z_loss: float = 0.0
     label_smoothing: float = 0.0
     token_chunk: int = 0
+    recompute_logits: bool = False
     num_datasets: int = 0
 
 
@@ -245,7 +248,7 @@ class Objective(abc.ABC):
           model: a `jaxlm.models.LanguageModel` (or what the objective asks for).
           batch: features by seqio's names, see docs/architecture.md.
           context: `jaxlm.layers.context.Context`, holding the dropout key and the sharded operations.
-          config: z-loss, label smoothing, chunking.
+          config: z-loss, label smoothing, chunks.
 
         Returns:
           ({term: scalar f32}, {metric: (sum, weight)}); terms are the keys of `loss_weights`.

@@ -1,9 +1,9 @@
-"""Cross-entropy over tokens, whole or in chunks, with z-loss, label smoothing and accounting by data set."""
+"""Cross-entropy over the tokens of a batch, and its accounting, as a whole and by data set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,6 @@ from jaxlm.objectives.base import LossConfig
 Terms = dict[str, jax.Array]
 # A metric is a weighted sum and its weight; both are scalars, or vectors over data sets or objectives.
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
-
-
-class TokenLosses(NamedTuple):
-    """What the logits say of each target; f32 [B, T] each.
-
-    Attributes:
-      nll: -log p(target), nats.
-      log_z: logarithm of the softmax's normaliser.
-      mean_logit: mean of the logits over the vocabulary (zeros where label smoothing is off).
-      correct: 1 where no logit exceeds the target's.
-    """
-
-    nll: jax.Array
-    log_z: jax.Array
-    mean_logit: jax.Array
-    correct: jax.Array
 
 
 def targets_of(batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -48,113 +32,58 @@ def cross_entropy_sums(
     """Cross-entropy of `model` on a batch: the loss of every objective that has only this term.
 
     Args:
-      model: has `hidden_states(batch, context=)` [B, T, E] and `head(hidden)` [..., V].
+      model: has `hidden_states(batch, context=)` [B, T, E], and `output` as for `token_sums`.
       batch: features by seqio's names, see docs/architecture.md.
       context: handed to the model.
-      config: z-loss, label smoothing, chunking, number of data sets.
+      config: z-loss, label smoothing, chunks, number of data sets.
       num_objectives: also sum the loss by `objective_ids`, for this many; 1 does not.
 
     Returns:
-      {"cross_entropy": weighted sum of smoothed cross-entropy + z-loss} and the metrics of `weighted_sums`.
+      {"cross_entropy": weighted sum of smoothed cross-entropy + z-loss} and the metrics of `token_sums`.
     """
     targets, weights = targets_of(batch)
     hidden = model.hidden_states(batch, context=context)
-    losses = token_losses(model.head, hidden, targets, config)
-    total, metrics = weighted_sums(losses, weights, config)
-    metrics |= grouped_sums("cross_entropy", losses.nll, weights, batch, config, num_objectives)
+    total, nll, metrics = token_sums(model, hidden, targets, weights, context=context, config=config)
+    metrics |= grouped_sums("cross_entropy", nll, weights, batch, config, num_objectives)
     return {"cross_entropy": total}, metrics
 
 
-def token_losses(
-    head: Callable[[jax.Array], jax.Array], hidden: jax.Array, targets: jax.Array, config: LossConfig
-) -> TokenLosses:
-    """`TokenLosses` of `head(hidden)` for `targets`.
-
-    With `config.token_chunk` the logits of one chunk exist at a time, in both passes. Rows are cut along their
-    length, so that a chunk is spread over the devices as the batch is.
+def token_sums(
+    model: Any, hidden: jax.Array, targets: jax.Array, weights: jax.Array, *, context: Any, config: LossConfig
+) -> tuple[jax.Array, jax.Array, Metrics]:
+    """The sum to minimise (see `pallas_kernels.cross_entropy.cross_entropy`), and what it is made of.
 
     Args:
-      head: [..., E] -> [..., V] logits.
+      model: has `output(hidden, context=)`: features [B, T, F] and an `OutputProjection`.
       hidden: [B, T, E].
-      targets: [B, T] ids.
-      config: `token_chunk` and whether labels are smoothed.
-    """
-
-    smoothed = config.label_smoothing > 0
-    return over_chunks(
-        lambda hidden, targets: losses_of_logits(head(hidden), targets, smoothed), hidden, targets, config=config
-    )
-
-
-def over_chunks(function: Callable[..., Any], *arrays: jax.Array, config: LossConfig) -> Any:
-    """`function(*arrays)`, computed for `config.token_chunk` tokens at a time and again in the backward pass.
-
-    Args:
-      function: from chunks [B, t, ...] of `arrays` to a tree of [B, t], each position on its own.
-      *arrays: [B, T, ...] each.
-      config: `token_chunk`.
+      targets, weights: [B, T].
+      context: operations.
+      config: z-loss, label smoothing, chunks.
 
     Returns:
-      The tree of [B, T].
+      f32 scalar; -log p(target) in nats [B, T], 0 where the weight is; and {"cross_entropy": nats without smoothing and
+      z-loss, "accuracy", and, if on, "z_loss"} as (sum, weight) pairs.
     """
-    batch, length = arrays[0].shape[:2]
-    width = max(config.token_chunk // batch, 1)  # positions of each row in a chunk
-    if config.token_chunk == 0 or width >= length:
-        return function(*arrays)
-    chunks = -(-length // width)
-
-    def cut(x):  # [B, T, ...] -> [chunks, B, width, ...]
-        x = jnp.pad(x, [(0, 0), (0, chunks * width - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(batch, chunks, width, *x.shape[2:]).swapaxes(0, 1)
-
-    body = jax.checkpoint(lambda _, chunk: (None, function(*chunk)), prevent_cse=False)
-    _, result = jax.lax.scan(body, None, tuple(map(cut, arrays)))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, -1)[:, :length], result)
-
-
-def losses_of_logits(logits: jax.Array, targets: jax.Array, smoothed: bool) -> TokenLosses:
-    """`TokenLosses` from logits [B, T, V] and targets [B, T]; `smoothed` asks for the mean logit."""
-    # log-sum-exp minus a gathered logit: on a CPU 25% less time than gathering from log_softmax or than a one-hot
-    # sum, and one [tokens, vocabulary] array fewer. The maximum, needed anyhow, also tells whether the target is
-    # the best guess (ties count as right), which saves an argmax.
-    logits = logits.astype(jnp.float32)
-    largest = jax.lax.stop_gradient(logits.max(-1))
-    log_z = largest + jnp.log(jnp.exp(logits - largest[..., None]).sum(-1))
-    label = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return TokenLosses(
-        nll=log_z - label,
-        log_z=log_z,
-        mean_logit=logits.mean(-1) if smoothed else jnp.zeros_like(log_z),
-        correct=(label >= largest).astype(jnp.float32),
-    )
-
-
-def weighted_sums(losses: TokenLosses, weights: jax.Array, config: LossConfig) -> tuple[jax.Array, Metrics]:
-    """The sum to minimise, and metrics.
-
-    With label smoothing e the target distribution is (1 - e) on the target plus e / V on each of the V ids
-    (Szegedy et al. 2016, arXiv 1512.00567, section 7), hence (1 - e) nll + e (log Z - mean logit). T5X subtracts
-    that distribution's entropy, a constant; we don't. The z-loss adds `z_loss` * log(Z)^2.
-
-    Returns:
-      f32 scalar, and {"cross_entropy": nats without smoothing and z-loss, "accuracy", and, if on, "z_loss"} as
-      (sum, weight) pairs.
-    """
+    features, projection = model.output(hidden, context=context)
     weights = weights.astype(jnp.float32)
-    weight, nll = weights.sum(), (weights * losses.nll).sum()
+    total, scores = context.ops.cross_entropy(
+        features,
+        projection,
+        targets,
+        weights,
+        z_loss=config.z_loss,
+        label_smoothing=config.label_smoothing,
+        recompute=config.recompute_logits,
+        chunk=None if config.recompute_logits else config.token_chunk or None,
+    )
+    nll, weight = -scores.log_probability, weights.sum()
     metrics = {
-        "cross_entropy": (nll, weight),
-        "accuracy": ((weights * losses.correct).sum(), weight),
+        "cross_entropy": ((weights * nll).sum(), weight),
+        "accuracy": ((weights * scores.correct).sum(), weight),
     }
-    total = nll
-    if config.label_smoothing:
-        uniform = (weights * (losses.log_z - losses.mean_logit)).sum()
-        total = (1 - config.label_smoothing) * nll + config.label_smoothing * uniform
     if config.z_loss:
-        z_loss = config.z_loss * (weights * losses.log_z**2).sum()
-        metrics["z_loss"] = (z_loss, weight)
-        total = total + z_loss
-    return total, metrics
+        metrics["z_loss"] = (config.z_loss * (weights * scores.log_z**2).sum(), weight)
+    return total, nll, metrics
 
 
 def grouped_sums(

@@ -20,7 +20,7 @@ class MultiTokenPrediction(FullLM):
 
     Head k (1..n) predicts the token k places on. The loss is the sum of the heads' mean losses, each with its
     weight; the paper's are all 1. A head has no target where the token it would predict lies in another segment
-    or beyond the row. The model gives `future_hidden_states(batch, context=)`, n arrays [B, T, E], and one `head`.
+    or beyond the row. The model gives `future_hidden_states(batch, context=)`, n arrays [B, T, E], and one `output`.
 
     Attributes:
       num_future: n; the paper's best for code is 4, for bytes 8.
@@ -74,11 +74,12 @@ class MultiTokenPrediction(FullLM):
         sums, metrics = {}, {}
         for k, (term, states) in enumerate(zip(self.terms, hidden)):
             targets, weights = ahead(batch, k)
-            values = losses.token_losses(model.head, states, targets, config)
-            sums[term], head_metrics = losses.weighted_sums(values, weights, config)
+            sums[term], nll, head_metrics = losses.token_sums(
+                model, states, targets, weights, context=context, config=config
+            )
             if k == 0:
                 metrics |= head_metrics
-                metrics |= losses.grouped_sums(term, values.nll, weights, batch, config)
+                metrics |= losses.grouped_sums(term, nll, weights, batch, config)
             else:
                 metrics[term] = head_metrics["cross_entropy"]
         return sums, metrics

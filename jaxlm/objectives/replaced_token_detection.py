@@ -49,7 +49,7 @@ class ReplacedTokenDetection(MaskedLM):
     the draws. A drawn token that equals the original counts as original. How the two share embeddings (untied,
     tied, or disentangled as in DeBERTaV3, arXiv 2111.09543) is the model's matter.
 
-    The model gives `generator.hidden_states(batch, context=)`, `generator.head(hidden)` and
+    The model gives `generator.hidden_states(batch, context=)`, `generator.output(hidden, context=)` and
     `discriminator_logits(batch, context=)` [B, S]; `generator` is None for `Generator.UNIFORM`.
 
     Of the positions to predict the released code shows 85% to the generator as the mask id and leaves the rest; so
@@ -146,10 +146,11 @@ class ReplacedTokenDetection(MaskedLM):
             shown = batch["encoder_input_tokens"]
         else:
             hidden = model.generator.hidden_states(batch, context=context.fold(0))
-            values, drawn = self._draw(model.generator.head, hidden, batch, context, config)
-            shown = jnp.where(weights > 0, drawn, originals)
-            sums["cross_entropy"], metrics = losses.weighted_sums(values, weights, config)
-            metrics |= losses.grouped_sums("cross_entropy", values.nll, weights, batch, config)
+            sums["cross_entropy"], nll, metrics = losses.token_sums(
+                model.generator, hidden, originals, weights, context=context.fold(0), config=config
+            )
+            metrics |= losses.grouped_sums("cross_entropy", nll, weights, batch, config)
+            shown = jnp.where(weights > 0, self._draw(model.generator, hidden, batch, context, config), originals)
 
         replaced = (shown != originals).astype(jnp.float32)
         logits = model.discriminator_logits({**batch, "encoder_input_tokens": shown}, context=context.fold(1))
@@ -174,16 +175,16 @@ class ReplacedTokenDetection(MaskedLM):
         if self.generator is Generator.UNIFORM:
             return batch["encoder_input_tokens"]
         hidden = model.generator.hidden_states(batch, context=context.fold(0))
-        _, drawn = self._draw(model.generator.head, hidden, batch, context, config)
         originals, weights = losses.targets_of(batch)
-        return jnp.where(weights > 0, drawn, originals)
+        return jnp.where(weights > 0, self._draw(model.generator, hidden, batch, context, config), originals)
 
-    def _draw(self, head, hidden, batch, context, config):
-        """The generator's `TokenLosses`, and a token drawn at each position, [B, S], from the same logits."""
+    def _draw(self, generator, hidden, batch, context, config):
+        """A token drawn at each position, int32 [B, S]; the logits of a chunk of positions exist at a time."""
         import jax
         import jax.numpy as jnp
 
         from jaxlm.objectives import losses
+        from pallas_kernels.cross_entropy import chunk_tokens
 
         originals, _ = losses.targets_of(batch)
         if self.draws is Draws.FROZEN or context.dropout_key is None:
@@ -191,18 +192,27 @@ class ReplacedTokenDetection(MaskedLM):
         else:
             key = context.fold(2).dropout_key
 
-        def losses_and_draws(hidden, originals, positions):
-            logits = head(hidden).astype(jnp.float32)
-            values = losses.losses_of_logits(logits, originals, config.label_smoothing > 0)
-            scores = jax.lax.stop_gradient(logits) / self.temperature
+        features, projection = generator.output(jax.lax.stop_gradient(hidden), context=context.fold(0))
+        batch_size, length = originals.shape
+        tokens = config.token_chunk or chunk_tokens(originals.size, projection.vocab_size)
+        width = min(max(tokens // batch_size, 1), length)  # positions of each row in a chunk
+        chunks = -(-length // width)
+
+        def cut(x):  # [B, S, ...] -> [chunks, B, width, ...]; a chunk is spread over the devices as the batch is
+            x = jnp.pad(x, [(0, 0), (0, chunks * width - length)] + [(0, 0)] * (x.ndim - 2))
+            return x.reshape(batch_size, chunks, width, *x.shape[2:]).swapaxes(0, 1)
+
+        def draw(chunk):
+            index, features, originals = chunk
+            scores = projection.logits(features) / self.temperature
             if self.disallow_correct:
                 vocabulary = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 2)
                 scores = jnp.where(vocabulary == originals[..., None], -jnp.inf, scores)
             # Categorical draws are the argmax of scores + Gumbel noise; each chunk has a key of its own.
-            return values, jax.random.categorical(jax.random.fold_in(key, positions[0, 0]), scores)
+            return jax.random.categorical(jax.random.fold_in(key, index * width), scores)
 
-        positions = jnp.broadcast_to(jnp.arange(originals.shape[1]), originals.shape)
-        return losses.over_chunks(losses_and_draws, hidden, originals, positions, config=config)
+        drawn = jax.lax.map(draw, (jnp.arange(chunks), cut(features), cut(originals)))
+        return drawn.swapaxes(0, 1).reshape(batch_size, -1)[:, :length]
 
 
 def _present(batch: Mapping[str, jax.Array]) -> jax.Array:

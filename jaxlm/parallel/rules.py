@@ -98,6 +98,12 @@ def batch_sharding(mesh: Mesh, rules: Rules, batch_size: int) -> NamedSharding:
     return NamedSharding(mesh, splitting)
 
 
+def degree(mesh: Mesh, partition: PartitionSpec, dimension: int) -> int:
+    """How many ways `partition` splits a dimension."""
+    entry = partition[dimension] if dimension < len(partition) else None
+    return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
 def _flat(partition: PartitionSpec) -> tuple[str, ...]:
     names: list[str] = []
     for entry in partition:

@@ -1,12 +1,16 @@
-"""What a model needs of the mesh: `constrain` an activation, and attention. The one place that may use `shard_map`."""
+"""What a model needs of the mesh: constraints, attention, cross-entropy."""
 
 import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.parallel.rules import Rules, spec
+from jaxlm.parallel.rules import Rules, degree, spec
+from jaxlm.parallel.sharded_attention import ShardedAttention
+from pallas_kernels.attention import attention
+from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +33,63 @@ class ShardedOps:
 
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out on the mesh as its logical axis names say; dimensions that do not divide are replicated."""
-        if self.mesh.size == 1:
-            return x
-        return jax.lax.with_sharding_constraint(
-            x, NamedSharding(self.mesh, spec(names, self.rules, self.mesh, x.shape))
-        )
+        return self._place(x, spec(names, self.rules, self.mesh, x.shape))
 
-    def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
-        """`pallas_kernels.attention.attention` with batch and heads split over the mesh.
+    def attention(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """`pallas_kernels.attention.attention`, each device on its own examples and heads.
 
         Args:
           q: [B, T, H, D].
           k, v: [B, S, G, D], G key-value heads.
-          **options: mask, bias, scale, ... passed on.
+          **options: mask, bias, scale, backend, ... passed on.
 
         Returns:
-          [B, T, H, D]. The dense backend is plain XLA, which GSPMD partitions by itself: the constraints keep each
-          device on its own rows and heads.
-        """
-        from pallas_kernels.attention import attention
+          [B, T, H, D], and the log-sum-exp [B, H, T] with `return_lse`.
 
-        queries, keys = ("batch", "length", "heads", None), ("batch", None, "kv_heads", None)
-        q, k, v = self.constrain(q, queries), self.constrain(k, keys), self.constrain(v, keys)
-        return self.constrain(attention(q, k, v, **options), queries)
+        Raises:
+          UnsupportedAttention: the backend refuses, or is not "xla" where rows are spread along their length.
+        """
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # kernels ask it what they will run on
+            if self.mesh.size == 1:
+                return attention(q, k, v, **options)
+            sharded = ShardedAttention(self.mesh, self.rules)
+            if self.splits_length:
+                return sharded.along_rows(q, k, v, **options)
+            return sharded.by_examples_and_heads(q, k, v, **options)
+
+    def cross_entropy(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
+    ) -> tuple[jax.Array, TokenScores]:
+        """`pallas_kernels.cross_entropy.cross_entropy` of tokens spread over the mesh.
+
+        Args:
+          features: [B, T, E].
+          projection: its matrix may be split over either axis.
+          labels, weights: [B, T].
+          **options: z_loss, chunk, ... passed on; a chunk is of each device's tokens.
+
+        Returns:
+          The sum, and `TokenScores` [B, T].
+        """
+        batch, length = labels.shape
+        places = spec(("batch", "length"), self.rules, self.mesh, labels.shape)
+        rows, columns = (degree(self.mesh, places, axis) for axis in (0, 1))
+
+        def to_groups(x):  # [B, T, ...] -> [row groups, column groups, tokens of a group, ...]
+            x = x.reshape(rows, batch // rows, columns, length // columns, *x.shape[2:])
+            x = jnp.moveaxis(x, 2, 1).reshape(rows, columns, -1, *x.shape[4:])
+            return self._place(x, places)
+
+        def from_groups(x):
+            x = x.reshape(rows, columns, batch // rows, length // columns)
+            return self._place(jnp.moveaxis(x, 1, 2).reshape(batch, length), places)
+
+        if self.mesh.size > 1:  # GSPMD partitions the plain form, and cannot partition a kernel
+            options["backend"] = "xla"
+        total, scores = cross_entropy(to_groups(features), projection, to_groups(labels), to_groups(weights), **options)
+        return total, jax.tree.map(from_groups, scores)
+
+    def _place(self, x: jax.Array, places: PartitionSpec) -> jax.Array:
+        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, places))

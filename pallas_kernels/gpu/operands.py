@@ -40,10 +40,10 @@ def visits(plan: Plan, *, by_keys: bool = False) -> dict[str, jax.Array]:
     return {"count": count, "visits": 2 * index + full}
 
 
-def bounds(inputs: Inputs, tq: int) -> dict[str, jax.Array]:
-    """`bounds` int32 [B|1, 2R, tq]: lo of the R intervals, then hi; added queries see nothing."""
+def bounds(inputs: Inputs, tq: int) -> jax.Array:
+    """int32 [B|1, 2R, tq]: lo of the R intervals, then hi; added queries see nothing."""
     rows = inputs.rows.pad(tq)
-    return {"bounds": jnp.concatenate([rows.lo, rows.hi], axis=1)}
+    return jnp.concatenate([rows.lo, rows.hi], axis=1)
 
 
 def bias_arrays(inputs: Inputs, tq: int, tk: int, query_axis: int) -> dict[str, jax.Array]:
@@ -69,15 +69,14 @@ def bias_arrays(inputs: Inputs, tq: int, tk: int, query_axis: int) -> dict[str, 
 
 
 def _skewed(inputs: Inputs, half: int, query_axis: int) -> jax.Array:
-    """float32 [H, 64, 2 * half]: the bias of row r and the column half + x - r after it... see `Tile.scores`.
+    """float32 [H, 64, 2 * half]: entry [h, r, half + x] is the bias of a column that lies x - r behind its row.
 
-    Entry [h, r, half + x] is the bias where the column is x - r after the row. So a tile that starts at (row, column) is
-    the rectangle [h, :, half + column - row:], which a GPU can load; in the diagonals themselves each row of a tile
-    starts elsewhere. Costs 64 times the diagonals' memory, not Tq * Tk.
+    So the bias of a tile from (row, column) on is the rectangle [h, :, half + column - row:], which a GPU can load; in
+    the diagonals themselves each row of a tile starts elsewhere. This is 64 times their memory, and not Tq * Tk.
     """
     tq = inputs.rows.lo.shape[-1]
-    column_after_row = jnp.arange(2 * half)[None] - half - jnp.arange(ROWS)[:, None]
-    offset = -column_after_row if query_axis else column_after_row
+    behind = jnp.arange(2 * half)[None] - half - jnp.arange(ROWS)[:, None]
+    offset = -behind if query_axis else behind
     return jnp.take(inputs.diagonals, offset + tq - 1, axis=1, mode="clip")
 
 

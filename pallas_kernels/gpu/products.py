@@ -1,7 +1,7 @@
 """Products of matrices on a warpgroup's tensor cores, and what differs between a GPU and the interpreter.
 
-jax's interpreter of GPU kernels knows neither `pl.run_state` nor a left operand in registers. There, and nowhere else in
-these kernels, the two part: `accumulate` multiplies what it reads from shared memory.
+jax's interpreter of GPU kernels knows neither `pl.run_state` nor a left operand in registers. In `accumulate`, and
+nowhere else in these kernels, the two part: there the interpreter multiplies what it reads from shared memory.
 """
 
 import jax

@@ -6,6 +6,7 @@ serves both. Scores are in base 2: multiplied by log2(e), so that exp2 gives the
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ LOWEST = -1e29
 """Where the running maximum of a row starts; no visible score is below."""
 
 Refs = dict[str, jax.Ref]
+Bounds = list[tuple[jax.Array, jax.Array]]
 
 
 def at(ref: jax.Ref, batch: jax.Array, head: jax.Array) -> jax.Ref:
@@ -70,31 +72,41 @@ class Tile:
         """int32 tile: the index along `axis`, counted within the tile."""
         return plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=plgpu.Layout.WGMMA)
 
+    @property
+    def layout(self) -> plgpu.Layout:
+        """Where registers hold one number for each query."""
+        return plgpu.Layout.WGMMA.reduce(1 - self.query_axis)
+
     def per_query(self, ref: jax.Ref) -> jax.Array:
         """A number of each of the tile's queries, from `ref` [queries] in the GPU's memory."""
-        count = self.shape[self.query_axis]
-        layout = plgpu.Layout.WGMMA.reduce(1 - self.query_axis)
-        return plgpu.load(ref.at[pl.ds(self.query, count)], layout=layout, optimized=False)
+        queries = pl.ds(self.query, self.shape[self.query_axis])
+        return plgpu.load(ref.at[queries], layout=self.layout, optimized=False)
 
-    def bounds(self, refs: Refs) -> list[tuple[jax.Array, jax.Array]]:
+    def hashes(self, refs: Refs) -> jax.Array:
+        """Dropout's hash of each query."""
+        return self.per_query(refs["hashes"].at[self.batch, self.head])
+
+    def bounds(self, refs: Refs) -> Bounds:
         """The [lo, hi) of each of the queries' intervals of keys."""
         bounds = refs["bounds"].at[self.batch if refs["bounds"].shape[0] > 1 else 0]
         intervals = bounds.shape[0] // 2
         return [(self.per_query(bounds.at[r]), self.per_query(bounds.at[intervals + r])) for r in range(intervals)]
 
-    def hashes(self, refs: Refs) -> jax.Array | None:
-        """Dropout's hash of each query; None without dropout."""
-        return self.per_query(refs["hashes"].at[self.batch, self.head]) if "hashes" in refs else None
+    def hide(self, scores: jax.Array, bounds: Callable[[], Bounds], whole: jax.Array) -> jax.Array:
+        """The scores, HIDDEN where a query does not see a key.
 
-    def hide(self, scores: jax.Array, bounds: list[tuple[jax.Array, jax.Array]], whole: jax.Array) -> jax.Array:
-        """The scores, HIDDEN where a query does not see a key; if `whole` is true all of the tile is seen."""
+        Args:
+          scores: of this tile.
+          bounds: called for the intervals of keys; see the method of that name.
+          whole: 1 if all of the tile is seen, else 0.
+        """
 
         def masked():
             keys = self.index(1 - self.query_axis)
-            seen = [(keys >= self.spread(lo - self.key)) & (keys < self.spread(hi - self.key)) for lo, hi in bounds]
+            seen = [(keys >= self.spread(lo - self.key)) & (keys < self.spread(hi - self.key)) for lo, hi in bounds()]
             return jnp.where(seen[0] if len(seen) == 1 else seen[0] | seen[1], scores, HIDDEN)
 
-        return lax.cond(whole, lambda: scores, masked)
+        return lax.cond(whole == 1, lambda: scores, masked)
 
     def scores(self, products: jax.Array, inputs: Inputs, refs: Refs) -> tuple[jax.Array, jax.Array | None]:
         """Base-2 scores from q . k, before the mask; and the derivative of a soft cap, or None.
@@ -112,8 +124,10 @@ class Tile:
             slope = 1.0 - bounded * bounded
             scores = bounded * (inputs.soft_cap * LOG2_E)
         if "slopes" in refs:
-            offset = self.index(1) - self.index(0) + (self.first[1] - self.first[0])
-            scores = scores - jnp.abs(offset).astype(jnp.float32) * (refs["slopes"][self.head] * LOG2_E)
+            rows = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+            rows = (rows + (self.first[0] - self.first[1])).astype(jnp.float32)
+            distance = jnp.abs(self.index(1).astype(jnp.float32) - lax.broadcast_in_dim(rows, self.shape, [0]))
+            scores = scores - distance * (refs["slopes"][self.head] * LOG2_E)
         if "diagonals" in refs:
             diagonals = refs["diagonals"]
             start = self.first[1] - self.first[0] + diagonals.shape[-1] // 2
@@ -125,11 +139,15 @@ class Tile:
             scores = scores + _load(bias).astype(jnp.float32) * LOG2_E
         return scores, slope
 
-    def drop(self, x: jax.Array, hashes: jax.Array, refs: Refs, rate: float) -> jax.Array:
-        """`x` after dropout: 0 or grown by 1 / (1 - rate)."""
+    def keeps(self, hashes: jax.Array, refs: Refs, rate: float) -> jax.Array:
+        """bool tile: which weights dropout keeps."""
         keys = self.index(1 - self.query_axis) + (self.key + refs["first_key"][0])
-        kept = dropout.keep_in_row(self.spread(hashes), keys, rate)
-        return jnp.where(kept, x * (1.0 / (1.0 - rate)), 0.0)
+        return dropout.keep_in_row(self.spread(hashes), keys, rate)
+
+
+def thin(x: jax.Array, kept: jax.Array | None, rate: float) -> jax.Array:
+    """`x` after dropout: 0, or grown by 1 / (1 - rate); `x` itself if `kept` is None."""
+    return x if kept is None else jnp.where(kept, x * (1.0 / (1.0 - rate)), 0.0)
 
 
 def zeros(shape: tuple[int, int]) -> jax.Array:

@@ -74,3 +74,13 @@ def test_golden_forms_belong_to_shipped_files(request):
             (GOLDEN / path).unlink()
         stale = set()
     assert not stale, f"golden forms without a gin file: {sorted(map(str, stale))}; run this with --update-golden"
+
+
+def test_one_line_chooses_who_computes_attention():
+    flags = ["--gin_file=gin_configs/models/tiny/encoder_decoder.gin", "--gin.layers.AttentionConfig.backend='xla'"]
+    config = resolve("%MODEL", flags)
+    blocks = [config.encoder.blocks[0], config.decoder.blocks[0]]
+    chosen = [blocks[0].attention, blocks[1].attention, blocks[1].cross_attention]
+    assert [attention.backend for attention in chosen] == ["xla"] * 3
+    with pytest.raises(ConfigError, match="AttentionConfig.backend='flash' does not exist"):
+        resolve("%MODEL", [flags[0], flags[1].replace("xla", "flash")])

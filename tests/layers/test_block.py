@@ -193,6 +193,7 @@ def test_residual_branches_follow_completep(make, build):
         (lambda: AttentionConfig(6, 8, 4), "num_kv_heads=4 must divide num_heads=6"),
         (lambda: AttentionConfig(4, 8, qk_norm="head"), "set both or neither"),
         (lambda: AttentionConfig(4, 8, window=(-1, 0)), "neither negative"),
+        (lambda: AttentionConfig(4, 8, backend="flash"), "AttentionConfig.backend='flash' does not exist; there are"),
         (lambda: AttentionConfig(4, 8, position=Rope(fraction=0.1)), "leaves no pair"),
         (lambda: AttentionConfig(4, 8, qk_norm="heads"), "'heads' is not a valid QKNorm"),
         (lambda: block_config(arrangement="parallel", placement="post"), "A parallel block has placement 'pre'"),

@@ -1,9 +1,8 @@
 """What the tests of objectives share: vocabularies, every objective, and tiny models."""
 
-import types
-
 import numpy as np
 
+from jaxlm.layers.context import LOCAL
 from jaxlm.objectives.base import VocabularyInfo
 from jaxlm.objectives.codegen2 import CodeGen2
 from jaxlm.objectives.full_lm import FullLM
@@ -71,6 +70,5 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-# Without a dropout key, as in evaluation; `fold` gives a child with a key of its own.
-EVALUATION = types.SimpleNamespace(dropout_key=None)
-EVALUATION.fold = lambda where: EVALUATION
+# Without a dropout key, as in evaluation.
+EVALUATION = LOCAL

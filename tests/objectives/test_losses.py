@@ -1,4 +1,4 @@
-"""Cross-entropy equals its definition; whole or in chunks, with z-loss, smoothing and accounting."""
+"""Cross-entropy of a batch equals its definition; whole or in chunks, with z-loss, smoothing and accounting."""
 
 import dataclasses
 import types
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import objective_zoo as zoo
 import pytest
-from flax import nnx
 
-from jaxlm.objectives import losses
+from jaxlm.layers.context import Context
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.objectives.mixture import Mixture
 from jaxlm.objectives.prefix_lm import PrefixLM
+from pallas_kernels.cross_entropy import OutputProjection
 
 B, T, E, V = 2, 10, 8, 50
 PLAIN, FULL_LM = LossConfig(), FullLM()
@@ -38,7 +38,8 @@ def params_and_batch(stack="decoder"):
 
 def model_of(params):
     return types.SimpleNamespace(
-        hidden_states=lambda batch, context: params["hidden"], head=lambda hidden: hidden @ params["head"]
+        hidden_states=lambda batch, context: params["hidden"],
+        output=lambda hidden, context: (hidden, OutputProjection(params["head"])),
     )
 
 
@@ -93,11 +94,18 @@ def test_label_smoothing():
     np.testing.assert_allclose(flat["cross_entropy"], weights.sum() * np.log(V), rtol=1e-6)
 
 
-@pytest.mark.parametrize("token_chunk", [6, 8])  # 3 positions a chunk do not divide 10, 4 neither
-def test_chunks_equal_the_whole(token_chunk):
+CHUNKED = {
+    "3 positions of 20": LossConfig(token_chunk=3),
+    "8 positions of 20": LossConfig(token_chunk=8),
+    "again in the backward pass": LossConfig(recompute_logits=True),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunks_equal_the_whole(name):
     """Sums, metrics and gradients to 1e-6, with every option on."""
     params, batch = params_and_batch()
-    whole = LossConfig(z_loss=0.01, label_smoothing=0.1, num_datasets=3)
+    options = dict(z_loss=0.01, label_smoothing=0.1, num_datasets=3)
 
     def run(config):
         def total(params):
@@ -106,52 +114,37 @@ def test_chunks_equal_the_whole(token_chunk):
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
-    for a, b in zip(
-        jax.tree.leaves(run(whole)), jax.tree.leaves(run(dataclasses.replace(whole, token_chunk=token_chunk)))
-    ):
+    whole, chunked = (run(dataclasses.replace(config, **options)) for config in (PLAIN, CHUNKED[name]))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked)):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(a).max())
 
 
-def test_chunks_never_make_the_whole_logits():
-    """The compiled program of both passes holds no array of all tokens by the vocabulary."""
+def test_the_chunk_is_the_configurations():
+    """The program of both passes holds logits of `token_chunk` tokens, and of no more."""
     params, batch = params_and_batch()
 
-    def largest(token_chunk):
-        step = jax.grad(lambda p: sums(p, batch, LossConfig(token_chunk=token_chunk))[0]["cross_entropy"])
-        shapes = [v.aval.shape for e in jaxpr_equations(jax.make_jaxpr(step)(params).jaxpr) for v in e.outvars]
-        return max(int(np.prod(shape)) for shape in shapes if V in shape and E not in shape)
+    def shapes(config):
+        step = jax.grad(lambda p: sums(p, batch, config)[0]["cross_entropy"])
+        return str(jax.make_jaxpr(step)(params))
 
-    assert largest(0) == B * T * V
-    assert largest(8) == 8 * V
-
-
-def jaxpr_equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from jaxpr_equations(inner)
+    whole, eight = f"f32[{B * T},{V}]", f"f32[7,{V}]"  # 20 tokens in 3 equal chunks
+    assert whole in shapes(PLAIN) and whole not in shapes(LossConfig(token_chunk=8))
+    assert eight in shapes(LossConfig(token_chunk=8))
 
 
-def test_chunks_read_modules():
-    """A head that is a module works inside the chunks' scan and checkpoint."""
-    head = nnx.Linear(E, V, use_bias=False, rngs=nnx.Rngs(0))
+def test_the_head_is_handed_the_context():
+    """A head with layers of its own runs as the rest of the model does."""
     params, batch = params_and_batch()
-    graph, state = nnx.split(head)
+    seen = []
 
-    def loss(state, token_chunk):
-        values = losses.token_losses(
-            nnx.merge(graph, state),
-            params["hidden"],
-            batch["decoder_target_tokens"],
-            LossConfig(token_chunk=token_chunk),
-        )
-        return values.nll.sum()
+    def output(hidden, context):
+        seen.append(context)
+        return hidden, OutputProjection(params["head"])
 
-    whole, chunked = (jax.grad(loss)(state, chunk) for chunk in (0, 8))
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(chunked)):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    model = types.SimpleNamespace(hidden_states=lambda batch, context: params["hidden"], output=output)
+    context = Context(dropout_key=jax.random.key(0))
+    FULL_LM.loss_sums(model, batch, context=context, config=PLAIN)
+    assert seen == [context]
 
 
 def test_accounting_by_dataset_and_objective():
@@ -180,9 +173,10 @@ def test_microbatches_sum_to_the_batch():
         )
 
 
-def test_bfloat16_logits_are_scored_in_float32():
+def test_bfloat16_states_are_scored_in_float32():
     params, batch = params_and_batch()
-    model = model_of(params)
-    model.head = lambda hidden: (hidden @ params["head"]).astype(jnp.bfloat16)
-    terms, _ = FullLM().loss_sums(model, batch, context=zoo.EVALUATION, config=LossConfig())
-    assert terms["cross_entropy"].dtype == jnp.float32
+    narrow = {name: x.astype(jnp.bfloat16) for name, x in params.items()}
+    found, _ = sums(narrow, batch)
+    rounded = {name: x.astype(jnp.float32) for name, x in narrow.items()}
+    assert found["cross_entropy"].dtype == jnp.float32
+    np.testing.assert_allclose(found["cross_entropy"], sums(rounded, batch)[0]["cross_entropy"], rtol=1e-6)

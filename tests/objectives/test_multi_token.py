@@ -11,6 +11,7 @@ import pytest
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.objectives.multi_token import MultiTokenPrediction, ahead
+from pallas_kernels.cross_entropy import OutputProjection
 
 BATCH = {
     "decoder_target_tokens": jnp.array([[5, 6, 7, 8, 9, 0]]),
@@ -38,7 +39,7 @@ def model(n):
     return types.SimpleNamespace(
         future_hidden_states=lambda batch, context: states,
         hidden_states=lambda batch, context: states[0],
-        head=lambda hidden: hidden @ head,
+        output=lambda hidden, context: (hidden, OutputProjection(head)),
         logits=lambda k: np.asarray(states[k] @ head),
     )
 

@@ -9,21 +9,13 @@ import numpy as np
 import objective_zoo as zoo
 import pytest
 
+from jaxlm.layers.context import Context
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.replaced_token_detection import Draws, Generator, ReplacedTokenDetection
+from pallas_kernels.cross_entropy import OutputProjection
 
 B, S, E, V = 2, 12, 6, 40
 PLAIN = LossConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """A context with a key, as in training."""
-
-    dropout_key: jax.Array
-
-    def fold(self, where):
-        return Context(jax.random.fold_in(self.dropout_key, where))
 
 
 def params_and_batch():
@@ -68,7 +60,7 @@ def model_of(params, *, tied=False, uniform=False):
         hidden_states=lambda batch, context: mix(
             batch["encoder_input_tokens"], params["embedding"], params["generator"]["mixer"]
         ),
-        head=lambda hidden: hidden @ params["generator"]["head"],
+        output=lambda hidden, context: (hidden, OutputProjection(params["generator"]["head"])),
     )
     return types.SimpleNamespace(
         generator=None if uniform else generator, discriminator_logits=discriminator_logits, shown=seen
@@ -105,7 +97,7 @@ def test_loss_is_mlm_plus_fifty_times_bce():
 def test_only_masked_positions_are_replaced():
     params, batch = params_and_batch()
     for objective in (ReplacedTokenDetection(), ReplacedTokenDetection(disallow_correct=True)):
-        _, _, shown = run(params, batch, objective, Context(jax.random.key(0)))
+        _, _, shown = run(params, batch, objective, Context(dropout_key=jax.random.key(0)))
         masked = np.asarray(batch["encoder_loss_weights"]) > 0
         originals = np.asarray(batch["encoder_target_tokens"])
         np.testing.assert_array_equal(np.asarray(shown)[~masked], originals[~masked])
@@ -116,7 +108,8 @@ def test_a_draw_equal_to_the_original_counts_as_original():
     """A generator that is always right leaves nothing to detect."""
     params, batch = params_and_batch()
     model = model_of(params)
-    model.generator.head = lambda hidden: 1e4 * jax.nn.one_hot(batch["encoder_target_tokens"], V)
+    right = jax.nn.one_hot(batch["encoder_target_tokens"], V)
+    model.generator.output = lambda hidden, context: (right, OutputProjection(1e4 * jnp.eye(V)))
     _, metrics = ReplacedTokenDetection().loss_sums(model, batch, context=zoo.EVALUATION, config=LossConfig())
     assert metrics["replaced"][0] == 0 and metrics["accuracy"][0] == metrics["accuracy"][1]
 
@@ -162,10 +155,13 @@ def test_draws_follow_the_softmax():
 
         generator = types.SimpleNamespace(
             hidden_states=lambda batch, context: jnp.zeros((20, 1000, 1)),
-            head=lambda hidden: hidden + jnp.log(jnp.asarray(p, jnp.float32)),
+            output=lambda hidden, context: (
+                hidden,
+                OutputProjection(jnp.zeros((1, 4)), jnp.log(jnp.asarray(p, jnp.float32))),
+            ),
         )
         model = types.SimpleNamespace(generator=generator, discriminator_logits=discriminator_logits)
-        objective.loss_sums(model, batch, context=Context(jax.random.key(1)), config=LossConfig())
+        objective.loss_sums(model, batch, context=Context(dropout_key=jax.random.key(1)), config=LossConfig())
         shares = np.bincount(np.asarray(shown[0]).ravel(), minlength=4) / 20_000
         np.testing.assert_allclose(shares, expected, atol=0.015)
 
@@ -175,7 +171,7 @@ def test_when_draws_change():
     params, batch = params_and_batch()
     other = {**batch, "encoder_input_tokens": batch["encoder_input_tokens"].at[0, 0].add(1)}
     fresh, frozen = ReplacedTokenDetection(), ReplacedTokenDetection(draws=Draws.FROZEN)
-    keys = [Context(jax.random.key(seed)) for seed in range(2)]
+    keys = [Context(dropout_key=jax.random.key(seed)) for seed in range(2)]
 
     def same(a, b):
         masked = batch["encoder_loss_weights"] > 0

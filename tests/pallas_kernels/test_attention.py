@@ -1,6 +1,5 @@
 """The reference attention against float64 arithmetic written out, and the laws every backend must keep."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -8,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention as module
 from pallas_kernels import dropout, masks
-from pallas_kernels.attention import UnsupportedAttention, attention
+from pallas_kernels.attention import attention
 from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
 
 B, TQ, TK, D, DV = 2, 6, 8, 4, 3
@@ -194,37 +192,6 @@ def test_dropout_is_even_and_independent():
         assert abs(neighbours) < 5 / np.sqrt(n)
     other = np.asarray(dropout.keep(jnp.uint32(8), *indices, rate), float) - (1 - rate)
     assert abs((kept * other).mean()) / deviation**2 < 5 / np.sqrt(n)
-
-
-def test_backends_are_named_and_refusals_say_why(monkeypatch, caplog):
-    inputs = arrays()
-    np.testing.assert_array_equal(
-        attention(*inputs, mask=masks.Full(), backend="xla"), attention(*inputs, mask=masks.Full())
-    )
-    with pytest.raises(UnsupportedAttention, match="no attention backend 'cudnn'; there are \\['xla'\\]"):
-        attention(*inputs, mask=masks.Full(), backend="cudnn")
-
-    @dataclasses.dataclass
-    class Fussy:
-        name: str = "fussy"
-
-        def refuses(self, request):
-            return ["bias"] if request.bias is not None else []
-
-        def run(self, q, k, v, request):
-            return "fussy ran", None
-
-    monkeypatch.setitem(module.BACKENDS, "fussy", Fussy())
-    assert attention(*inputs, mask=masks.Full(), backend="fussy") == "fussy ran"
-    with pytest.raises(UnsupportedAttention, match="fussy cannot: bias. Backends that can: xla."):
-        attention(*inputs, mask=masks.Full(), bias=AlibiBias(np.ones(4)), backend="fussy")
-    monkeypatch.setattr(module, "_PREFERENCE", {"cpu": ("fussy", "xla")})
-    monkeypatch.setattr(module, "_announced", set())
-    caplog.set_level("INFO", "pallas_kernels")
-    assert attention(*inputs, mask=masks.Full()) == "fussy ran"
-    for _ in range(2):
-        assert attention(*inputs, mask=masks.Full(), bias=BIAS).shape == (B, TQ, 4, DV)
-    assert caplog.messages == ["attention on cpu runs on fussy", "attention on cpu runs on xla (fussy cannot: bias)"]
 
 
 @pytest.mark.parametrize(
