@@ -38,13 +38,17 @@ from pallas_kernels.tpu.schedule import Listed
 RESULTS = pathlib.Path(__file__).parent / "results" / "attention_tpu.json"
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 HEADS, LENGTH, SIZE = 4, 4096, 128
-BLOCKS = (1024, 1024, 512)
+BLOCKS = (1024, 1024, 512)  # queries, keys, and what splash computes at once; how ours divides a block is its own
+# The estimator of this chip gives up where operands lie in vector memory: there they stay in main memory.
+OPTIONS = {"v5e": {"xla_vf_vmem_memory_space_assignment": False}}
 KERNELS = ("attention_forward", "attention_backward", "splash_mha_fwd", "splash_mha_dkv")
 TARGETS = {
     "unmasked / splash full": 1.0,
     "unmasked / splash computed": 0.95,
     "masked / splash computed": 1.05,
+    "masked, two-sided / splash computed": 1.05,
     "backward / splash computed": 1.10,
+    "backward, two-sided / splash computed": 1.10,
     "listed residual": 0.05,
 }
 
@@ -58,15 +62,19 @@ def ours(
     size: int = SIZE,
     listed: int | None = None,
 ):
-    """Our kernel over all blocks, or over a list of `listed` blocks a head."""
+    """Our kernel over all blocks, or over a list of `listed` blocks a head.
+
+    A causal mask starts at the first key and ends at one that must be compared; `two_sided` is a window, of which both
+    ends must be.
+    """
     shape = (HEADS, length, 1, size)  # heads are examples here: no copy brings the arrays in the kernel's order
-    mask = masks.Window(LENGTH, 0) if two_sided else masks.Causal() if masked else masks.Full()
+    mask = masks.Full() if not masked else masks.Window(length, 0) if two_sided else masks.Causal()
 
     def run(q, k, v, lse, delta, rows):
         request = Request(mask, None, size**-0.5, None, 0.0, None, WHOLE, False, shape, shape, shape, q.dtype)
         inputs = dataclasses.replace(inputs_of(request), rows=rows)
         table = block_sizes.backward if backwards else block_sizes.forward
-        wanted = Blocks(*blocks) if blocks else table(platforms.current().chip, size, q.dtype)
+        wanted = Blocks(*blocks) if blocks else table(platforms.current().chip, size)
         sizes = Sizes.of(q, k, v, wanted)
         walk = tpu_attention.whole(sizes, 1, masked) if listed is None else _list(sizes, listed)
         if backwards:
@@ -121,7 +129,7 @@ def _every_block(original, h, i, j, data_next, block_mask, *args, **kwargs):
 
 def cycles(maker: str, chip: str, **arguments: Any) -> int:
     """Estimated cycles of the attention kernel in one case, without what surrounds it."""
-    case = Case(f"benchmarks.attention_tpu:{maker}", arguments)
+    case = Case(f"benchmarks.attention_tpu:{maker}", arguments, OPTIONS.get(chip))
     found = ahead_of_time.tpu_cycles(case, TOPOLOGIES[chip], timeout=900)
     wanted = KERNELS[1::2] if arguments.get("backwards") else KERNELS[::2]
     kernels = [n for name, n in found.items() if name.startswith(wanted)]
@@ -134,8 +142,10 @@ def measure(chip: str) -> dict[str, Any]:
     found = {
         "unmasked": cycles("ours", chip, masked=False),
         "masked": cycles("ours", chip, masked=True),
+        "masked, two-sided": cycles("ours", chip, masked=True, two_sided=True),
         "unmasked backward": cycles("ours", chip, masked=False, backwards=True),
         "masked backward": cycles("ours", chip, masked=True, backwards=True),
+        "masked backward, two-sided": cycles("ours", chip, masked=True, two_sided=True, backwards=True),
         "splash full": cycles("splash_kernel", chip, mask="full"),
         "splash computed": cycles("splash_kernel", chip, mask="computed"),
         "splash computed backward": cycles("splash_kernel", chip, mask="computed", backwards=True),
@@ -148,7 +158,10 @@ def measure(chip: str) -> dict[str, Any]:
         "unmasked / splash full": found["unmasked"] / found["splash full"],
         "unmasked / splash computed": found["unmasked"] / found["splash computed"],
         "masked / splash computed": found["masked"] / found["splash computed"],
+        "masked, two-sided / splash computed": found["masked, two-sided"] / found["splash computed"],
         "backward / splash computed": found["masked backward"] / found["splash computed backward"],
+        "backward, two-sided / splash computed": found["masked backward, two-sided"]
+        / found["splash computed backward"],
         "listed residual": float(np.abs(np.array(listed) / line - 1).max()),
     }
     missed = [name for name, value in ratios.items() if value > TARGETS[name]]
