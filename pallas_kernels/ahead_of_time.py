@@ -134,10 +134,12 @@ class Case:
       maker: "module:function"; called there with `arguments`, the function gives (callable, shapes), where shapes is a
         tuple of positional arguments as `compile_for` takes them.
       arguments: its keyword arguments, of types that JSON has.
+      options: the compiler's options, as `compile_for` takes them.
     """
 
     maker: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] | None = None
 
 
 def tpu_cycles(case: Case, topology: str, timeout: float = 300) -> dict[str, int]:
@@ -350,7 +352,7 @@ def main() -> None:
     topology, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
     module, _, name = case.maker.partition(":")
     function, shapes = getattr(importlib.import_module(module), name)(**case.arguments)
-    compile_for(topology, function, *shapes)
+    compile_for(topology, function, *shapes, options=case.options)
 
 
 if __name__ == "__main__":

@@ -123,8 +123,8 @@ class TpuKernels:
         return max(entries)
 
 
-def _facts(q, v) -> tuple[str, int, jnp.dtype]:
-    return platforms.current().chip, max(q.shape[3], v.shape[3]), q.dtype
+def _facts(q, v) -> tuple[str, int]:
+    return platforms.current().chip, max(q.shape[3], v.shape[3])
 
 
 def _sparse_block(inputs: Inputs) -> tuple[int, int] | None:

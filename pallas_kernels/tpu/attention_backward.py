@@ -155,8 +155,8 @@ def _kernel(*refs, walk: Walk, sizes: Sizes, scoring: Scoring, has_seed: bool):
         pl.when(step.opens_row)(lambda: _clear(results["dense_bias"]))
 
     def differentiate(masked: bool):
-        for first in range(0, sizes.blocks.keys, sizes.blocks.sub_keys):
-            here = Here(given, scalars, step, sizes, _KEYS_AXIS, slice(first, first + sizes.blocks.sub_keys))
+        for place in sizes.blocks.tiles():
+            here = Here(given, scalars, step, sizes, _KEYS_AXIS, *place)
             _differentiate(here, results, sums, masked, scoring, has_seed)
 
     pl.when(step.full)(lambda: differentiate(masked=False))
@@ -179,7 +179,9 @@ def _clear(ref):
 def _differentiate(here: Here, results, sums, masked: bool, scoring: Scoring, has_seed: bool):
     """Adds what one tile contributes to the gradients of its queries and keys."""
     given, tile = here.given, here.tile
-    q, k, v, gradient = given["q"][...], given["k"][here.keys, :], given["v"][here.keys, :], given["gradient"][...]
+    queries = here.queries
+    q, gradient = given["q"][queries, :], given["gradient"][queries, :]
+    k, v = given["k"][here.keys, :], given["v"][here.keys, :]
     exact = precision(q.dtype)
 
     def product(a, b, axis_a, axis_b):
@@ -189,29 +191,27 @@ def _differentiate(here: Here, results, sums, masked: bool, scoring: Scoring, ha
     products = product(k, q, 1, 1)  # [keys, queries], like all scores here
     score = here.add_bias(scoring.cap(products))
     if masked:
-        starts, widths = given["starts"], given["widths"]
-        intervals = range(starts.shape[0])
-        visible = tile.visible([starts[n : n + 1] for n in intervals], [widths[n : n + 1] for n in intervals])
+        visible = tile.visible(here.bounds("starts"), here.bounds("counts"))
         score = jnp.where(visible, score, scores.HIDDEN_SCORE)
-    weight = jnp.exp2(score - given["lse"][...])
+    weight = jnp.exp2(score - given["lse"][:, queries])
     d_weight = product(v, gradient, 1, 1)
     used = weight
     if has_seed:
         kept = here.kept(scoring.dropout_rate)
         used = jnp.where(kept, weight, 0.0)
         d_weight = jnp.where(kept, d_weight / scoring.kept, 0.0)
-    d_score = weight * (d_weight - given["delta"][...])
+    d_score = weight * (d_weight - given["delta"][:, queries])
     if "diagonals" in results:
         _add_diagonals(results["diagonals"], d_score, here)
     if "dense_bias" in results:
-        results["dense_bias"][:, here.keys] = d_score.T
+        results["dense_bias"][queries, here.keys] = d_score.T
     d_product = (d_score * scoring.cap_slope(products)).astype(q.dtype)
     keys = pl.ds(
         pl.multiple_of(here.step.key_block * here.sizes.blocks.keys, scores.LANES) + here.keys.start, k.shape[0]
     )
     sums["dv"][keys, :] += product(used.astype(gradient.dtype), gradient, 1, 0)
     sums["dk"][keys, :] += product(d_product, q, 1, 0)
-    sums["dq"][...] += product(k, d_product, 0, 0)
+    sums["dq"][:, queries] += product(k, d_product, 0, 0)
 
 
 def _add_diagonals(total, d_score: jax.Array, here: Here):

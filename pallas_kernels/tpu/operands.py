@@ -17,7 +17,7 @@ from pallas_kernels.tpu.schedule import Step, Walk
 from pallas_kernels.tpu.scores import LANES, LOG2_E
 
 # Tiles of scores in float32 that the compiler may spill, and memory for whatever else it needs.
-_SPILLED_TILES, _SPARE = 8, 4 << 20
+_SPILLED_TILES, _SPARE = 12, 4 << 20
 
 SCALARS = ("first_key_block", "example", "head", "query", "key", "seed")
 """Scalars that every kernel has: the first block of keys it is given, the origin of the scores, dropout's seed."""
@@ -126,7 +126,7 @@ def compiler_params(
       scratch: what the kernel keeps.
     """
     blocks = [(operand.block, operand.array.dtype) for operand in loaded if operand.block is not None]
-    tile = sizes.blocks.queries * sizes.blocks.sub_keys * 4
+    tile = sizes.blocks.sub_queries * sizes.blocks.sub_keys * 4
     needed = 2 * sum(_bytes(*block) for block in blocks) + sum(_bytes(x.shape, x.dtype) for x in scratch)
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(walk.grid) - 2),
@@ -177,7 +177,7 @@ def row_numbers(sizes: Sizes, array: jax.Array) -> Operand:
 
 
 def intervals(sizes: Sizes, inputs: Inputs) -> dict[str, Operand]:
-    """Starts and widths of the queries' intervals, as [R, queries]."""
+    """Starts and lengths of the queries' intervals, as [R, queries]; no starts where all are 0."""
     rows = inputs.rows.pad(sizes.padded_queries)
     block = (None, rows.lo.shape[1], sizes.blocks.queries)
     one = rows.lo.shape[0] == 1
@@ -185,8 +185,10 @@ def intervals(sizes: Sizes, inputs: Inputs) -> dict[str, Operand]:
     def index(step, _):
         return 0 if one else step.example, 0, step.query_block
 
-    widths = jnp.maximum(rows.hi - rows.lo, 0)
-    return {"starts": Operand(rows.lo, block, index), "widths": Operand(widths, block, index)}
+    counts = Operand(jnp.maximum(rows.hi - rows.lo, 0), block, index)
+    if inputs.from_first_key:
+        return {"counts": counts}
+    return {"starts": Operand(rows.lo, block, index), "counts": counts}
 
 
 def biases(sizes: Sizes, inputs: Inputs, keys_axis: int) -> dict[str, Operand]:
