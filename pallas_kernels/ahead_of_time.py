@@ -66,10 +66,9 @@ def why_not(topology: str) -> str | None:
     remedy = f"set {CUDA_PLUGIN} to a folder made by `pip install --no-deps --target` of it and of jax-cuda13-pjrt"
     if not folder:
         return f"compiling for {topology} needs jax-cuda13-plugin: {remedy}"
-    version = pathlib.Path(folder, "jax_cuda13_plugin", "version.py")
-    if not version.is_file():
+    if not pathlib.Path(folder, "jax_cuda13_plugin").is_dir():
         return f"there is no jax-cuda13-plugin in {folder}: {remedy}"
-    if f"'{jax.__version__}'" not in version.read_text().replace('"', "'"):
+    if not pathlib.Path(folder, f"jax_cuda13_plugin-{jax.__version__}.dist-info").is_dir():
         return f"jax-cuda13-plugin in {folder} is not of jax's version {jax.__version__}: {remedy}"
     return None
 
@@ -135,10 +134,12 @@ class Case:
       maker: "module:function"; called there with `arguments`, the function gives (callable, shapes), where shapes is a
         tuple of positional arguments as `compile_for` takes them.
       arguments: its keyword arguments, of types that JSON has.
+      options: the compiler's options, as `compile_for` takes them.
     """
 
     maker: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] | None = None
 
 
 def tpu_cycles(case: Case, topology: str, timeout: float = 300) -> dict[str, int]:
@@ -351,7 +352,7 @@ def main() -> None:
     topology, case = sys.argv[1], Case(**json.loads(sys.argv[2]))
     module, _, name = case.maker.partition(":")
     function, shapes = getattr(importlib.import_module(module), name)(**case.arguments)
-    compile_for(topology, function, *shapes)
+    compile_for(topology, function, *shapes, options=case.options)
 
 
 if __name__ == "__main__":

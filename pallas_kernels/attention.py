@@ -1,11 +1,12 @@
-"""Attention behind one call. Who computes it is chosen in `pallas_kernels.choice`."""
+"""Attention behind one call. Who can compute it is in `pallas_kernels.attention_backends`."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import choice, dropout, masks
+from pallas_kernels import dropout, masks
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.biases import Bias, DenseBias
 from pallas_kernels.requests import WHOLE, Origin, Request, UnsupportedAttention
 
@@ -47,7 +48,7 @@ def attention(
       origin: where these arrays lie in the whole, if they are one device's part of it; matters to dropout only.
       return_lse: also return the log-sum-exp of the scores, [B, Hq, Tq] float32 (natural logarithm, -inf where a query
         sees nothing, sinks counted in). It is differentiable, so that parts of a row can be combined.
-      backend: a name from `pallas_kernels.choice.BACKENDS`, or "auto": the fastest that can.
+      backend: a name from `pallas_kernels.attention_backends`, or "auto": the fastest that can.
 
     Returns:
       [B, Tq, Hq, Dv] in v's type; with `return_lse` also the log-sum-exp.
@@ -80,7 +81,7 @@ def attention(
         v_shape=v.shape,
         dtype=jnp.dtype(q.dtype),
     )
-    out, lse = choice.choose(backend, request).run(q, k, v, request)
+    out, lse = ATTENTION.choose(backend, request).run(q, k, v, request)
     if sinks is not None:
         out, lse = _with_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out

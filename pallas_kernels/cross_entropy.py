@@ -8,7 +8,6 @@ the vocabulary at a time: a fourth product, the least memory, and gradients toke
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, override
 
@@ -16,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
+from pallas_kernels.choice import Candidate, Choice
 
-_LOG = logging.getLogger(__name__)
-
-# Logits of a chunk of `cross_entropy`: of the sizes tried on a CPU (2^20 to 2^25 entries), none is faster.
+# Logits of a chunk of `cross_entropy`: on a CPU sizes from 2^20 to 2^25 take much the same time.
 _CHUNK_LOGITS = 2**23
 # Fewer tokens, and an accelerator waits for its memory: each chunk adds to the float32 gradient of the whole matrix, 8
 # bytes an entry for 2 operations a token.
@@ -197,7 +195,7 @@ def cross_entropy(
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
     counts = weights != 0.0
     hidden, projection = _scaled(jnp.where(counts[..., None], hidden, 0), projection)
-    backend = choose(backend, hidden, projection, request)
+    backend = CROSS_ENTROPY.choose(backend, hidden, projection, request)
     if recompute:
         scores = backend.scores(hidden, projection, labels, request)
         total = weighted_sum(scores, weights, request)
@@ -239,7 +237,7 @@ def token_scores(
     _check(hidden, projection, labels, chunk)
     request = Request(True, mean_logit=mean_logit, chunk=chunk)
     hidden, projection = _scaled(hidden, projection)
-    return choose(backend, hidden, projection, request).scores(hidden, projection, labels, request)
+    return CROSS_ENTROPY.choose(backend, hidden, projection, request).scores(hidden, projection, labels, request)
 
 
 def chunk_tokens(tokens: int, vocab_size: int) -> int:
@@ -555,35 +553,18 @@ def _write(target: jax.Array, value: jax.Array, start: jax.Array | int, axis: in
 # The choice of a backend.
 
 
-@functools.cache
-def backends() -> dict[str, Backend]:
-    """The backends by name, for "auto" the best first; the last one refuses nothing."""
-    from pallas_kernels.tpu.cross_entropy import TpuBackend  # which imports this module
+_PLAIN = Candidate("xla", "In chunks, on any device; refuses nothing.")
 
-    return {backend.name: backend for backend in (TpuBackend(), XlaBackend())}
-
-
-def choose(name: str, hidden: jax.Array, projection: OutputProjection, request: Request) -> Backend:
-    """The backend for a call."""
-    if name == "auto":
-        # On a CPU the kernels are interpreted, for tests alone.
-        able = [b for b in backends().values() if not b.refuses(hidden, projection, request)]
-        chosen = able[-1] if platforms.current().kind == "cpu" else able[0]
-        _log_once(chosen.name, hidden.shape, projection.vocab_size, request)
-        return chosen
-    if name not in backends():
-        raise UnsupportedCrossEntropy(
-            f"There is no cross-entropy backend {name!r}; there are {sorted(backends())} and 'auto'."
-        )
-    if reasons := backends()[name].refuses(hidden, projection, request):
-        able = [n for n, b in backends().items() if not b.refuses(hidden, projection, request)]
-        raise UnsupportedCrossEntropy(f"{name} cannot: {'; '.join(reasons)}. Backends that can: {', '.join(able)}.")
-    return backends()[name]
-
-
-@functools.cache
-def _log_once(chosen: str, shape: tuple[int, ...], vocab_size: int, request: Request) -> None:
-    _LOG.info("Cross-entropy of hidden states %s over %d ids runs on %s (%s).", shape, vocab_size, chosen, request)
+CROSS_ENTROPY: Choice[Backend] = Choice(
+    "cross_entropy",
+    backends={"xla": XlaBackend(), "pallas_tpu": "pallas_kernels.tpu.cross_entropy:TpuBackend"},
+    order={
+        "cpu": (_PLAIN,),
+        "gpu": (_PLAIN,),
+        "tpu": (Candidate("pallas_tpu", "Logits stay on the chip (benchmarks/results/cross_entropy.json)."), _PLAIN),
+    },
+    error=UnsupportedCrossEntropy,
+)
 
 
 def _scaled(hidden: jax.Array, projection: OutputProjection) -> tuple[jax.Array, OutputProjection]:

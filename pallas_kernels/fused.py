@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
-from pallas_kernels.masks import BlockSparse
+from pallas_kernels.masks import And, BlockSparse, Full, IntervalMask, Mask
 from pallas_kernels.plans import Rows
 from pallas_kernels.requests import Origin, Request
 
@@ -33,6 +33,8 @@ class Inputs:
       origin: global indices of the first score, for dropout.
       scale, soft_cap, dropout_rate: as in `Request`.
       dense_bias_gradient: whether `dense_bias` gets one.
+      hides_nothing: known beforehand, that every query sees every key.
+      from_first_key: known beforehand, that every query sees no key, or the first and some that follow it.
     """
 
     rows: Rows
@@ -46,6 +48,8 @@ class Inputs:
     soft_cap: float | None = dataclasses.field(metadata={"static": True})
     dropout_rate: float = dataclasses.field(metadata={"static": True})
     dense_bias_gradient: bool = dataclasses.field(metadata={"static": True})
+    hides_nothing: bool = dataclasses.field(metadata={"static": True})
+    from_first_key: bool = dataclasses.field(metadata={"static": True})
 
 
 class Kernels(Protocol):
@@ -97,7 +101,17 @@ def inputs_of(request: Request) -> Inputs:
         soft_cap=request.soft_cap,
         dropout_rate=request.dropout_rate,
         dense_bias_gradient=isinstance(bias, DenseBias) and bias.differentiable,
+        hides_nothing=isinstance(request.mask, Full),
+        from_first_key=_from_first_key(request.mask, tq, tk),
     )
+
+
+def _from_first_key(mask: Mask, tq: int, tk: int) -> bool:
+    """Whether the mask says, and does not compute, that its intervals start with key 0."""
+    parts = mask.masks if isinstance(mask, And) else (mask,)
+    queries = jnp.arange(tq, dtype=jnp.int32)[None]
+    starts = [part.bounds(queries, tk, 0)[0] if isinstance(part, IntervalMask) else None for part in parts]
+    return all(isinstance(start, int) and start == 0 for start in starts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

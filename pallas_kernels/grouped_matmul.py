@@ -5,13 +5,13 @@ backward passes are made of; the gradient, and the rows that are in no group, ar
 """
 
 import functools
-import logging
 from typing import Protocol, override
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
+from pallas_kernels.choice import Candidate, Choice
 from pallas_kernels.gpu import grouped_matmul as hopper
 
 
@@ -43,7 +43,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, backen
       x: [M, K], sorted by group.
       w: [G, K, N], of x's type.
       group_sizes: int32 [G], rows in each group; they add up to M at most. May depend on data.
-      backend: a name from `BACKENDS`, or "auto": the first in the platform's order that can.
+      backend: a name from `GROUPED_MATMUL`, or "auto": the first in the platform's order that can.
 
     Returns:
       [M, N], in x's type. Differentiable in x and w, in reverse mode.
@@ -53,7 +53,7 @@ def grouped_matmul(x: jax.Array, w: jax.Array, group_sizes: jax.Array, *, backen
       ValueError: shapes or types do not fit.
     """
     _check(x, w, group_sizes)
-    return _grouped_matmul(x, w, group_sizes, _choose(backend, x, w))
+    return _grouped_matmul(x, w, group_sizes, GROUPED_MATMUL.choose(backend, x, w))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -130,7 +130,7 @@ class MegabloxBackend(Backend):
         from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # slow to import, and needed on TPUs alone
 
         out = w.shape[1] if transposed else w.shape[2]
-        tiles = _megablox_tiles(x.shape[0], x.shape[1], out, w.shape[0])
+        tiles = megablox_tiles(x.shape[0], x.shape[1], out, w.shape[0], x.dtype)
         y = gmm(
             _pad_rows(x, tiles[0]),
             w,
@@ -146,15 +146,20 @@ class MegabloxBackend(Backend):
     def by_groups(self, x: jax.Array, y: jax.Array, group_sizes: jax.Array) -> jax.Array:
         from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-        tiles = _megablox_tiles(x.shape[0], x.shape[1], y.shape[1], group_sizes.shape[0])
+        tiles = megablox_tiles(x.shape[0], x.shape[1], y.shape[1], group_sizes.shape[0], x.dtype)
         x, y = _pad_rows(x, tiles[0]), _pad_rows(y, tiles[0])
         return tgmm(x.T, y, group_sizes, x.dtype, tiles, interpret=platforms.tpu_interpret())
 
 
-def _megablox_tiles(rows: int, inner: int, outer: int, groups: int) -> tuple[int, int, int]:
-    """Tile sizes (rows, x's columns, w's columns): large, but of no more rows than a group has on average."""
-    tile = min(512, max(128, rows // groups // 128 * 128))
-    return min(tile, -(-rows // 16) * 16), min(1024, -(-inner // 128) * 128), min(1024, -(-outer // 128) * 128)
+def megablox_tiles(rows: int, inner: int, outer: int, groups: int, dtype: jnp.dtype) -> tuple[int, int, int]:
+    """Tile sizes (rows, x's columns, w's columns): of no more rows than a group has on average, and else large.
+
+    A matrix whose K lies in one tile stays on the chip while its group's rows pass; splitting K doubles the cycles of
+    the compiler's estimate (`benchmarks/results/grouped_matmul.json`). Larger tiles than these take minutes to compile.
+    """
+    high = min(256, max(128, rows // groups // 128 * 128))
+    wide = 2048 // jnp.dtype(dtype).itemsize
+    return min(high, -(-rows // 16) * 16), min(wide, -(-inner // 128) * 128), min(wide, -(-outer // 128) * 128)
 
 
 def _pad_rows(x: jax.Array, multiple: int) -> jax.Array:
@@ -180,32 +185,18 @@ class PallasGpuBackend(Backend):
         return hopper.by_groups(x, y, group_sizes)
 
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (RaggedDotBackend(), MegabloxBackend(), PallasGpuBackend())}
-# For "auto", best first; the last one refuses nothing.
-_PREFERENCE = {"tpu": ("megablox", "ragged_dot"), "gpu": ("pallas_gpu", "ragged_dot"), "cpu": ("ragged_dot",)}
+_PLAIN = Candidate("ragged_dot", "XLA's own; refuses nothing.")
 
-
-def _choose(name: str, x: jax.Array, w: jax.Array) -> Backend:
-    if name == "auto":
-        platform = platforms.current()
-        order = _PREFERENCE[platform.kind]
-        refusals = {n: BACKENDS[n].refuses(x, w) for n in order}
-        chosen = next(n for n in order if not refusals[n])
-        passed_over = "".join(f"; {n} cannot: {'; '.join(r)}" for n, r in refusals.items() if r)
-        _log_once(f"grouped_matmul of {x.shape} by {w.shape} {x.dtype} on {platform.chip}: {chosen}{passed_over}")
-        return BACKENDS[chosen]
-    if name not in BACKENDS:
-        known = ", ".join(BACKENDS)
-        raise UnsupportedGroupedMatmul(f"There is no grouped_matmul backend {name!r}; there are {known} and 'auto'.")
-    if reasons := BACKENDS[name].refuses(x, w):
-        able = [n for n, b in BACKENDS.items() if not b.refuses(x, w)]
-        raise UnsupportedGroupedMatmul(f"{name} cannot: {'; '.join(reasons)}. Backends that can: {', '.join(able)}.")
-    return BACKENDS[name]
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logging.getLogger(__name__).info(message)
+GROUPED_MATMUL: Choice[Backend] = Choice(
+    "grouped_matmul",
+    backends={b.name: b for b in (RaggedDotBackend(), MegabloxBackend(), PallasGpuBackend())},
+    order={
+        "cpu": (_PLAIN,),
+        "tpu": (Candidate("megablox", "Multiplies each row by its own matrix alone."), _PLAIN),
+        "gpu": (Candidate("pallas_gpu", "Multiplies each row by its own matrix alone."), _PLAIN),
+    },
+    error=UnsupportedGroupedMatmul,
+)
 
 
 def _check(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> None:

@@ -24,7 +24,8 @@ from typing import Protocol, override
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import linear_chunk, mixer_backends, packed_rows
+from pallas_kernels import linear_chunk, packed_rows
+from pallas_kernels.choice import Candidate, Choice
 from pallas_kernels.tpu import linear_attention as tpu_kernel
 
 
@@ -43,6 +44,10 @@ class Request:
 
 # q, k [B, T, H, Dk]; v [B, T, H, Dv]; log_decay [B, T, H] or [B, T, H, Dk], and state [B, H, Dv, Dk], float32.
 Inputs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+class UnsupportedLinearAttention(ValueError):
+    """The named backend cannot do what was asked for, or does not exist."""
 
 
 class Backend(Protocol):
@@ -94,7 +99,7 @@ def linear_attention(
       (o [B, T, H, Dv] in v's type, final state [B, H, Dk, Dv] float32).
 
     Raises:
-      UnsupportedMixer: the named backend does not exist or refuses.
+      UnsupportedLinearAttention: the named backend does not exist or refuses.
       ValueError: shapes do not fit.
     """
     _check(q, k, v, log_decay, initial_state, chunk)
@@ -116,7 +121,7 @@ def linear_attention(
         log_decay = jnp.where(real.reshape(real.shape + (1,) * (log_decay.ndim - 2)), log_decay, 0.0)
     # Steps after the end write nothing and decay nothing, as padding does.
     inputs = (*(_pad(x, padding) for x in (q, k, v, log_decay)), state)
-    chosen = mixer_backends.choose("linear_attention", backend, BACKENDS, inputs, request)
+    chosen = LINEAR_ATTENTION.choose(backend, inputs, request)
     if restart is None:
         o, final = _unpacked(chosen.name, request, *inputs)
     else:
@@ -190,15 +195,15 @@ def prefix_state(k: jax.Array, v: jax.Array, prefix_end: jax.Array | int) -> jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _unpacked(name: str, request: Request, *inputs):
-    return BACKENDS[name].forward(inputs, request)
+    return LINEAR_ATTENTION.backend(name).forward(inputs, request)
 
 
 def _unpacked_forward(name, request, *inputs):
-    return BACKENDS[name].forward(inputs, request), inputs
+    return LINEAR_ATTENTION.backend(name).forward(inputs, request), inputs
 
 
 def _unpacked_backward(name, request, inputs, gradients):
-    return BACKENDS[name].backward(inputs, request, *gradients)
+    return LINEAR_ATTENTION.backend(name).backward(inputs, request, *gradients)
 
 
 _unpacked.defvjp(_unpacked_forward, _unpacked_backward)
@@ -213,7 +218,7 @@ def _packed(name: str, request: Request, *inputs_and_restart):
     """
     *inputs, restart = inputs_and_restart
     broken = _broken(inputs)
-    o, final = BACKENDS[name].forward(_separated(inputs, restart), request)
+    o, final = LINEAR_ATTENTION.backend(name).forward(_separated(inputs, restart), request)
     poison = packed_rows.poison_after(broken, restart)
     return (o + poison[:, :, None, None]).astype(o.dtype), final + poison[:, -1, None, None, None]
 
@@ -228,7 +233,7 @@ def _packed_backward(name, request, inputs_and_restart, gradients):
     broken = _broken(inputs) | packed_rows.is_broken(do)
     broken = broken.at[:, -1].set(broken[:, -1] | ~_finite(d_final))
     do, d_final = packed_rows.cleaned(do), packed_rows.cleaned(d_final)
-    *by_step, d_state = BACKENDS[name].backward(_separated(inputs, restart), request, do, d_final)
+    *by_step, d_state = LINEAR_ATTENTION.backend(name).backward(_separated(inputs, restart), request, do, d_final)
     poison = packed_rows.poison_around(broken, restart)
     by_step = [(x + poison.reshape(poison.shape + (1,) * (x.ndim - 2))).astype(x.dtype) for x in by_step]
     return *by_step, d_state + poison[:, 0, None, None, None], None
@@ -341,7 +346,18 @@ class TpuBackend(Backend):
         return tpu_kernel.backward(inputs, do, d_final, scale=request.scale, chunk=request.chunk)
 
 
-BACKENDS: dict[str, Backend] = {"xla": XlaBackend(), "pallas_tpu": TpuBackend()}
+_PLAIN = Candidate("xla", "In chunks, on any device; refuses nothing.")
+
+LINEAR_ATTENTION: Choice[Backend] = Choice(
+    "linear_attention",
+    backends={"xla": XlaBackend(), "pallas_tpu": TpuBackend()},
+    order={
+        "cpu": (_PLAIN,),
+        "gpu": (_PLAIN,),
+        "tpu": (Candidate("pallas_tpu", "Keeps states on the chip (benchmarks/results/linear_mixers.json)."), _PLAIN),
+    },
+    error=UnsupportedLinearAttention,
+)
 
 
 def _pad(x: jax.Array, padding: int) -> jax.Array:

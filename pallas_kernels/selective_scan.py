@@ -1,14 +1,15 @@
-"""The selective scan of Mamba (arXiv 2312.00752, section 3): a state for each channel, with a decay for each of its entries.
+"""The selective scan of Mamba (arXiv 2312.00752, section 3): each channel has a state, each of its entries a decay.
 
 For channel c and state entry n, with a step size dt that is positive and A negative:
 
     h_t[c, n] = exp(dt_t[c] A[c, n]) h_{t-1}[c, n] + dt_t[c] x_t[c] B_t[n]
     y_t[c]    = sum over n of C_t[n] h_t[c, n] + D[c] x_t[c]
 
-Decays differ between the entries of a state, so that steps cannot meet in products of matrices as in `linear_attention`.
-What counts is memory: the states of all steps are N times as large as x. Both backends keep the states between chunks
-alone, T / chunk of them, and compute those inside a chunk again for its gradient. Inside a chunk the XLA form goes step by
-step: an associative scan would hold log T copies of the chunk's states where this holds one state.
+Decays differ between the entries of a state, so that steps cannot meet in products of matrices, as they do in
+`linear_attention`. What counts is memory: the states of all steps are N times as large as x. Both backends keep the
+states between chunks alone, T / chunk of them, and compute those inside a chunk again for its gradient. Inside a chunk
+the XLA form goes step by step: an associative scan holds the states of the whole chunk, several times over, already on
+the way forward, where this holds one.
 
 | backend | runs on | state entries | types |
 |---|---|---|---|
@@ -22,7 +23,8 @@ from typing import Protocol, override
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import mixer_backends, packed_rows
+from pallas_kernels import packed_rows
+from pallas_kernels.choice import Candidate, Choice
 from pallas_kernels.tpu import selective_scan as tpu_kernel
 
 _CHUNK = 64  # of the XLA form
@@ -51,6 +53,10 @@ class Inputs:
     d: jax.Array
     restart: jax.Array
     state: jax.Array
+
+
+class UnsupportedSelectiveScan(ValueError):
+    """The named backend cannot do what was asked for, or does not exist."""
 
 
 class Backend(Protocol):
@@ -95,7 +101,7 @@ def selective_scan(
       (y [B, T, C] in x's type, final state [B, C, N] float32).
 
     Raises:
-      UnsupportedMixer: the named backend does not exist or refuses.
+      UnsupportedSelectiveScan: the named backend does not exist or refuses.
       ValueError: shapes do not fit.
     """
     _check(x, dt, a, b, c, d, initial_state)
@@ -120,7 +126,7 @@ def selective_scan(
         restart=restart,
         state=initial_state.astype(jnp.float32).swapaxes(1, 2),
     )
-    y, final = mixer_backends.choose("selective_scan", backend, BACKENDS, inputs).run(inputs)
+    y, final = SELECTIVE_SCAN.choose(backend, inputs).run(inputs)
     return y, final.swapaxes(1, 2)
 
 
@@ -220,7 +226,18 @@ class TpuBackend(Backend):
         return tpu_kernel.scan(*(getattr(inputs, field.name) for field in dataclasses.fields(Inputs)))
 
 
-BACKENDS: dict[str, Backend] = {"xla": XlaBackend(), "pallas_tpu": TpuBackend()}
+_PLAIN = Candidate("xla", "In chunks, on any device; refuses nothing.")
+
+SELECTIVE_SCAN: Choice[Backend] = Choice(
+    "selective_scan",
+    backends={"xla": XlaBackend(), "pallas_tpu": TpuBackend()},
+    order={
+        "cpu": (_PLAIN,),
+        "gpu": (_PLAIN,),
+        "tpu": (Candidate("pallas_tpu", "Keeps states on the chip (benchmarks/results/linear_mixers.json)."), _PLAIN),
+    },
+    error=UnsupportedSelectiveScan,
+)
 
 
 def _check(

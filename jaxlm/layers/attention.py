@@ -11,8 +11,8 @@ from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
 from jaxlm.layers.positions import Alibi, RelativePositions, RelativeTable, Rope, Rotation, rotate
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.biases import Bias
-from pallas_kernels.choice import BACKENDS
 from pallas_kernels.masks import Mask, Window
 
 
@@ -42,7 +42,7 @@ class AttentionConfig:
       output_bias: bias on the output projection.
       sinks: a learned logit a head that takes part in the softmax without a value (attention sinks).
       dropout: rate on the attention weights.
-      backend: who computes it, a name in `pallas_kernels.choice.BACKENDS`, or "auto": the fastest that can.
+      backend: who computes it, a name in `pallas_kernels.attention_backends`, or "auto": the fastest that can.
     """
 
     num_heads: int
@@ -80,9 +80,10 @@ class AttentionConfig:
                 f"rotate; use position=None for no positions."
             )
 
-        if self.backend not in ("auto", *BACKENDS):
+        if self.backend not in ("auto", *ATTENTION.backends):
             raise ValueError(
-                f"AttentionConfig.backend={self.backend!r} does not exist; there are {sorted(BACKENDS)} and 'auto'."
+                f"AttentionConfig.backend={self.backend!r} does not exist; there are {sorted(ATTENTION.backends)} and "
+                f"'auto'."
             )
 
     @property

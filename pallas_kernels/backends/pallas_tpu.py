@@ -5,7 +5,7 @@ from typing import override
 
 import jax
 
-from pallas_kernels.fused import fused_attention, inputs_of
+from pallas_kernels.fused import inputs_of
 from pallas_kernels.requests import Backend, Request
 from pallas_kernels.tpu.attention import TpuKernels
 
@@ -27,4 +27,4 @@ class PallasTpuBackend(Backend):
 
     @override
     def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
-        return fused_attention(self.kernels, q, k, v, inputs_of(request))
+        return self.kernels.attend(q, k, v, inputs_of(request))

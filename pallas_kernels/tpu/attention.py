@@ -1,13 +1,13 @@
-"""Attention on TPUs: plans, parts and block sizes around the two kernels."""
+"""Attention on TPUs: block sizes, plans and parts around the two kernels."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
-from pallas_kernels.fused import Inputs
-from pallas_kernels.masks import BlockSparse
+from pallas_kernels.fused import Inputs, fused_attention
 from pallas_kernels.plans import HIDDEN, Plan, plan_of_rows
 from pallas_kernels.requests import Request
 from pallas_kernels.tpu import block_sizes, schedule
@@ -15,7 +15,8 @@ from pallas_kernels.tpu.attention_backward import backward
 from pallas_kernels.tpu.attention_forward import forward
 from pallas_kernels.tpu.block_sizes import Blocks
 from pallas_kernels.tpu.operands import Sizes
-from pallas_kernels.tpu.schedule import Listed, Walk, Whole
+from pallas_kernels.tpu.schedule import Walk, Whole
+from pallas_kernels.tpu.scores import LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,38 +30,207 @@ class TpuKernels:
     forward_blocks: Blocks | None = None
     backward_blocks: Blocks | None = None
 
-    def refuses(self, request: Request) -> list[str]:
-        return []
-
     def forward(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        sizes = _sizes(q, k, v, inputs, self.forward_blocks or Blocks(1024, 1024, 512))
-        return forward(q, k, v, inputs, _walk(inputs, sizes, group=1), sizes)
+        """See `pallas_kernels.fused.Kernels`."""
+        sizes = self._forward_sizes(q, k, v, _sparse_block(inputs))
+        return forward(q, k, v, inputs, _walks(inputs, sizes, group=1)(0), sizes)
 
-    def backward(self, q, k, v, inputs, lse, delta, gradient):
-        sizes = _sizes(q, k, v, inputs, self.backward_blocks or Blocks(1024, 1024, 512))
-        walk = _walk(inputs, sizes, group=sizes.group)
-        found = backward(q, k, v, inputs, lse, delta, gradient, walk, sizes, 0, sizes.key_blocks)
+    def backward(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        inputs: Inputs,
+        lse: jax.Array,
+        delta: jax.Array,
+        gradient: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+        """See `pallas_kernels.fused.Kernels`."""
+        sizes = self._backward_sizes(q, k, v, _sparse_block(inputs))
+        walk = _walks(inputs, sizes, group=sizes.group)
+
+        def of_part(part):
+            return backward(q, k, v, inputs, lse, delta, gradient, walk(part), sizes, part * sizes.part_blocks)
+
+        if sizes.key_parts == 1:
+            found = of_part(0)
+        else:
+            found = _joined(of_part, sizes)
         dk, dv = (found[name][:, : sizes.keys] for name in ("dk", "dv"))
         d_dense = found.get("dense_bias")
         if d_dense is not None:
             d_dense = _summed(d_dense[..., : sizes.keys], inputs.dense_bias)
-        return found["dq"], dk, dv, found.get("diagonals"), d_dense
+        return found["dq"].astype(q.dtype), dk, dv, found.get("diagonals"), d_dense
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
+        """`fused_attention` with these kernels, one part after the other where lists for all have no room."""
+        examples = inputs.rows.lo.shape[0]
+        if self._lists_fit(q, k, v, inputs.block_sparse, examples):
+            return fused_attention(self, q, k, v, inputs)
+        return _in_parts(self, q, k, v, inputs, by_heads=not self._lists_fit(q, k, v, inputs.block_sparse, 1))
+
+    def refuses(self, request: Request) -> list[str]:
+        """See `pallas_kernels.requests.Backend`."""
+        platform, mask, reasons = platforms.current(), request.mask, []
+        if platform.kind == "gpu":
+            reasons.append("it runs on TPUs, and interpreted on CPUs, not on a gpu")
+        if platform.kind == "tpu" and platform.chip not in block_sizes.VMEM:
+            reasons.append(f"it is made for {', '.join(block_sizes.VMEM)}, not for {platform.chip!r}")
+        if request.dtype not in (jnp.bfloat16, jnp.float32):
+            reasons.append(f"it computes in bfloat16 or float32, not in {request.dtype}")
+        if mask.intervals is None:
+            reasons.append(f"the mask {mask} is not made of key intervals")
+            return reasons
+        sparse = mask.block_sparse
+        if sparse is not None and any(size % LANES for size in sparse.block):
+            reasons.append(f"BlockSparse.block={sparse.block} is not in multiples of {LANES}")
+            return reasons
+        q, k, v = (
+            jax.ShapeDtypeStruct(shape, request.dtype) for shape in (request.q_shape, request.k_shape, request.v_shape)
+        )
+        entries = self._entries(q, k, v, sparse, 1, one_key_head=True)
+        if entries > schedule.MOST_ENTRIES:
+            reasons.append(
+                f"the mask's blocks of one key head make a list of {entries}, and scalar memory holds "
+                f"{schedule.MOST_ENTRIES}: use larger blocks or shorter rows"
+            )
+        return reasons
+
+    def _forward_sizes(self, q, k, v, within: tuple[int, int] | None) -> Sizes:
+        return self._sizes(q, k, v, within, self.forward_blocks or block_sizes.forward(*_facts(q, v)))
+
+    def _backward_sizes(self, q, k, v, within: tuple[int, int] | None) -> Sizes:
+        sizes = self._sizes(q, k, v, within, self.backward_blocks or block_sizes.backward(*_facts(q, v)))
+        return sizes.in_parts(block_sizes.vmem(platforms.current().chip) // 2, q.dtype)
+
+    def _sizes(self, q, k, v, within, wanted: Blocks) -> Sizes:
+        return Sizes.of(q, k, v, block_sizes.fitted(wanted, q.shape[1], k.shape[1], within))
+
+    def _lists_fit(self, q, k, v, sparse, examples: int) -> bool:
+        return self._entries(q, k, v, sparse, examples, one_key_head=False) <= schedule.MOST_ENTRIES
+
+    def _entries(self, q, k, v, sparse, examples: int, one_key_head: bool) -> int:
+        """How long the longer of the two kernels' lists can become."""
+        within = None if sparse is None else sparse.block
+        sizes = self._forward_sizes(q, k, v, within), self._backward_sizes(q, k, v, within)
+        if sparse is not None and examples > 1:
+            examples = max(examples, sparse.index.shape[0])
+        entries = []
+        for s, shared_heads in zip(sizes, (1, sizes[1].group)):
+            per_head = sparse is not None and sparse.index.shape[1] > 1
+            heads = shared_heads if not per_head else s.group if one_key_head else s.heads
+            entries.append(examples * heads * s.query_blocks * min(s.part_blocks, _longest_row(sparse, s)))
+        return max(entries)
 
 
-def _sizes(q, k, v, inputs: Inputs, wanted: Blocks) -> Sizes:
-    within = None if inputs.block_sparse is None else inputs.block_sparse.block
-    return Sizes.of(q, k, v, block_sizes.fitted(wanted, q.shape[1], k.shape[1], within))
+def _facts(q, v) -> tuple[str, int]:
+    return platforms.current().chip, max(q.shape[3], v.shape[3])
 
 
-def _walk(inputs: Inputs, sizes: Sizes, group: int) -> Walk:
-    blocks = sizes.blocks
-    if inputs.block_sparse is None and sizes.query_blocks * sizes.key_blocks == 1:
-        return Whole((sizes.batch, sizes.heads // group, group, 1, 1), masked=True)
+def _sparse_block(inputs: Inputs) -> tuple[int, int] | None:
+    return None if inputs.block_sparse is None else inputs.block_sparse.block
+
+
+def _longest_row(sparse, sizes: Sizes) -> int:
+    """How many blocks of keys a block of queries sees at most."""
+    if sparse is None:
+        return sizes.key_blocks
+    return max(1, sparse.index.shape[-1] * (sparse.block[1] // sizes.blocks.keys))
+
+
+def _walks(inputs: Inputs, sizes: Sizes, group: int) -> Callable[[jax.Array | int], Walk]:
+    """From the number of a part of the keys to the walk over its blocks, with `group` query heads in a scope."""
+    blocks, sparse = sizes.blocks, inputs.block_sparse
+    unmasked = inputs.hides_nothing and sizes.keys == sizes.padded_keys
+    if unmasked or (sparse is None and sizes.query_blocks * sizes.key_blocks == 1):
+        return lambda part: whole(sizes, group, masked=not unmasked)
     plan = plan_of_rows(inputs.rows, sizes.keys, (blocks.queries, blocks.keys))
-    if inputs.block_sparse is not None:
-        shown = inputs.block_sparse.map(sizes.queries, sizes.keys, blocks.queries, blocks.keys)
-        plan = dataclasses.replace(plan, state=jnp.where(shown, plan.state, HIDDEN))
-    return schedule.listed(plan, sizes.batch, sizes.heads, group)
+    state = plan.state
+    if sparse is not None:
+        shown = sparse.map(sizes.queries, sizes.keys, blocks.queries, blocks.keys)
+        state = jnp.where(shown, state, HIDDEN)
+    state = jnp.pad(state, [(0, 0)] * 3 + [(0, sizes.key_blocks - state.shape[3])], constant_values=HIDDEN)
+    most = state.shape[0] * max(state.shape[1], group) * sizes.query_blocks * _longest_row(sparse, sizes)
+
+    def of_part(part):
+        own = jax.lax.dynamic_slice_in_dim(state, part * sizes.part_blocks, sizes.part_blocks, axis=3)
+        return schedule.listed(Plan(own, plan.block), sizes.batch, sizes.heads, group, most)
+
+    return of_part
+
+
+def whole(sizes: Sizes, group: int, masked: bool) -> Whole:
+    """The walk over all blocks of a part, with `group` query heads in a scope."""
+    counts = sizes.batch, sizes.heads // group, group, sizes.query_blocks, sizes.part_blocks
+    return Whole(counts, masked)
+
+
+def _joined(of_part: Callable[[jax.Array], dict[str, jax.Array]], sizes: Sizes) -> dict[str, jax.Array]:
+    """Gradients of all keys, from those of each part: what belongs to keys is put together, the rest summed."""
+    sums = [name for name in jax.eval_shape(of_part, jnp.int32(0)) if name in ("dq", "diagonals")]
+
+    def add(totals, part):
+        found = of_part(part)
+        totals = {name: totals[name] + found.pop(name) for name in sums}
+        return totals, found
+
+    shapes = jax.eval_shape(of_part, jnp.int32(0))
+    totals = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in sums}
+    totals, parts = jax.lax.scan(add, totals, jnp.arange(sizes.key_parts))
+
+    def put_together(name, x):
+        x = jnp.moveaxis(x, 0, -2 if name == "dense_bias" else 1)  # beside the keys' axis
+        axis = x.ndim - 2 if name == "dense_bias" else 1
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+    return totals | {name: put_together(name, x) for name, x in parts.items()}
+
+
+def _in_parts(kernels: TpuKernels, q, k, v, inputs: Inputs, by_heads: bool) -> tuple[jax.Array, jax.Array]:
+    """Attention for one example after the other, or for one key head of one example."""
+    batch, tq, heads, _ = q.shape
+    scopes = k.shape[2] if by_heads else 1
+    group = heads // scopes
+
+    def cut(x):  # [B * scopes, 1, T, heads, D]
+        x = x.reshape(*x.shape[:2], scopes, -1, x.shape[3])
+        return jnp.moveaxis(x, 2, 1).reshape(batch * scopes, 1, x.shape[1], -1, x.shape[4])
+
+    def one(part):
+        index, q, k, v = part
+        example, scope = index // scopes, index % scopes
+        return fused_attention(kernels, q, k, v, _part_of(inputs, example, scope * group, group))
+
+    out, lse = jax.lax.map(one, (jnp.arange(batch * scopes), cut(q), cut(k), cut(v)))
+    out = jnp.moveaxis(out.reshape(batch, scopes, tq, group, -1), 1, 2).reshape(batch, tq, heads, -1)
+    return out, lse.reshape(batch, heads, tq)
+
+
+def _part_of(inputs: Inputs, example: jax.Array, head: jax.Array, heads: int) -> Inputs:
+    """The inputs of one example and `heads` heads from `head` on."""
+
+    def cut(x, example_axis, head_axis):
+        for axis, start, size in ((example_axis, example, 1), (head_axis, head, heads)):
+            if axis is not None and x.shape[axis] > 1:
+                x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+        return x
+
+    def cut_all(tree, example_axis, head_axis):
+        return jax.tree.map(lambda x: cut(jnp.asarray(x), example_axis, head_axis), tree)
+
+    dense = inputs.dense_bias
+    if dense is not None:
+        dense = cut(dense.reshape((1,) * (4 - dense.ndim) + dense.shape), 0, 1)
+    origin = inputs.origin
+    return dataclasses.replace(
+        inputs,
+        rows=cut_all(inputs.rows, 0, None),
+        block_sparse=cut_all(inputs.block_sparse, 0, 1),
+        slopes=cut_all(inputs.slopes, None, 0),
+        diagonals=cut_all(inputs.diagonals, None, 0),
+        dense_bias=dense,
+        origin=origin._replace(batch=origin.batch + example, head=origin.head + head),
+    )
 
 
 def _summed(gradient: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,9 +1,9 @@
 """The backward attention kernel for TPUs: all gradients in one pass over the blocks a mask shows.
 
-Keys lie along sublanes, queries along lanes, so that what belongs to a query (log-sum-exp, intervals) is a row that needs
-no spreading, and three of the four products with score gradients need no transpose. Blocks come row after row as in the
-forward kernel: a row's dq is complete when the row ends, while dk and dv of all keys of a key head stay on the chip in
-float32 until every query head that shares it is done. Where they have no room, `backward` takes the keys in parts.
+Keys lie along sublanes, queries along lanes, so that what belongs to a query (log-sum-exp, intervals) is a row that
+needs no spreading, and no product needs scores transposed: dq is summed transposed instead. Blocks come row after row
+as in the forward kernel: a row's dq is complete when the row ends, while dk and dv of all keys of a key head stay on
+the chip in float32 until every query head that shares it is done. Where they have no room, the keys are taken in parts.
 """
 
 import functools
@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import platforms
 from pallas_kernels.fused import Inputs
 from pallas_kernels.tpu import operands, scores
-from pallas_kernels.tpu.attention_forward import compiler_params, precision, scaled
+from pallas_kernels.tpu.attention_forward import precision, scaled
 from pallas_kernels.tpu.operands import Operand, Sizes
 from pallas_kernels.tpu.schedule import Walk, current_step
 from pallas_kernels.tpu.scores import Scoring
@@ -36,19 +36,18 @@ def backward(
     walk: Walk,
     sizes: Sizes,
     first_key_block: jax.Array | int,
-    key_blocks: int,
 ) -> dict[str, jax.Array]:
-    """What the keys of some blocks contribute to the gradients, by the names of `pallas_kernels.fused.Kernels.backward`.
+    """What one part of the keys contributes to the gradients.
 
     Args:
       q, k, v, inputs, lse, delta, gradient: as of `pallas_kernels.fused.Kernels.backward`.
-      walk: over these blocks of keys, counted from the first of them.
+      walk: over the part's blocks, counted from its first.
       sizes: of the call.
-      first_key_block, key_blocks: which blocks of keys.
+      first_key_block: the first block of the part of the keys.
 
     Returns:
-      "dq" [B, Tq, Hq, D] float32 if the keys are a part of all, else in q's type; "dk" [B, keys, Hkv, D] and "dv"; and if
-      asked for "diagonals" [H, Tq + Tk - 1], "dense_bias" [B, Hq, Tq, keys], both float32.
+      "dq" [B, Tq, Hq, D], float32 if there are several parts, "dk" [B, keys of the part, Hkv, D] and "dv"; and if the
+      call has them "diagonals" [H, Tq + Tk - 1] and "dense_bias" [B, Hq, Tq, keys of the part], both float32.
     """
     scoring = Scoring(inputs.scale, inputs.soft_cap, inputs.dropout_rate)
     lse = jnp.where(jnp.isneginf(lse), scores.UNSEEN_LSE, lse * scores.LOG2_E)
@@ -62,7 +61,7 @@ def backward(
         **(operands.intervals(sizes, inputs) if walk.has_partial else {}),
         **operands.biases(sizes, inputs, _KEYS_AXIS),
     }
-    keys = key_blocks * sizes.blocks.keys
+    keys = sizes.part_blocks * sizes.blocks.keys
     results = _results(q, k, v, inputs, sizes, keys)
     # Blocks that are not visited keep what this array has.
     zeros = {"dense_bias": jnp.zeros(results["dense_bias"].array.shape, jnp.float32)} if "dense_bias" in results else {}
@@ -86,7 +85,7 @@ def backward(
         ),
         out_shape={name: operand.array for name, operand in results.items()},
         input_output_aliases={before: sorted(results).index("dense_bias")} if zeros else {},
-        compiler_params=compiler_params(walk),
+        compiler_params=operands.compiler_params(walk, sizes, [*given.values(), *results.values()], scratch.values()),
         interpret=platforms.tpu_interpret(),
         name="attention_backward",
     )(*walk.prefetch, operands.scalars(inputs, first_key_block), {n: o.array for n, o in given.items()}, zeros)
@@ -108,8 +107,8 @@ def _results(q, k, v, inputs: Inputs, sizes: Sizes, keys: int) -> dict[str, Oper
     def of_scope(step, _):
         return step.example, step.head // group, 0, 0
 
-    whole = keys == sizes.padded_keys
-    dq = array(sizes.heads, sizes.padded_queries, sizes.size, dtype=q.dtype if whole else jnp.float32)
+    dq_type = q.dtype if sizes.key_parts == 1 else jnp.float32
+    dq = array(sizes.heads, sizes.padded_queries, sizes.size, dtype=dq_type)
     dk = array(sizes.kv_heads, keys, sizes.size, dtype=k.dtype)
     dv = array(sizes.kv_heads, keys, sizes.v_size, dtype=v.dtype)
     found = {
@@ -156,8 +155,8 @@ def _kernel(*refs, walk: Walk, sizes: Sizes, scoring: Scoring, has_seed: bool):
         pl.when(step.opens_row)(lambda: _clear(results["dense_bias"]))
 
     def differentiate(masked: bool):
-        for first in range(0, sizes.blocks.keys, sizes.blocks.sub_keys):
-            here = Here(given, scalars, step, sizes, _KEYS_AXIS, slice(first, first + sizes.blocks.sub_keys))
+        for place in sizes.blocks.tiles():
+            here = Here(given, scalars, step, sizes, _KEYS_AXIS, *place)
             _differentiate(here, results, sums, masked, scoring, has_seed)
 
     pl.when(step.full)(lambda: differentiate(masked=False))
@@ -180,7 +179,9 @@ def _clear(ref):
 def _differentiate(here: Here, results, sums, masked: bool, scoring: Scoring, has_seed: bool):
     """Adds what one tile contributes to the gradients of its queries and keys."""
     given, tile = here.given, here.tile
-    q, k, v, gradient = given["q"][...], given["k"][here.keys, :], given["v"][here.keys, :], given["gradient"][...]
+    queries = here.queries
+    q, gradient = given["q"][queries, :], given["gradient"][queries, :]
+    k, v = given["k"][here.keys, :], given["v"][here.keys, :]
     exact = precision(q.dtype)
 
     def product(a, b, axis_a, axis_b):
@@ -190,29 +191,27 @@ def _differentiate(here: Here, results, sums, masked: bool, scoring: Scoring, ha
     products = product(k, q, 1, 1)  # [keys, queries], like all scores here
     score = here.add_bias(scoring.cap(products))
     if masked:
-        starts, widths = given["starts"], given["widths"]
-        intervals = range(starts.shape[0])
-        visible = tile.visible([starts[n : n + 1] for n in intervals], [widths[n : n + 1] for n in intervals])
+        visible = tile.visible(here.bounds("starts"), here.bounds("counts"))
         score = jnp.where(visible, score, scores.HIDDEN_SCORE)
-    weight = jnp.exp2(score - given["lse"][...])
+    weight = jnp.exp2(score - given["lse"][:, queries])
     d_weight = product(v, gradient, 1, 1)
     used = weight
     if has_seed:
         kept = here.kept(scoring.dropout_rate)
         used = jnp.where(kept, weight, 0.0)
         d_weight = jnp.where(kept, d_weight / scoring.kept, 0.0)
-    d_score = weight * (d_weight - given["delta"][...])
+    d_score = weight * (d_weight - given["delta"][:, queries])
     if "diagonals" in results:
         _add_diagonals(results["diagonals"], d_score, here)
     if "dense_bias" in results:
-        results["dense_bias"][:, here.keys] = d_score.T
+        results["dense_bias"][queries, here.keys] = d_score.T
     d_product = (d_score * scoring.cap_slope(products)).astype(q.dtype)
     keys = pl.ds(
         pl.multiple_of(here.step.key_block * here.sizes.blocks.keys, scores.LANES) + here.keys.start, k.shape[0]
     )
     sums["dv"][keys, :] += product(used.astype(gradient.dtype), gradient, 1, 0)
     sums["dk"][keys, :] += product(d_product, q, 1, 0)
-    sums["dq"][...] += product(k, d_product, 0, 0)
+    sums["dq"][:, queries] += product(k, d_product, 0, 0)
 
 
 def _add_diagonals(total, d_score: jax.Array, here: Here):

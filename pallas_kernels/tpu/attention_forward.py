@@ -1,4 +1,4 @@
-"""The forward attention kernel for TPUs: online softmax over the blocks a mask shows (FlashAttention-2, arXiv 2307.08691).
+"""The forward attention kernel for TPUs: online softmax (FlashAttention-2, arXiv 2307.08691) over what a mask shows.
 
 Queries lie along sublanes, keys along lanes. The running maximum is kept equal along 128 lanes, as it is used; the
 running sum is kept as 128 partial sums, which are added up once at the end of the row.
@@ -14,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import platforms
 from pallas_kernels.fused import Inputs
 from pallas_kernels.tpu import operands, scores
-from pallas_kernels.tpu.block_sizes import vmem_limit
 from pallas_kernels.tpu.operands import Operand, Sizes
 from pallas_kernels.tpu.schedule import Walk, current_step
 from pallas_kernels.tpu.scores import LANES, Scoring
@@ -50,8 +49,9 @@ def forward(
         "sum": pltpu.VMEM((queries, sizes.v_size), jnp.float32),
     }
     if walk.has_partial:
-        count = inputs.rows.lo.shape[1]
-        scratch |= {name: pltpu.VMEM((count, queries, LANES), jnp.int32) for name in ("row_starts", "row_widths")}
+        bounds = [name for name in ("starts", "counts") if name in given]
+        shape = (inputs.rows.lo.shape[1], queries, LANES)
+        scratch |= {f"row_{name}": pltpu.VMEM(shape, jnp.int32) for name in bounds}
     found = pl.pallas_call(
         functools.partial(_kernel, walk=walk, sizes=sizes, scoring=scoring, has_seed=inputs.seed is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -62,7 +62,7 @@ def forward(
             scratch_shapes=[scratch],
         ),
         out_shape={name: operand.array for name, operand in results.items()},
-        compiler_params=compiler_params(walk),
+        compiler_params=operands.compiler_params(walk, sizes, [*given.values(), *results.values()], scratch.values()),
         interpret=platforms.tpu_interpret(),
         name="attention_forward",
     )(*walk.prefetch, operands.scalars(inputs), {name: operand.array for name, operand in given.items()})
@@ -72,14 +72,6 @@ def forward(
 def scaled(q: jax.Array, scoring: Scoring) -> jax.Array:
     """Queries whose products with keys are scores in units of log 2, or the soft cap's arguments."""
     return (q.astype(jnp.float32) * scoring.query_factor).astype(q.dtype)
-
-
-def compiler_params(walk: Walk) -> pltpu.CompilerParams:
-    """Examples and scopes may run on two cores; the steps within a scope follow each other."""
-    return pltpu.CompilerParams(
-        dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(walk.grid) - 2),
-        vmem_limit_bytes=vmem_limit(platforms.current().chip),
-    )
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -98,15 +90,18 @@ def _kernel(*refs, walk: Walk, sizes: Sizes, scoring: Scoring, has_seed: bool):
         row["total"][...] = jnp.zeros_like(row["total"])
         row["sum"][...] = jnp.zeros_like(row["sum"])
         if walk.has_partial:
-            for n in range(row["starts"].shape[0]):
-                row["row_starts"][n] = _down(row["starts"][n : n + 1])
-                row["row_widths"][n] = _down(row["widths"][n : n + 1])
+            for name in ("starts", "counts"):
+                for n in range(row[name].shape[0] if name in row else 0):
+                    row[f"row_{name}"][n] = _down(row[name][n : n + 1])
 
     def attend(masked: bool):
-        blocks = sizes.blocks
-        for first in range(0, blocks.keys, blocks.sub_keys):
-            here = Here(row, scalars, step, sizes, _KEYS_AXIS, slice(first, first + blocks.sub_keys))
-            _attend(row, here, masked, scoring, has_seed)
+        tiles = [Here(row, scalars, step, sizes, _KEYS_AXIS, *place) for place in sizes.blocks.tiles()]
+        product = _product(row, tiles[0])
+        for here, following in zip(tiles, [*tiles[1:], None]):
+            # The next tile's product comes first, so that the matrix units are at work during this tile's softmax.
+            coming = None if following is None else _product(row, following)
+            _attend(row, here, product, masked, scoring, has_seed)
+            product = coming
 
     pl.when(step.full)(lambda: attend(masked=False))
     pl.when(step.partial)(lambda: attend(masked=True))
@@ -121,29 +116,33 @@ def _kernel(*refs, walk: Walk, sizes: Sizes, scoring: Scoring, has_seed: bool):
         results["lse"][...] = jnp.where(seen, lse, -jnp.inf).T[:1]
 
 
-def _attend(row, here: Here, masked: bool, scoring: Scoring, has_seed: bool):
+def _product(row, here: Here) -> jax.Array:
+    q, k = row["q"][here.queries, :], row["k"][here.keys, :]
+    return jax.lax.dot_general(
+        q, k, (((1,), (1,)), ((), ())), precision=precision(q.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _attend(row, here: Here, product: jax.Array, masked: bool, scoring: Scoring, has_seed: bool):
     """Takes the keys of one tile into the running softmax of its queries."""
-    q, k, v = row["q"][...], row["k"][here.keys, :], row["v"][here.keys, :]
-    tile, exact = here.tile, precision(q.dtype)
-    product = jax.lax.dot_general(q, k, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32)
+    tile, queries = here.tile, here.queries
     score = here.add_bias(scoring.cap(product))
     if masked:
-        starts, widths = (
-            [bounds[n] for n in range(bounds.shape[0])] for bounds in (row["row_starts"], row["row_widths"])
-        )
-        score = jnp.where(tile.visible(starts, widths), score, scores.HIDDEN_SCORE)
-    before = row["maximum"][...]
+        starts, counts = here.bounds("row_starts"), here.bounds("row_counts")
+        score = jnp.where(tile.visible(starts, counts), score, scores.HIDDEN_SCORE)
+    before = row["maximum"][queries, :]
     maximum = jnp.maximum(before, score.max(axis=1, keepdims=True))
     weight = jnp.exp2(score - tile.spread(maximum))
     shrink = jnp.exp2(before - maximum)
-    row["total"][...] = shrink * row["total"][...] + sum(
+    row["total"][queries, :] = shrink * row["total"][queries, :] + sum(
         weight[:, lane : lane + LANES] for lane in range(0, tile.shape[1], LANES)
     )
-    row["maximum"][...] = maximum
+    row["maximum"][queries, :] = maximum
     if has_seed:
         weight = jnp.where(here.kept(scoring.dropout_rate), weight, 0.0)
-    values = jax.lax.dot(weight.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32)
-    row["sum"][...] = _wide(shrink, row["sum"].shape[1]) * row["sum"][...] + values
+    v = row["v"][here.keys, :]
+    values = jax.lax.dot(weight.astype(v.dtype), v, precision=precision(v.dtype), preferred_element_type=jnp.float32)
+    row["sum"][queries, :] = _wide(shrink, v.shape[1]) * row["sum"][queries, :] + values
 
 
 def _down(by_lane: jax.Array) -> jax.Array:

@@ -18,12 +18,39 @@ class Blocks:
 
     Attributes:
       queries, keys: of a block, which is what is loaded at once and skipped at once.
-      sub_keys: keys whose scores are computed at once; divides `keys`.
+      sub_queries, sub_keys: of a tile, whose scores are computed at once; they divide a block's.
     """
 
     queries: int
     keys: int
+    sub_queries: int
     sub_keys: int
+
+    def tiles(self) -> list[tuple[slice, slice]]:
+        """The queries and keys of each tile of a block."""
+        return [
+            (slice(query, query + self.sub_queries), slice(key, key + self.sub_keys))
+            for key in range(0, self.keys, self.sub_keys)
+            for query in range(0, self.queries, self.sub_queries)
+        ]
+
+
+_EVEN = Blocks(1024, 1024, 512, 512)
+_TALL = Blocks(1024, 1024, 1024, 512)
+
+# {chip: {head size: blocks}}, from `python -m pallas_kernels.tune`: fewest estimated cycles, bfloat16, mask on.
+_FORWARD = {
+    "v5e": {128: _EVEN, 256: _EVEN},
+    "v5p": {128: _EVEN, 256: _EVEN},
+    "v6e": {128: _EVEN, 256: _EVEN},
+    "tpu7x": {128: _EVEN, 256: _EVEN},
+}
+_BACKWARD = {
+    "v5e": {128: _TALL, 256: _TALL},
+    "v5p": {128: _TALL, 256: _TALL},
+    "v6e": {128: _TALL, 256: _TALL},
+    "tpu7x": {128: _TALL, 256: _TALL},
+}
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -31,9 +58,24 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def vmem_limit(chip: str) -> int:
-    """Bytes of vector memory that a kernel may use: what there is, less a part for the compiler's own needs."""
+def vmem(chip: str) -> int:
+    """Bytes of vector memory that a kernel may use: what there is, less a part for what surrounds it."""
     return VMEM.get(chip, _SMALLEST_VMEM) * 7 // 8
+
+
+def forward(chip: str, size: int) -> Blocks:
+    """The forward kernel's blocks on `chip` (any other name: on all), for the larger of the two head sizes."""
+    return _nearest(_FORWARD.get(chip, _FORWARD["v6e"]), size)
+
+
+def backward(chip: str, size: int) -> Blocks:
+    """The backward kernel's blocks."""
+    return _nearest(_BACKWARD.get(chip, _BACKWARD["v6e"]), size)
+
+
+def _nearest(by_size: dict[int, Blocks], size: int) -> Blocks:
+    """The entry of the next larger size, or of the largest."""
+    return by_size[min((n for n in by_size if n >= size), default=max(by_size))]
 
 
 def fitted(wanted: Blocks, tq: int, tk: int, within: tuple[int, int] | None = None) -> Blocks:
@@ -48,7 +90,7 @@ def fitted(wanted: Blocks, tq: int, tk: int, within: tuple[int, int] | None = No
         queries, keys = _even(tq, wanted.queries), _even(tk, wanted.keys)
     else:
         queries, keys = (_divisor(n, limit) for n, limit in zip(within, (wanted.queries, wanted.keys)))
-    return Blocks(queries, keys, _divisor(keys, wanted.sub_keys))
+    return Blocks(queries, keys, _divisor(queries, wanted.sub_queries), _divisor(keys, wanted.sub_keys))
 
 
 def _even(size: int, limit: int) -> int:

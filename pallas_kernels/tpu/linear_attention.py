@@ -235,7 +235,7 @@ def _run(kernel: Callable, layout: _Layout, operands: list[_Blocked], results: l
         out_specs=[x.spec for x in results],
         out_shape=[jax.ShapeDtypeStruct(x.array.shape, x.array.dtype) for x in results],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=64 * 2**20
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
         interpret=platforms.tpu_interpret(),
         name="linear_attention" + kernel.func.__name__.removesuffix("_kernel"),

@@ -1,17 +1,23 @@
 """A call's arrays in the layout of the TPU kernels, and which part of each a step loads."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import platforms
 from pallas_kernels.fused import Inputs
-from pallas_kernels.tpu.block_sizes import Blocks, round_up
+from pallas_kernels.tpu.block_sizes import Blocks, round_up, vmem
 from pallas_kernels.tpu.schedule import Step, Walk
-from pallas_kernels.tpu.scores import LOG2_E
+from pallas_kernels.tpu.scores import LANES, LOG2_E
+
+# Tiles of scores in float32 that the compiler may spill, and memory for whatever else it needs.
+_SPILLED_TILES, _SPARE = 12, 4 << 20
 
 SCALARS = ("first_key_block", "example", "head", "query", "key", "seed")
 """Scalars that every kernel has: the first block of keys it is given, the origin of the scores, dropout's seed."""
@@ -26,6 +32,7 @@ class Sizes:
       queries, keys: Tq, Tk.
       size, v_size: D, Dv.
       blocks: of the kernel.
+      key_parts: in how many parts of equal size the keys are taken.
     """
 
     batch: int
@@ -36,12 +43,20 @@ class Sizes:
     size: int
     v_size: int
     blocks: Blocks
+    key_parts: int = 1
 
     @classmethod
     def of(cls, q: jax.Array, k: jax.Array, v: jax.Array, blocks: Blocks) -> "Sizes":
         """Of a call's q, k, v."""
         batch, queries, heads, size = q.shape
         return cls(batch, heads, k.shape[2], queries, k.shape[1], size, v.shape[3], blocks)
+
+    def in_parts(self, memory: int, dtype: jnp.dtype) -> "Sizes":
+        """The same with the keys in as many parts as it takes to keep the gradients of one part in `memory` bytes."""
+        columns = round_up(self.size, LANES) + round_up(self.v_size, LANES)
+        a_key = columns * (4 + 2 * jnp.dtype(dtype).itemsize)  # the sum, and two copies of the result
+        blocks = max(1, memory // (a_key * self.blocks.keys))
+        return dataclasses.replace(self, key_parts=-(-self.key_blocks // blocks))
 
     @property
     def group(self) -> int:
@@ -54,7 +69,7 @@ class Sizes:
 
     @property
     def padded_keys(self) -> int:
-        return round_up(self.keys, self.blocks.keys)
+        return round_up(self.keys, self.blocks.keys * self.key_parts)
 
     @property
     def query_blocks(self) -> int:
@@ -63,6 +78,11 @@ class Sizes:
     @property
     def key_blocks(self) -> int:
         return self.padded_keys // self.blocks.keys
+
+    @property
+    def part_blocks(self) -> int:
+        """Blocks of keys in a part."""
+        return self.key_blocks // self.key_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +110,35 @@ class Operand:
             return self.index(walk.step(*where[:axes], *prefetch), scalars)
 
         return pl.BlockSpec(self.block, index_map)
+
+
+def compiler_params(
+    walk: Walk, sizes: Sizes, loaded: Iterable[Operand], scratch: Iterable[Any]
+) -> pltpu.CompilerParams:
+    """How the compiler is to treat a kernel: which axes may be shared by cores, and the memory it may use on the chip.
+
+    Examples and scopes may run on two cores; the steps within a scope follow each other.
+
+    Args:
+      walk: the kernel's grid.
+      sizes: of the call.
+      loaded: what the steps read and write, of which there are two copies on the chip, used and on the way.
+      scratch: what the kernel keeps.
+    """
+    blocks = [(operand.block, operand.array.dtype) for operand in loaded if operand.block is not None]
+    tile = sizes.blocks.sub_queries * sizes.blocks.sub_keys * 4
+    needed = 2 * sum(_bytes(*block) for block in blocks) + sum(_bytes(x.shape, x.dtype) for x in scratch)
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(walk.grid) - 2),
+        vmem_limit_bytes=min(needed + _SPILLED_TILES * tile + _SPARE, vmem(platforms.current().chip)),
+    )
+
+
+def _bytes(shape: tuple[int | None, ...], dtype: jnp.dtype) -> int:
+    """What an array takes on the chip, where rows have 128 lanes and columns 32 bytes at least."""
+    *rest, rows, columns = (n for n in shape if n is not None) if sum(n is not None for n in shape) > 1 else (1, *shape)
+    size = jnp.dtype(dtype).itemsize
+    return math.prod(rest) * round_up(rows, 32 // size) * round_up(columns, LANES) * size
 
 
 def scalars(inputs: Inputs, first_key_block: jax.Array | int = 0) -> jax.Array:
@@ -128,7 +177,7 @@ def row_numbers(sizes: Sizes, array: jax.Array) -> Operand:
 
 
 def intervals(sizes: Sizes, inputs: Inputs) -> dict[str, Operand]:
-    """Starts and widths of the queries' intervals, as [R, queries]."""
+    """Starts and lengths of the queries' intervals, as [R, queries]; no starts where all are 0."""
     rows = inputs.rows.pad(sizes.padded_queries)
     block = (None, rows.lo.shape[1], sizes.blocks.queries)
     one = rows.lo.shape[0] == 1
@@ -136,8 +185,10 @@ def intervals(sizes: Sizes, inputs: Inputs) -> dict[str, Operand]:
     def index(step, _):
         return 0 if one else step.example, 0, step.query_block
 
-    widths = jnp.maximum(rows.hi - rows.lo, 0)
-    return {"starts": Operand(rows.lo, block, index), "widths": Operand(widths, block, index)}
+    counts = Operand(jnp.maximum(rows.hi - rows.lo, 0), block, index)
+    if inputs.from_first_key:
+        return {"counts": counts}
+    return {"starts": Operand(rows.lo, block, index), "counts": counts}
 
 
 def biases(sizes: Sizes, inputs: Inputs, keys_axis: int) -> dict[str, Operand]:

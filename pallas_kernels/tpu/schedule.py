@@ -1,11 +1,11 @@
 """The order in which a TPU kernel visits blocks of scores, and what each step must know.
 
-A kernel walks rows of blocks: all blocks of keys that one block of queries sees, then the next block of queries. `Listed`
-names the visible blocks one after the other in scalar memory and has exactly as many steps; `Whole` is for masks with
-nothing to skip, and counts through all blocks without looking anything up.
+A kernel walks rows of blocks: all blocks of keys that one block of queries sees, then the next block of queries.
+`Listed` names the visible blocks one after the other in scalar memory and has exactly as many steps; `Whole` is for
+masks with nothing to skip, and counts through all blocks without looking anything up.
 
-Two kernels walk. The forward one needs nothing of order between rows. The backward one gathers the gradients of all keys
-of a key head on the chip, and so visits all rows of all query heads that share it (a *scope*) before the next.
+Two kernels walk. The forward one needs nothing of order between rows. The backward one gathers the gradients of all
+keys of a key head on the chip, and so visits all rows of all query heads that share it (a *scope*) before the next.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """What happens to a tile of scores between two matrix products: soft cap, bias, mask, dropout.
 
-The forward kernel has queries along sublanes and keys along lanes, the backward kernel the reverse, because of what each
-sums over. All that is written here holds for both: a `Tile` knows which axis is which. Scores are in units of log 2, so
-that a power of two is all that the softmax takes of them.
+The forward kernel has queries along sublanes and keys along lanes, the backward kernel the reverse, because of what
+each sums over. All that is written here holds for both: a `Tile` knows which axis is which. Scores are in units of
+log 2, so that a power of two is all that the softmax takes of them.
 """
 
 import dataclasses
@@ -96,20 +96,30 @@ class Tile:
         """
         return jnp.tile(by_query, (1, self.shape[1] // LANES)) if self.keys_axis == 1 else by_query
 
-    def visible(self, starts: list[jax.Array], widths: list[jax.Array]) -> jax.Array:
+    def visible(self, starts: list[jax.Array] | None, counts: list[jax.Array]) -> jax.Array:
         """bool of `shape`: whether the key is in one of the query's intervals.
 
         Args:
-          starts: the first key of each interval, by query.
-          widths: the number of keys of each interval, by query; not negative.
+          starts: the first key of each interval, by query; None where there is one, from the first key of all on.
+          counts: how many keys each interval has, by query; not negative.
         """
-        keys = self.keys()
+        if starts is None:
+            return self.keys() < self.spread(counts[0] - self.first_key)
         inside = []
-        for start, width in zip(starts, widths):
-            # One comparison for both ends: as unsigned numbers, keys before the start are far beyond the width.
-            offset = keys - self.spread(start - self.first_key)
-            inside.append(offset.astype(jnp.uint32) < self.spread(width).astype(jnp.uint32))
+        for start, count in zip(starts, counts):
+            # One comparison for both ends: as unsigned numbers, keys before the start are far beyond the count.
+            offset = self._keys_from(start).astype(jnp.uint32)
+            inside.append(offset < self.spread(count).astype(jnp.uint32))
         return functools.reduce(jnp.logical_or, inside)
+
+    def _keys_from(self, start: jax.Array) -> jax.Array:
+        """int32 of `shape`: how many keys after `start`, a number by query, each key is."""
+        start = start - self.first_key
+        if self.keys_axis == 0:
+            return self.keys() - start
+        # Along lanes: of the first 128 keys, and from these on by adding constants, which takes no more registers.
+        first = jax.lax.broadcasted_iota(jnp.int32, start.shape, 1) - start
+        return jnp.concatenate([first + lane for lane in range(0, self.shape[1], LANES)], axis=1)
 
     def distances(self) -> jax.Array:
         """float32 of `shape`: how far query and key are apart."""

@@ -1,8 +1,9 @@
 """The selective scan on TPU: state entries along sublanes, channels along lanes, time step by step.
 
-There is nothing for the matrix unit here. A grid step takes a chunk of time for a block of channels, whose state [N, C] is
-an output block that stays in VMEM; chunks follow each other. B and C come transposed, [N, T], so that a step's N numbers
-lie along sublanes as the state's do: a step takes one lane of them, and after each group of steps they are rotated.
+There is nothing for the matrix unit here. A grid step takes a chunk of time for a block of channels, whose state [N, C]
+is an output block that stays in VMEM; chunks follow each other. B and C come transposed, [N, T], so that a step's N
+numbers lie along sublanes as the state's do: a step takes one lane of them, and after each group of steps they are
+rotated.
 
 The forward kernel also writes the states between chunks. The backward kernel computes a chunk's states
 again into scratch memory, then goes through its steps from the last to the first.
@@ -17,7 +18,7 @@ from pallas_kernels import platforms
 
 _CHUNK = 128  # steps of a grid step: as many as a vector has lanes
 _GROUP = 16  # steps of one turn of a kernel's loop: as many rows as a tile of bfloat16 has
-_CHANNELS = 256  # of a grid step, at most
+_CHANNELS = (512, 256, 128)  # of a grid step: the more, the better the waits of one step are filled
 _LANES = 128
 
 
@@ -217,10 +218,12 @@ class _Layout:
 
     def __init__(self, x: jax.Array, a: jax.Array, reverse: bool):
         batch, length, channels = x.shape
-        self.channels = _CHANNELS if channels % _CHANNELS == 0 else _LANES
+        self.channels = next(n for n in _CHANNELS if channels % n == 0)
         self.grid = (batch, channels // self.channels, length // _CHUNK)
         self._reverse = reverse
-        self.params = pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"))
+        self.params = pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
+        )
         self.steps = pl.BlockSpec((None, _CHUNK, self.channels), lambda b, i, t: (b, self.at(t), i))
         self.state = pl.BlockSpec((None, a.shape[0], self.channels), lambda b, i, t: (b, 0, i))
         self.states = pl.BlockSpec((None, None, a.shape[0], self.channels), lambda b, i, t: (b, self.at(t), 0, i))

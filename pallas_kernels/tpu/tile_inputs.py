@@ -24,7 +24,7 @@ class Here:
       step: the block.
       sizes: of the call.
       keys_axis: as of `Tile`.
-      keys: which of the block's keys the tile has.
+      queries, keys: which of the block's the tile has.
     """
 
     given: Mapping[str, Any]
@@ -32,19 +32,29 @@ class Here:
     step: Step
     sizes: Sizes
     keys_axis: int
+    queries: slice
     keys: slice
 
     @property
     def tile(self) -> Tile:
         """The tile's place among all scores."""
         blocks = self.sizes.blocks
-        shape = (blocks.queries, blocks.sub_keys)
+        shape = (self.queries.stop - self.queries.start, self.keys.stop - self.keys.start)
         return Tile(
             shape if self.keys_axis == 1 else shape[::-1],
             self.keys_axis,
-            self.step.query_block * blocks.queries,
+            self.step.query_block * blocks.queries + self.queries.start,
             (self.step.key_block + self.scalars[0]) * blocks.keys + self.keys.start,
         )
+
+    def bounds(self, name: str) -> list[jax.Array] | None:
+        """Of each interval of the tile's queries, what `name` says, by query; None if nothing does."""
+        if name not in self.given:
+            return None
+        bounds = self.given[name]
+        if self.keys_axis == 1:
+            return [bounds[n, self.queries, :] for n in range(bounds.shape[0])]
+        return [bounds[n : n + 1, self.queries] for n in range(bounds.shape[0])]
 
     def kept(self, rate: float) -> jax.Array:
         """bool: the weights that dropout leaves."""
@@ -84,6 +94,7 @@ class Here:
 
     def _dense_bias(self) -> jax.Array:
         block = self.given["dense_bias"]
-        bias = block[:, self.keys] if block.shape[1] > 1 else block[...]
+        axes = zip(block.shape, (self.queries, self.keys))
+        bias = block[tuple(slice(None) if size == 1 else part for size, part in axes)]
         bias = bias.astype(jnp.float32) * scores.LOG2_E
         return bias if self.keys_axis == 1 else bias.T

@@ -15,7 +15,9 @@ import numpy as np
 
 from pallas_kernels import dropout, masks
 from pallas_kernels.attention import attention
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.biases import AlibiBias, Bias, DenseBias, RelativeBias, relative_buckets
+from pallas_kernels.requests import Backend, Request
 
 KEY = jax.random.key(3)
 
@@ -120,6 +122,33 @@ CASES = {
     "cross": Case(_cross_segments, **CROSS),
     "cross, more queries": Case(lambda *_: masks.Causal(3) & masks.Window(40, None), **CROSS | dict(tq=200, tk=96)),
 }
+
+
+PACKED_IDS = np.zeros((2, 256), np.int32)
+PACKED_IDS[0, :100], PACKED_IDS[0, 100:160], PACKED_IDS[0, 160:210], PACKED_IDS[1] = 1, 2, 3, 1
+_CAUSAL = masks.Window(None, 0)  # not Causal(): masks are handed to jit, where its offset would become an array
+_EVEN = dict(tq=256, tk=256, heads=2, kv_heads=1)
+STATIC_CASES = {
+    "full, cross": Case(lambda *_: masks.Full(), **_EVEN | dict(tq=128, v_size=128)),
+    "packed causal, cap": Case(lambda *_: _CAUSAL & masks.Segments(PACKED_IDS), soft_cap=3.0, **_EVEN),
+    "packed encoder": Case(lambda *_: masks.Segments(PACKED_IDS), **_EVEN),
+    "windows": Case(lambda *_: masks.Window(20, 3), scale=0.3, **_EVEN),
+    "causal chunks": Case(lambda *_: masks.Chunked(48) & _CAUSAL, **_EVEN),
+}
+"""For backends that take masks known beforehand, and multiples of 128."""
+
+
+class WithReferenceLse:
+    """A backend that gives no log-sum-exp, with the reference's: the cases ask for one."""
+
+    def __init__(self, backend: Backend):
+        self.backend, self.name = backend, backend.name
+
+    def refuses(self, request: Request) -> list[str]:
+        return [reason for reason in self.backend.refuses(request) if "log-sum-exp" not in reason]
+
+    def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
+        return self.backend.run(q, k, v, request)[0], ATTENTION.backend("xla").run(q, k, v, request)[1]
 
 
 def inputs(case: Case, dtype: jnp.dtype) -> tuple[jax.Array, ...]:

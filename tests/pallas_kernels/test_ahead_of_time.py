@@ -164,11 +164,10 @@ def test_reasons_for_no_plugin(monkeypatch, tmp_path):
     assert ahead_of_time.why_not("h200").startswith("compiling for h200 needs jax-cuda13-plugin: set PALLAS_KERNELS")
     monkeypatch.setenv(ahead_of_time.CUDA_PLUGIN, str(tmp_path))
     assert f"no jax-cuda13-plugin in {tmp_path}" in ahead_of_time.why_not("h200")
-    version = pathlib.Path(tmp_path, "jax_cuda13_plugin", "version.py")
-    version.parent.mkdir()
-    version.write_text('__version__ = "0.0.1"\n')
+    pathlib.Path(tmp_path, "jax_cuda13_plugin").mkdir()
+    pathlib.Path(tmp_path, "jax_cuda13_plugin-0.0.1.dist-info").mkdir()
     assert f"is not of jax's version {jax.__version__}" in ahead_of_time.why_not("h200")
-    version.write_text(f"__version__ = '{jax.__version__}'\n")
+    pathlib.Path(tmp_path, f"jax_cuda13_plugin-{jax.__version__}.dist-info").mkdir()
     assert ahead_of_time.why_not("h200") is None
 
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import choice, masks
+from pallas_kernels import masks
 from pallas_kernels.attention import UnsupportedAttention, attention
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends import cudnn
 from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
+from pallas_kernels.choice import Candidate
 from pallas_kernels.requests import WHOLE, Request
 
 DEVICES = {
@@ -71,10 +73,11 @@ REQUESTS = {
     "dense": request(masks.Dense(np.ones((1, 1, 4096, 4096), bool))),
 }
 AUTOMATIC = {
-    "cpu": dict.fromkeys(REQUESTS, "xla_chunked") | {"short": "xla"},
-    "v6e": dict.fromkeys(REQUESTS, "xla_chunked")
-    | dict.fromkeys(["causal", "causal packed", "window", "soft cap", "short"], "splash"),
-    "h200": dict.fromkeys(REQUESTS, "xla_chunked") | dict.fromkeys(["causal", "window", "lengths", "short"], "cudnn"),
+    "cpu": dict.fromkeys(REQUESTS, "xla_blocks") | {"short": "xla", "dense": "xla_chunked"},
+    "v6e": dict.fromkeys(REQUESTS, "pallas_tpu") | {"dense": "xla_chunked"},
+    "h200": dict.fromkeys(REQUESTS, "pallas_gpu")
+    | dict.fromkeys(["causal", "window", "lengths", "short"], "cudnn")
+    | {"dense": "xla_chunked"},
     "mi300": dict.fromkeys(REQUESTS, "xla_chunked") | {"short": "xla"},
 }
 
@@ -83,18 +86,18 @@ AUTOMATIC = {
 def test_automatic_choices(name, monkeypatch):
     monkeypatch.setattr(cudnn, "_has_gpu", lambda: True)
     with machine(name):
-        assert {call: choice.choose("auto", request).name for call, request in REQUESTS.items()} == AUTOMATIC[name]
+        assert {call: ATTENTION.choose("auto", request).name for call, request in REQUESTS.items()} == AUTOMATIC[name]
 
 
 def test_every_order_ends_with_one_that_refuses_nothing():
-    for order in choice.PREFERENCE.values():
-        assert order[-1].name == "xla_chunked" and order[-1].most_score_bytes is None
-        assert all(candidate.name in choice.BACKENDS and candidate.reason for candidate in order)
+    for order in ATTENTION.order.values():
+        assert order[-1].name == "xla_chunked" and not order[-1].better_not(REQUESTS["causal"])
+        assert all(candidate.name in ATTENTION.backends and candidate.reason for candidate in order)
 
 
 def test_a_program_compiled_ahead_of_time_does_without_cudnn():
     with machine("h200"):
-        assert "does not compile ahead of time" in choice.backend("cudnn").refuses(request())[0]
+        assert "does not compile ahead of time" in ATTENTION.backend("cudnn").refuses(request())[0]
 
 
 @pytest.mark.parametrize(
@@ -185,8 +188,8 @@ def refuses_for(reason, name, where, call):
     """One reason, and the same call without what was refused would have been taken."""
     with machine(where):
         with pytest.raises(UnsupportedAttention, match="cannot: .* Backends that can: .*xla"):
-            choice.choose(name, call)
-        (given,) = choice.backend(name).refuses(call)
+            ATTENTION.choose(name, call)
+        (given,) = ATTENTION.backend(name).refuses(call)
     assert re.search(reason, given)
 
 
@@ -205,19 +208,19 @@ class Fussy:
 def test_backends_are_named_and_refusals_say_why(monkeypatch, caplog):
     x = np.ones((1, 4, 2, 8), np.float32)
     biased = dict(mask=masks.Full(), bias=AlibiBias(np.ones(2)))
-    with pytest.raises(UnsupportedAttention, match="no attention backend 'flash'; there are .*'xla'.* and 'auto'"):
+    with pytest.raises(UnsupportedAttention, match="no attention backend 'flash'; there are .*xla.* and 'auto'"):
         attention(x, x, x, mask=masks.Full(), backend="flash")
-    for other in list(choice.BACKENDS):
+    for other in list(ATTENTION.backends):
         if other != "xla":
-            monkeypatch.delitem(choice.BACKENDS, other)
-    monkeypatch.setitem(choice.BACKENDS, "fussy", Fussy())
+            monkeypatch.delitem(ATTENTION.backends, other)
+    monkeypatch.setitem(ATTENTION.backends, "fussy", Fussy())
     assert attention(x, x, x, mask=masks.Full(), backend="fussy") == "fussy ran"
     with pytest.raises(UnsupportedAttention, match="fussy cannot: bias. Backends that can: xla."):
         attention(x, x, x, **biased, backend="fussy")
 
-    order = choice.Candidate("fussy", "it is fast"), choice.Candidate("xla", "it can")
-    monkeypatch.setitem(choice.PREFERENCE, "cpu", order)
-    monkeypatch.setattr(choice, "_announced", set())
+    order = Candidate("fussy", "it is fast"), Candidate("xla", "it can")
+    monkeypatch.setitem(ATTENTION.order, "cpu", order)
+    monkeypatch.setattr(ATTENTION, "_announced", set())
     caplog.set_level("INFO", "pallas_kernels")
     assert attention(x, x, x, mask=masks.Full()) == "fussy ran"
     for _ in range(2):

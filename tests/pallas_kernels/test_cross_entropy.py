@@ -326,7 +326,7 @@ def test_labels_must_be_integers():
 
 
 def test_an_unknown_backend():
-    with pytest.raises(UnsupportedCrossEntropy, match="There is no cross-entropy backend 'cuda'"):
+    with pytest.raises(UnsupportedCrossEntropy, match="There is no cross_entropy backend 'cuda'"):
         cross_entropy(
             *(np.zeros((2, 2)), OutputProjection(np.zeros((2, 2))), np.zeros(2, int), np.zeros(2)), backend="cuda"
         )

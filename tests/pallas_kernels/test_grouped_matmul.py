@@ -15,7 +15,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pallas_kernels import ahead_of_time, platforms
 from pallas_kernels.ahead_of_time import Case
 from pallas_kernels.gpu import grouped_matmul as hopper
-from pallas_kernels.grouped_matmul import BACKENDS, UnsupportedGroupedMatmul, grouped_matmul
+from pallas_kernels.grouped_matmul import GROUPED_MATMUL, UnsupportedGroupedMatmul, grouped_matmul
 
 HERE = "tests.pallas_kernels.test_grouped_matmul"
 M, K, N, G = 200, 128, 192, 4  # M divides no tile, and K and N are of 128 and of 64
@@ -206,24 +206,22 @@ def on(platform: str, kind: str):
     "platform, kind, k, dtype, expected",
     [
         ("tpu", "TPU v6 lite", 128, "bfloat16", "megablox"),
-        ("tpu", "TPU v6 lite", 128, "float16", "ragged_dot; megablox cannot: it multiplies bfloat16 and float32"),
+        ("tpu", "TPU v6 lite", 128, "float16", "ragged_dot (not megablox: it multiplies bfloat16 and float32"),
         ("gpu", "NVIDIA H200", 128, "bfloat16", "pallas_gpu"),
-        ("gpu", "NVIDIA H200", 100, "bfloat16", "ragged_dot; pallas_gpu cannot: K and N must be multiples of 64"),
-        ("gpu", "NVIDIA A100", 128, "bfloat16", "ragged_dot; pallas_gpu cannot: it runs on Hopper GPUs"),
+        ("gpu", "NVIDIA H200", 100, "bfloat16", "ragged_dot (not pallas_gpu: K and N must be multiples of 64"),
+        ("gpu", "NVIDIA A100", 128, "bfloat16", "ragged_dot (not pallas_gpu: it runs on Hopper GPUs"),
         ("cpu", "cpu", 128, "bfloat16", "ragged_dot"),
     ],
 )
 def test_auto_says_what_it_takes(platform, kind, k, dtype, expected, caplog):
-    from pallas_kernels.grouped_matmul import _choose, _log_once
-
-    _log_once.cache_clear()
+    GROUPED_MATMUL._announced.clear()
     x, w, _ = shapes(64, k, 128, 2, dtype)
     with on(platform, kind), caplog.at_level(logging.INFO, "pallas_kernels"):
-        chosen = _choose("auto", x, w)
-        assert _choose("auto", x, w) is chosen
+        chosen = GROUPED_MATMUL.choose("auto", x, w)
+        assert GROUPED_MATMUL.choose("auto", x, w) is chosen
     assert expected.startswith(chosen.name)
     [record] = caplog.records
-    assert f": {expected}" in record.getMessage()
+    assert f"runs on {expected}" in record.getMessage()
 
 
 def test_named_backends_refuse():
@@ -234,10 +232,10 @@ def test_named_backends_refuse():
         "pallas_gpu cannot: it multiplies bfloat16 and float16, not float32; K and N must be multiples of 64, not 100 "
         "and 128. Backends that can: ragged_dot, megablox."
     )
-    with pytest.raises(UnsupportedGroupedMatmul, match="no grouped_matmul backend 'cublas'; there are ragged_dot, "):
+    with pytest.raises(UnsupportedGroupedMatmul, match="no grouped_matmul backend 'cublas'; there are megablox, "):
         grouped_matmul(x, w, sizes, backend="cublas")
     with on("gpu", "NVIDIA H200"):
-        assert "it runs on TPUs" in BACKENDS["megablox"].refuses(x, w)[0]
+        assert "it runs on TPUs" in GROUPED_MATMUL.backend("megablox").refuses(x, w)[0]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,14 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import ahead_of_time, mixer_backends
-from pallas_kernels.linear_attention import BACKENDS, linear_attention, linear_attention_step, prefix_state
+from pallas_kernels import ahead_of_time
+from pallas_kernels.linear_attention import (
+    LINEAR_ATTENTION,
+    UnsupportedLinearAttention,
+    linear_attention,
+    linear_attention_step,
+    prefix_state,
+)
 
 B, T, H, DK, DV = 2, 50, 2, 24, 40  # neither T nor the head sizes divide anything
 SCALE = 0.3
@@ -105,7 +111,7 @@ def test_the_reference_gradients_are_slopes(kind):
     assert abs(found - slope) < 1e-7 * abs(slope)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_ATTENTION.backends)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_the_recurrence(kind, backend):
     args = arguments(kind)
@@ -221,7 +227,7 @@ def test_a_packed_row_equals_its_segments(kind, backend):
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "log_decay", "do"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_ATTENTION.backends)
 def test_a_nan_stays_in_its_segment(name, backend):
     """To the last bit, whatever chunk they share; and within its segment it is seen, not hidden."""
     args, (do, d_final) = arguments("scalar"), cotangents()
@@ -257,7 +263,7 @@ def plain(q, k, v, log_decay):
     return jnp.einsum("bhij,bjhv->bihv", weights, v)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_ATTENTION.backends)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_as_good_as_the_plain_form(kind, backend):
     """Errors at most twice those of the quadratic form in bfloat16, gradients included."""
@@ -344,17 +350,17 @@ def test_backends_are_chosen_aloud(caplog):
     q, k, v, log_decay, _ = arguments("none")
     gpu = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu)):
-        with pytest.raises(mixer_backends.UnsupportedMixer, match=r"platform is gpu. Backends that can: xla\."):
+        with pytest.raises(UnsupportedLinearAttention, match=r"platform is gpu. Backends that can: xla\."):
             jax.eval_shape(functools.partial(linear_attention, backend="pallas_tpu"), q, k, v)
-        mixer_backends._log_once.cache_clear()
+        LINEAR_ATTENTION._announced.clear()
         with caplog.at_level(logging.INFO, logger="pallas_kernels"):
             for _ in range(2):
                 jax.eval_shape(linear_attention, q, k, v)
-    assert [r.getMessage() for r in caplog.records] == ["linear_attention on gpu runs on the backend xla"]
-    with pytest.raises(mixer_backends.UnsupportedMixer, match="no linear_attention backend 'triton'"):
+    assert [r.getMessage() for r in caplog.records] == ["linear_attention on h200 runs on xla"]
+    with pytest.raises(UnsupportedLinearAttention, match="no linear_attention backend 'triton'"):
         linear_attention(q, k, v, backend="triton")
     wide = np.zeros((1, 16, 1, 512), np.float16)
-    with pytest.raises(mixer_backends.UnsupportedMixer, match="not float16; head sizes end at 256, got Dk 512"):
+    with pytest.raises(UnsupportedLinearAttention, match="not float16; head sizes end at 256, got Dk 512"):
         linear_attention(wide, wide, wide, backend="pallas_tpu")
 
 

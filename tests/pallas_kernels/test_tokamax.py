@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import choice, masks, platforms
+from pallas_kernels import masks, platforms
 from pallas_kernels.attention import UnsupportedAttention, attention
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends import tokamax
 from tests.pallas_kernels import conformance
 
@@ -25,16 +26,10 @@ def test_conformance_of_the_translation(name, monkeypatch):
     base = pytest.importorskip("tokamax._src.ops.attention.base", reason="needs tokamax: pip install jaxlm[tokamax]")
 
     class OnThisMachine(tokamax.TokamaxBackend):
-        """Whose log-sum-exp is not asked for."""
-
         def refuses(self, request):
             return []
 
-        def run(self, q, k, v, request):
-            out, _ = super().run(q, k, v, request)
-            return out, choice.backend("xla").run(q, k, v, request)[1]
-
     monkeypatch.setattr(tokamax, "_kernel", base.DotProductAttention)
-    monkeypatch.setitem(choice.BACKENDS, "tokamax", OnThisMachine())
+    monkeypatch.setitem(ATTENTION.backends, "tokamax", conformance.WithReferenceLse(OnThisMachine()))
     assert platforms.current().kind == "cpu"
     conformance.check("tokamax", name, jnp.float32)

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import choice, masks
+from pallas_kernels import masks
 from pallas_kernels.attention import attention
+from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends.xla_chunked import XlaChunkedBackend
 from tests.pallas_kernels import conformance
 
@@ -13,7 +14,7 @@ from tests.pallas_kernels import conformance
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of 64 queries in the conformance cases: some whole ones and a shorter last one."""
-    monkeypatch.setitem(choice.BACKENDS, "xla_chunked", XlaChunkedBackend(budget=1))
+    monkeypatch.setitem(ATTENTION.backends, "xla_chunked", XlaChunkedBackend(budget=1))
 
 
 @pytest.mark.parametrize("name", conformance.CASES)

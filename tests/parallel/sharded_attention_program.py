@@ -13,7 +13,7 @@ from pallas_kernels import masks
 from pallas_kernels.attention import UnsupportedAttention, attention
 from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
 
-T, D = 128, 16
+T, D = 256, 16
 rng = np.random.default_rng(0)
 
 
@@ -23,7 +23,7 @@ def ids(batch):
 
 
 def block_sparse(batch, heads):
-    return masks.BlockSparse.of_map(rng.random((batch, heads, 2, 2)) < 0.7, (64, 64)) & masks.Causal()
+    return masks.BlockSparse.of_map(rng.random((batch, heads, 2, 2)) < 0.7, (128, 128)) & masks.Causal()
 
 
 def relative(table):
@@ -56,6 +56,7 @@ CASES = {
     "fewer key heads than devices": (MeshConfig(tensor=4), 2, 8, 2, block_sparse, DENSE, False, DROPOUT),
     "key heads across devices": (MeshConfig(tensor=2), 4, 12, 3, packed_causal, None, False, dict(soft_cap=3.0)),
     "a batch that does not divide": (MeshConfig(tensor=2), 3, 4, 2, lengths, None, True, {}),
+    "our kernel": (BOTH, 4, 4, 2, block_sparse, RELATIVE, True, dict(backend="pallas_tpu", **DROPOUT)),
     "a kernel": (BOTH, 4, 4, 2, packed_causal, None, False, dict(backend="splash")),
 }
 
