@@ -16,6 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from benchmarks import attention_gpu
 from pallas_kernels import ahead_of_time, masks
 from pallas_kernels.attention import UnsupportedAttention, attention
+from pallas_kernels.backends.pallas_gpu import PallasGpuBackend
 from pallas_kernels.biases import AlibiBias
 from pallas_kernels.fused import inputs_of
 from pallas_kernels.gpu import operands
@@ -144,10 +145,9 @@ def test_visits_are_the_blocks_with_something_to_see(by_keys):
     ],
 )
 def test_refusals_say_why(options, reason):
-    from pallas_kernels.choice import backend
-
-    assert backend("pallas_gpu").refuses(request_of(**options)) == [reason]
-    assert not backend("pallas_gpu").refuses(request_of(masks.Causal()))
+    backend = PallasGpuBackend()
+    assert backend.refuses(request_of(**options)) == [reason]
+    assert not backend.refuses(request_of(masks.Causal()))
 
 
 @pytest.mark.parametrize("chip", ["TPU v5 lite", "NVIDIA A100-SXM4-80GB"])
