@@ -168,7 +168,7 @@ def _kernel(*refs, walk: Walk, sizes: Sizes, scoring: Scoring, has_seed: bool):
 
     @pl.when(step.closes_scope)
     def _():
-        results["dk"][...] = (sums["dk"][...] * scoring.dk_factor).astype(results["dk"].dtype)
+        results["dk"][...] = (sums["dk"][...] * (scoring.scale / scoring.query_factor)).astype(results["dk"].dtype)
         results["dv"][...] = (sums["dv"][...] / scoring.kept).astype(results["dv"].dtype)
 
 
@@ -189,7 +189,7 @@ def _differentiate(here: Here, results, sums, masked: bool, scoring: Scoring, ha
         return jax.lax.dot_general(a, b, dimensions, precision=exact, preferred_element_type=jnp.float32)
 
     products = product(k, q, 1, 1)  # [keys, queries], like all scores here
-    score = here.add_bias(scoring.cap(products))
+    score = here.add_bias(scoring.score(products))
     if masked:
         visible = tile.visible(here.bounds("starts"), here.bounds("counts"))
         score = jnp.where(visible, score, scores.HIDDEN_SCORE)
@@ -205,7 +205,7 @@ def _differentiate(here: Here, results, sums, masked: bool, scoring: Scoring, ha
         _add_diagonals(results["diagonals"], d_score, here)
     if "dense_bias" in results:
         results["dense_bias"][queries, here.keys] = d_score.T
-    d_product = (d_score * scoring.cap_slope(products)).astype(q.dtype)
+    d_product = (d_score * scoring.slope(products)).astype(q.dtype)
     keys = pl.ds(
         pl.multiple_of(here.step.key_block * here.sizes.blocks.keys, scores.LANES) + here.keys.start, k.shape[0]
     )

@@ -70,8 +70,9 @@ def forward(
 
 
 def scaled(q: jax.Array, scoring: Scoring) -> jax.Array:
-    """Queries whose products with keys are scores in units of log 2, or the soft cap's arguments."""
-    return (q.astype(jnp.float32) * scoring.query_factor).astype(q.dtype)
+    """Queries times `query_factor`."""
+    factor = scoring.query_factor
+    return q if factor == 1.0 else (q.astype(jnp.float32) * factor).astype(q.dtype)
 
 
 def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -126,7 +127,7 @@ def _product(row, here: Here) -> jax.Array:
 def _attend(row, here: Here, product: jax.Array, masked: bool, scoring: Scoring, has_seed: bool):
     """Takes the keys of one tile into the running softmax of its queries."""
     tile, queries = here.tile, here.queries
-    score = here.add_bias(scoring.cap(product))
+    score = here.add_bias(scoring.score(product))
     if masked:
         starts, counts = here.bounds("row_starts"), here.bounds("row_counts")
         score = jnp.where(tile.visible(starts, counts), score, scores.HIDDEN_SCORE)

@@ -17,7 +17,7 @@ from pallas_kernels.tpu.schedule import Step, Walk
 from pallas_kernels.tpu.scores import LANES, LOG2_E
 
 # Tiles of scores in float32 that the compiler may spill, and memory for whatever else it needs.
-_SPILLED_TILES, _SPARE = 12, 4 << 20
+_SPILLED_TILES, _SPARE = 4, 4 << 20
 
 SCALARS = ("first_key_block", "example", "head", "query", "key", "seed")
 """Scalars that every kernel has: the first block of keys it is given, the origin of the scores, dropout's seed."""

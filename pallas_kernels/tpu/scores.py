@@ -43,27 +43,38 @@ class Scoring:
     dropout_rate: float
 
     @property
-    def query_factor(self) -> float:
-        """By which queries are multiplied before everything else."""
-        return self.scale / self.soft_cap if self.soft_cap else self.scale * LOG2_E
-
-    @property
-    def dk_factor(self) -> float:
-        """By which the sum of score gradients times such queries is multiplied to be the gradient of the keys."""
-        return self.soft_cap if self.soft_cap else LN_2
-
-    @property
     def kept(self) -> float:
         """The share of weights that dropout leaves."""
         return 1.0 - self.dropout_rate
 
-    def cap(self, products: jax.Array) -> jax.Array:
-        """Scores of products of queries, multiplied by `query_factor`, and keys."""
-        return self.soft_cap * LOG2_E * jnp.tanh(products) if self.soft_cap else products
+    @property
+    def query_factor(self) -> float:
+        """By which queries are multiplied beforehand.
 
-    def cap_slope(self, products: jax.Array) -> jax.Array | float:
-        """The derivative of a capped score by the score before, up to the constants in the two factors."""
-        return 1.0 - jnp.square(jnp.tanh(products)) if self.soft_cap else 1.0
+        All that multiplies products can be in it, for the price of rounding queries once more. The plain form rounds
+        them too, unless its scale is a power of two; then the products, in float32, are multiplied instead.
+        """
+        return 1.0 if math.frexp(self.scale)[0] in (0.0, 0.5) else self._product_factor
+
+    @property
+    def _product_factor(self) -> float:
+        return self.scale / self.soft_cap if self.soft_cap else self.scale * LOG2_E
+
+    def score(self, products: jax.Array) -> jax.Array:
+        """Scores in units of log 2 of products of keys and queries, these multiplied by `query_factor`."""
+        if self.soft_cap:
+            return self.soft_cap * LOG2_E * self._bounded(products)
+        return self._scaled(products)
+
+    def slope(self, products: jax.Array) -> jax.Array | float:
+        """The derivative of a score in natural units by the product of query and key, divided by `scale`."""
+        return 1.0 - jnp.square(self._bounded(products)) if self.soft_cap else 1.0
+
+    def _bounded(self, products: jax.Array) -> jax.Array:
+        return jnp.tanh(self._scaled(products))
+
+    def _scaled(self, products: jax.Array) -> jax.Array:
+        return products * self._product_factor if self.query_factor == 1.0 else products
 
 
 @dataclasses.dataclass(frozen=True)
