@@ -1,4 +1,4 @@
-"""Our TPU attention kernels: interpreted against float64, counted block by block, watched for races, compiled for TPUs."""
+"""Our TPU attention kernels: against float64, counted block by block, watched for races, compiled ahead of time."""
 
 import collections
 
