@@ -64,10 +64,12 @@ class TpuKernels:
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         """`fused_attention` with these kernels, one part after the other where lists for all have no room."""
-        examples = inputs.rows.lo.shape[0]
-        if self._lists_fit(q, k, v, inputs.block_sparse, examples):
+        sparse = inputs.block_sparse
+        examples = max(inputs.rows.lo.shape[0], 1 if sparse is None else sparse.index.shape[0])
+        if self._entries(q, k, v, sparse, examples) <= schedule.MOST_ENTRIES:
             return fused_attention(self, q, k, v, inputs)
-        return _in_parts(self, q, k, v, inputs, by_heads=not self._lists_fit(q, k, v, inputs.block_sparse, 1))
+        by_heads = self._entries(q, k, v, sparse, 1) > schedule.MOST_ENTRIES
+        return _in_parts(self, q, k, v, inputs, by_heads)
 
     def refuses(self, request: Request) -> list[str]:
         """See `pallas_kernels.requests.Backend`."""
@@ -106,15 +108,10 @@ class TpuKernels:
     def _sizes(self, q, k, v, within, wanted: Blocks) -> Sizes:
         return Sizes.of(q, k, v, block_sizes.fitted(wanted, q.shape[1], k.shape[1], within))
 
-    def _lists_fit(self, q, k, v, sparse, examples: int) -> bool:
-        return self._entries(q, k, v, sparse, examples, one_key_head=False) <= schedule.MOST_ENTRIES
-
-    def _entries(self, q, k, v, sparse, examples: int, one_key_head: bool) -> int:
+    def _entries(self, q, k, v, sparse, examples: int, one_key_head: bool = False) -> int:
         """How long the longer of the two kernels' lists can become."""
         within = None if sparse is None else sparse.block
         sizes = self._forward_sizes(q, k, v, within), self._backward_sizes(q, k, v, within)
-        if sparse is not None and examples > 1:
-            examples = max(examples, sparse.index.shape[0])
         entries = []
         for s, shared_heads in zip(sizes, (1, sizes[1].group)):
             per_head = sparse is not None and sparse.index.shape[1] > 1
