@@ -53,7 +53,8 @@ def model_config(shape: Shape, remat: bool) -> LanguageModelConfig:
     """The floor's model in jaxlm's terms."""
     norm = NormConfig(epsilon=shape.norm_epsilon)
     block = BlockConfig(
-        AttentionConfig(shape.heads, shape.head_dim, position=Rope(shape.rope_base)),
+        # The floor's attention is dense; what skips hidden blocks would not do the same work.
+        AttentionConfig(shape.heads, shape.head_dim, position=Rope(shape.rope_base), backend="xla"),
         FeedForwardConfig(shape.mlp),
         norm,
     )
