@@ -56,7 +56,11 @@ def tpu_interpret() -> bool:
 
 
 def gpu_interpret() -> dict[str, Any]:
-    """The `interpret` argument of a GPU kernel's `plgpu.kernel`, as keywords: its interpreter where there is a CPU."""
+    """The `interpret` argument of a GPU kernel's `plgpu.kernel`, as keywords: its interpreter where there is a CPU.
+
+    The interpreter blocks a thread of XLA's pool for each warpgroup that waits. On a machine of few cores set the
+    environment variable NPROC=8 before jax starts, so that the pool has enough.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu  # slow to import, and needed by GPU kernels alone
 
     return {"interpret": plgpu.InterpretGPUParams()} if current().kind == "cpu" else {}

@@ -15,6 +15,9 @@ for _name, _value in {
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(_CACHE),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    # Threads of XLA's pool. The GPU interpreter blocks one for each warpgroup that waits at a barrier: with the two of
+    # a small machine it can wait for ever.
+    "NPROC": "8",
     # libtpu compiles for TPUs that are not there: two processes may load it, and it must not ask for metadata.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",

@@ -124,7 +124,7 @@ def _mask(mask: masks.Mask) -> _Mask | None:
         match part:
             case masks.Full():
                 pass
-            case masks.Causal(offset=0) if isinstance(part.offset, int):
+            case masks.Causal(offset=int(offset)) if offset == 0:
                 found = dataclasses.replace(found, causal=True)
             case masks.Window(left, right) if found.left is None and (left is None or left >= 0):
                 found = dataclasses.replace(found, left=left, causal=found.causal or right == 0)

@@ -77,7 +77,8 @@ class _HopperKernels:
 
 def _blocks(q: jax.Array, v: jax.Array, inputs: Inputs) -> Blocks:
     sparse = None if inputs.block_sparse is None else inputs.block_sparse.block
-    return blocks_of(q.shape[-1], v.shape[-1], inputs.soft_cap is not None, sparse)
+    elaborate = inputs.soft_cap is not None or inputs.slopes is not None
+    return blocks_of(q.shape[-1], v.shape[-1], elaborate, sparse)
 
 
 def _sum_to(gradient: jax.Array, like: jax.Array) -> jax.Array:

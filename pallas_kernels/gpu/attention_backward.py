@@ -124,8 +124,6 @@ def query_gradient(saved: Saved, blocks: QueryBlocks, interpret: dict[str, Any])
     inputs, (batch, tq, heads, size), (tk, _, v_size) = saved.inputs, saved.q.shape, saved.v.shape[1:]
     padded_tq, padded_tk = operands.round_up(tq, blocks.queries), operands.round_up(tk, blocks.keys)
     plan = operands.plan_of(inputs, tk, (blocks.queries, blocks.keys))
-    if inputs.dense_bias_gradient:  # Every block of it must be written, hidden ones too.
-        plan = dataclasses.replace(plan, state=jnp.maximum(plan.state, plans.PARTIAL))
     kernel = _QueryGradient(inputs, blocks, saved.group, bool(interpret))
     out_type = [jax.ShapeDtypeStruct((batch, padded_tq, heads, size), saved.q.dtype)]
     if inputs.dense_bias_gradient:
@@ -140,7 +138,15 @@ def query_gradient(saved: Saved, blocks: QueryBlocks, interpret: dict[str, Any])
         computing=blocks.warpgroups,
         interpret=interpret,
     )
-    return dq[:, :tq], d_bias[0][:, :, :tq, :tk] if d_bias else None
+    return dq[:, :tq], _zero_where_hidden(d_bias[0], plan)[:, :, :tq, :tk] if d_bias else None
+
+
+def _zero_where_hidden(d_bias: jax.Array, plan: plans.Plan) -> jax.Array:
+    """The gradient of a dense bias whose hidden blocks nobody has written."""
+    batch, heads, tq, tk = d_bias.shape
+    (bq, bk), seen = plan.block, plan.state != plans.HIDDEN
+    blocks = d_bias.reshape(batch, heads, tq // bq, bq, tk // bk, bk)
+    return jnp.where(seen[:, :, :, None, :, None], blocks, 0.0).reshape(d_bias.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,9 +192,9 @@ class _QueryGradient:
         def compute(warpgroup):
             tile = Tile(self.blocks.keys, 0, batch, head, block * self.blocks.queries + warpgroup * ROWS, 0)
             rows = pl.ds(tile.query, ROWS)
-            q, gradient, barrier = queries.at[warpgroup], gradients.at[warpgroup], loaded.at[warpgroup]
+            q, barrier = queries.at[warpgroup], loaded.at[warpgroup]
             plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q, barrier)
-            plgpu.copy_gmem_to_smem(refs["gradient"].at[batch, rows, head], gradient, barrier)
+            plgpu.copy_gmem_to_smem(refs["gradient"].at[batch, rows, head], gradients.at[warpgroup], barrier)
             per_query = PerQuery.of_rows(tile, refs)
             plgpu.barrier_wait(barrier)
 
@@ -196,8 +202,10 @@ class _QueryGradient:
                 visit = visits[number]
                 here = dataclasses.replace(tile, key=(visit >> 1) * self.blocks.keys)
                 k = keys.wait(number)
-                weights = Weights.of(product(q, k.T), here, self.inputs, refs, per_query, whole=visit & 1)
-                d_weights = product(gradient, values.wait(number).T)
+                mine = warpgroup + self._zero(visit, widest=max(q.shape[-1], gradients.shape[-1]))
+                products = product(queries.at[mine], k.T)
+                weights = Weights.of(products, here, self.inputs, refs, per_query, whole=visit & 1)
+                d_weights = product(gradients.at[mine], values.wait(number).T)
                 values.free(number)
                 d_scores = weights.score_gradient(d_weights, here, self.inputs, per_query)
                 if d_bias:
@@ -213,6 +221,14 @@ class _QueryGradient:
             plgpu.wait_smem_to_gmem(0)
 
         specialise(copy, compute, computing=self.blocks.warpgroups)
+
+    def _zero(self, visit: jax.Array, widest: int) -> jax.Array | int:
+        """0; beside the widest heads one that the compiler does not know.
+
+        An index that seems to change with the step keeps it from computing all addresses in an operand before the loop,
+        for which, beside a sum 256 wide, there are no registers.
+        """
+        return visit >> 30 if widest == 256 else 0
 
 
 def key_value_gradients(saved: Saved, blocks: KeyBlocks, interpret: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
@@ -270,7 +286,7 @@ class _KeyValueGradients:
         tiles = self.blocks.keys // ROWS
 
         def over_visits(visit, start):
-            """Folds `visit(number, head, entry, *carry)` over the blocks of queries that see these keys, head by head."""
+            """Folds `visit(number, head, entry, *carry)` over the blocks of queries that see these keys, by head."""
 
             def over_head(member, carry):
                 head = kv_head * self.group + member

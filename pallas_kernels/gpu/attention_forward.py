@@ -19,7 +19,7 @@ from pallas_kernels.gpu.blocks import QueryBlocks
 from pallas_kernels.gpu.products import accumulate, product
 from pallas_kernels.gpu.shared_memory import Ring, matrix
 from pallas_kernels.gpu.tiles import LOG2_E, LOWEST, ROWS, Refs, Tile, at, per_row, thin, zeros
-from pallas_kernels.gpu.warpgroups import launch, specialise
+from pallas_kernels.gpu.warpgroups import Turns, launch, specialise
 
 
 def forward(
@@ -80,14 +80,15 @@ class _Forward:
             "result": None if v_size == size else matrix((computing, ROWS, v_size), dtype),
             "lse_result": plgpu.SMEM((computing, ROWS), jnp.float32),
             "loaded": plgpu.Barrier(num_barriers=computing),
+            "turns": Turns.scratch(blocks.turns),
         }
 
-    def body(self, refs: Refs, out: jax.Ref, lse: jax.Ref, *, keys, values, queries, result, lse_result, loaded):
+    def body(self, refs: Refs, out: jax.Ref, lse: jax.Ref, *, keys, values, queries, result, lse_result, loaded, turns):
         """What a thread block does."""
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         # Under a causal mask later queries see more keys: what takes longest starts first.
         block = out.shape[1] // self.blocks.queries - 1 - lax.axis_index("block")
-        keys, values = Ring(*keys), Ring(*values)
+        keys, values, turns = Ring(*keys), Ring(*values), Turns(turns)
         steps = at(refs["count"], batch, head)[block]
         visits = at(refs["visits"], batch, head).at[block]
 
@@ -109,7 +110,9 @@ class _Forward:
             q = queries.at[warpgroup]
             plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q, loaded.at[warpgroup])
             plgpu.barrier_wait(loaded.at[warpgroup])
-            total, maximum, normaliser = self._attend(refs, tile, q, keys, values, steps, visits)
+            turns.begin(warpgroup)
+            total, maximum, normaliser = self._attend(refs, tile, q, keys, values, turns, steps, visits)
+            turns.end(warpgroup)
             seen = normaliser > 0.0
             share = jnp.where(seen, 1.0 / normaliser, 0.0)
             mine = (queries if result is None else result).at[warpgroup]
@@ -122,7 +125,7 @@ class _Forward:
 
         specialise(copy, compute, computing=self.blocks.warpgroups)
 
-    def _attend(self, refs: Refs, tile: Tile, q: jax.Ref, keys: Ring, values: Ring, steps: jax.Array, visits: jax.Ref):
+    def _attend(self, refs: Refs, tile: Tile, q, keys: Ring, values: Ring, turns: Turns, steps, visits):
         """Sum of weight * v [64, Dv], maximum (base 2) and sum of weights [64] of each query, by online softmax."""
         bounds = tile.bounds(refs)
         hashes = tile.hashes(refs) if "hashes" in refs else None
@@ -131,7 +134,7 @@ class _Forward:
             total, maximum, normaliser = carry
             visit = visits[number]
             here = dataclasses.replace(tile, key=(visit >> 1) * self.blocks.keys)
-            products = product(q, keys.wait(number).T)
+            products = product(q, keys.wait(number).T, meanwhile=turns.switch)
             keys.free(number)
             scores, _ = here.scores(products, self.inputs, refs)
             scores = here.hide(scores, lambda: bounds, whole=visit & 1)
@@ -142,7 +145,9 @@ class _Forward:
             rate = self.inputs.dropout_rate
             weights = thin(weights, None if hashes is None else here.keeps(hashes, refs, rate), rate)
             total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
-            total = accumulate(total, weights.astype(q.dtype), values.wait(number), self.interpreted)
+            v = values.wait(number)
+            turns.switch()
+            total = accumulate(total, weights.astype(q.dtype), v, self.interpreted)
             values.free(number)
             return total, highest, normaliser
 

@@ -1,5 +1,6 @@
 """Thread blocks of one warpgroup that copies and others that compute."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,10 +9,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# With two computing warpgroups each lane of the three starts with 168 of the 512 registers there are; the copying one
-# gives most of its own away.
-_COMPUTING_REGISTERS = 240
-_COPYING_REGISTERS = 24
+# A lane of each of three warpgroups starts with 168 registers, of 512 there are for the three; the copying one gives
+# most of its own away.
+_COMPUTING_REGISTERS = 232
+_COPYING_REGISTERS = 40
 
 
 def launch(
@@ -49,6 +50,40 @@ def launch(
         kernel_name=name,
         **interpret,
     )(arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Keeps two warpgroups half a step apart: while one uses the tensor cores, the other takes exponentials.
+
+    (The "ping-pong" of FlashAttention-3, arXiv 2407.08608, 3.1.) Each step of both has a part of products and one of
+    other arithmetic, and `switch` between them and at its end. `begin` and `end` surround all steps, of which both
+    have the same number.
+
+    Attributes:
+      barrier: that both arrive at; None for no turns.
+    """
+
+    barrier: jax.Ref | None
+
+    @staticmethod
+    def scratch(wanted: bool) -> plgpu.Barrier | None:
+        """What to allocate."""
+        return plgpu.Barrier(num_arrivals=2) if wanted else None
+
+    def begin(self, warpgroup: jax.Array) -> None:
+        """The second warpgroup waits for the first one's products."""
+        pl.when(warpgroup == 1)(self.switch)
+
+    def switch(self) -> None:
+        """Lets the other one go on, and waits for it to have come as far."""
+        if self.barrier is not None:
+            plgpu.barrier_arrive(self.barrier)
+            plgpu.barrier_wait(self.barrier)
+
+    def end(self, warpgroup: jax.Array) -> None:
+        """The first warpgroup lets the second one finish."""
+        pl.when(warpgroup == 0)(self.switch)
 
 
 def specialise(copy: Callable[[], None], *compute: Callable[[jax.Array], None], computing: int) -> None:

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from jaxlm.layers.context import LOCAL
 from jaxlm.objectives.base import VocabularyInfo
 from jaxlm.objectives.codegen2 import CodeGen2
 from jaxlm.objectives.full_lm import FullLM
@@ -68,7 +67,3 @@ def text(length: int, rng: np.random.Generator, documents: float = 0.0) -> np.nd
 def generator(*key: int) -> np.random.Generator:
     """A generator keyed as the loader keys it."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-
-
-# Without a dropout key, as in evaluation.
-EVALUATION = LOCAL

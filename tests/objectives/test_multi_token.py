@@ -5,9 +5,9 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import objective_zoo as zoo
 import pytest
 
+from jaxlm.layers.context import LOCAL
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.objectives.multi_token import MultiTokenPrediction, ahead
@@ -46,7 +46,7 @@ def model(n):
 
 def test_each_head_predicts_its_token():
     objective, net = MultiTokenPrediction(num_future=3, weights=(1.0, 0.5, 0.25)), model(3)
-    sums, metrics = objective.loss_sums(net, BATCH, context=zoo.EVALUATION, config=LossConfig())
+    sums, metrics = objective.loss_sums(net, BATCH, context=LOCAL, config=LossConfig())
     weights = objective.loss_weights(BATCH)
     assert dict(objective.coefficients) == {"cross_entropy": 1.0, "future_2": 0.5, "future_3": 0.25}
     assert set(sums) == set(weights) == set(objective.coefficients)
@@ -62,13 +62,13 @@ def test_each_head_predicts_its_token():
 
 def test_one_head_is_full_lm():
     net, config = model(1), LossConfig(z_loss=1e-3, label_smoothing=0.1)
-    one, _ = MultiTokenPrediction(num_future=1).loss_sums(net, BATCH, context=zoo.EVALUATION, config=config)
-    full, _ = FullLM().loss_sums(net, BATCH, context=zoo.EVALUATION, config=config)
+    one, _ = MultiTokenPrediction(num_future=1).loss_sums(net, BATCH, context=LOCAL, config=config)
+    full, _ = FullLM().loss_sums(net, BATCH, context=LOCAL, config=config)
     assert one == full
 
 
 def test_bad_settings():
     with pytest.raises(ValueError, match="predicts 4 tokens but the model has 3 heads"):
-        MultiTokenPrediction().loss_sums(model(3), BATCH, context=zoo.EVALUATION, config=LossConfig())
+        MultiTokenPrediction().loss_sums(model(3), BATCH, context=LOCAL, config=LossConfig())
     with pytest.raises(ValueError, match="one weight for each of 4 heads"):
         MultiTokenPrediction(weights=(1.0,))

@@ -9,7 +9,7 @@ import numpy as np
 import objective_zoo as zoo
 import pytest
 
-from jaxlm.layers.context import Context
+from jaxlm.layers.context import LOCAL, Context
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.replaced_token_detection import Draws, Generator, ReplacedTokenDetection
 from pallas_kernels.cross_entropy import OutputProjection
@@ -67,7 +67,7 @@ def model_of(params, *, tied=False, uniform=False):
     )
 
 
-def run(params, batch, objective, context=zoo.EVALUATION, config=PLAIN, **options):
+def run(params, batch, objective, context=LOCAL, config=PLAIN, **options):
     model = model_of(params, **options)
     sums, metrics = objective.loss_sums(model, batch, context=context, config=config)
     return sums, metrics, model.shown[-1]
@@ -110,7 +110,7 @@ def test_a_draw_equal_to_the_original_counts_as_original():
     model = model_of(params)
     right = jax.nn.one_hot(batch["encoder_target_tokens"], V)
     model.generator.output = lambda hidden, context: (right, OutputProjection(1e4 * jnp.eye(V)))
-    _, metrics = ReplacedTokenDetection().loss_sums(model, batch, context=zoo.EVALUATION, config=LossConfig())
+    _, metrics = ReplacedTokenDetection().loss_sums(model, batch, context=LOCAL, config=LossConfig())
     assert metrics["replaced"][0] == 0 and metrics["accuracy"][0] == metrics["accuracy"][1]
 
 

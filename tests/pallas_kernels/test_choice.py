@@ -193,6 +193,13 @@ def refuses_for(reason, name, where, call):
     assert re.search(reason, given)
 
 
+@pytest.mark.parametrize("name", sorted(ATTENTION.backends))
+def test_a_traced_offset_is_answered(name):
+    """Whether a traced offset is 0 is not known: a backend that needs to know refuses, and none fails."""
+    with machine("h200"):
+        jax.eval_shape(lambda offset: ATTENTION.backend(name).refuses(request(masks.Causal(offset))) and None, 0)
+
+
 class Fussy:
     """A backend that takes no bias."""
 
