@@ -12,6 +12,7 @@ estimates for lists of fixed lengths, which must lie on a line, and by the tests
 import argparse
 import dataclasses
 import functools
+import importlib.metadata
 import json
 import pathlib
 from typing import Any
@@ -181,7 +182,8 @@ def main() -> None:
         print(chip, json.dumps(found[chip], indent=2), flush=True)
     if set(chips) == set(TOPOLOGIES):
         work = {"heads": HEADS, "length": LENGTH, "size": SIZE, "blocks": BLOCKS, "type": "bfloat16"}
-        record = {"work": work, "targets": TARGETS, "chips": found, "machine": machine.facts()}
+        compiler = f"libtpu {importlib.metadata.version('libtpu')}"
+        record = {"work": work, "targets": TARGETS, "chips": found, "compiler": compiler, "machine": machine.facts()}
         RESULTS.write_text(json.dumps(record, indent=2) + "\n")
 
 

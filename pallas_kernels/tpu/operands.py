@@ -16,8 +16,9 @@ from pallas_kernels.tpu.block_sizes import Blocks, round_up, vmem
 from pallas_kernels.tpu.schedule import Step, Walk
 from pallas_kernels.tpu.scores import LANES, LOG2_E
 
-# Tiles of scores in float32 that the compiler may spill, and memory for whatever else it needs.
-_SPILLED_TILES, _SPARE = 4, 4 << 20
+# Tiles of scores in float32 that the compiler may spill, memory for whatever else it needs, and by how much more that
+# can be where it fuses a kernel with what reads its results.
+_SPILLED_TILES, _SPARE, _FUSED = 4, 4 << 20, 1.25
 
 SCALARS = ("first_key_block", "example", "head", "query", "key", "seed")
 """Scalars that every kernel has: the first block of keys it is given, the origin of the scores, dropout's seed."""
@@ -130,7 +131,7 @@ def compiler_params(
     needed = 2 * sum(_bytes(*block) for block in blocks) + sum(_bytes(x.shape, x.dtype) for x in scratch)
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(walk.grid) - 2),
-        vmem_limit_bytes=min(needed + _SPILLED_TILES * tile + _SPARE, vmem(platforms.current().chip)),
+        vmem_limit_bytes=min(int(needed * _FUSED) + _SPILLED_TILES * tile + _SPARE, vmem(platforms.current().chip)),
     )
 
 
