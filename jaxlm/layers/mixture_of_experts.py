@@ -139,7 +139,7 @@ class MixtureOfExperts(nnx.Module):
         else:
             scores = jax.nn.sigmoid(logits)
             shares = scores / scores.sum(-1, keepdims=True)
-        weights, chosen = jax.lax.top_k(scores, self.config.experts_per_token)
+        weights, chosen = highest(scores, self.config.experts_per_token)
         if self.config.normalize:
             weights = weights / weights.sum(-1, keepdims=True)
         chosen = jnp.where(present[..., None], chosen, self.config.num_experts)
@@ -186,3 +186,20 @@ class MixtureOfExperts(nnx.Module):
         return SideValues(
             losses, {"router/load": (load, some_tokens), "router/entropy": (jnp.sum(mask * entropy), tokens)}
         )
+
+
+def highest(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The highest scores and their places, [..., X] -> [..., count] and int32; the first of equal ones.
+
+    As `jax.lax.top_k`, for which GSPMD would gather the scores of all tokens on every device.
+    """
+    places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    left = jax.lax.stop_gradient(scores)
+    found = []
+    for _ in range(count):
+        place = jnp.argmax(left, -1).astype(jnp.int32)
+        hit = places == place[..., None]
+        found.append((jnp.sum(jnp.where(hit, scores, 0.0), -1), place))
+        left = jnp.where(hit, -jnp.inf, left)
+    values, chosen = zip(*found)
+    return jnp.stack(values, -1), jnp.stack(chosen, -1)

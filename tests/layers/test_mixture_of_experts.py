@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxlm.layers.context import LOCAL
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
-from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring
+from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring, highest
 from jaxlm.layers.parameters import InitConfig, InitScheme, ParameterMaker, Parametrization, PathKey
 
 F32 = jnp.dtype("float32")
@@ -119,6 +119,11 @@ def test_gradients_are_those_of_the_dense_form(name, make, build):
 
     ours, theirs = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(state, X) for f in (sparse, dense))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
+def test_highest_is_top_k():
+    scores = jnp.asarray(np.random.default_rng(0).integers(0, 5, (7, 9)), jnp.float32)  # with equal ones
+    jax.tree.map(np.testing.assert_array_equal, highest(scores, 4), tuple(jax.lax.top_k(scores, 4)))
 
 
 def test_router_losses_by_hand(make):
