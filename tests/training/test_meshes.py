@@ -29,8 +29,7 @@ def test_experts_agree_across_meshes_and_drop_nothing(run_python):
         assert {"loss/router_balance", "loss/router_z", "router/load", "router/entropy"} <= set(found["metrics"])
         for one, other in found["metrics"].values():
             assert abs(one - other) <= 1e-5 * abs(one), (name, found)
-    assert crowded.pop("load") == 2.0 and len(crowded) == 2
-    assert max(crowded.values()) <= 1e-5
+    assert crowded["load"] == 2.0 and crowded["error"] <= 1e-5
 
 
 def test_a_step_compiles_once_however_its_state_was_made(run_python):
