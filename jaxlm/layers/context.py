@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import zlib
+from collections.abc import Mapping
 from typing import Any, Protocol, override
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.parallel.experts import Apply, Kernels, through_experts
 from pallas_kernels import dropout
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
@@ -30,6 +32,29 @@ class Ops(Protocol):
     ) -> tuple[jax.Array, TokenScores]:
         """`pallas_kernels.cross_entropy.cross_entropy` of features [B, T, E], labels and weights [B, T]."""
 
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        """The weighted sum of what its experts make of each token; none is dropped.
+
+        Args:
+          apply: what experts do, see `jaxlm.parallel.experts.Apply`.
+          kernels: matrices by name, each with a leading axis over experts.
+          axes: their logical axes: "experts", "embed" and "mlp" in any order after the first.
+          x: [B, T, E].
+          chosen: int32 [B, T, K], different experts for a token; the number of experts chooses none.
+          weights: float32 [B, T, K].
+
+        Returns:
+          [B, T, E].
+        """
+
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out as its logical axis names say."""
 
@@ -48,6 +73,18 @@ class LocalOps(Ops):
         flat = features.reshape(-1, features.shape[-1]), projection, labels.ravel(), weights.ravel()
         total, scores = cross_entropy(*flat, **options)
         return total, jax.tree.map(lambda x: x.reshape(labels.shape), scores)
+
+    @override
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        return through_experts(apply, kernels, x, chosen, weights)
 
     @override
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
