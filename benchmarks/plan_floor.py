@@ -1,9 +1,9 @@
 """The floor of a planned step: a 1.1B decoder's training step on a pod, by hand in pure JAX, and nothing else.
 
 Width 2048, 16 layers, 16 heads of 128, SwiGLU 7168, vocabulary 32000; bfloat16 compute over float32 parameters and
-AdamW's moments, all split over one axis of devices (ZeRO-3). Attention is jax's own splash kernel under `shard_map`; each
-layer is recomputed in the backward pass; the logits of a device's tokens exist whole. `benchmarks/plan.py` compiles it
-beside jaxlm's step.
+AdamW's moments, all split over one axis of devices (ZeRO-3). Attention is jax's own splash kernel under `shard_map`;
+each layer is recomputed in the backward pass; the logits of a device's tokens exist whole. `benchmarks/plan.py`
+compiles it beside jaxlm's step.
 """
 
 import dataclasses

@@ -9,8 +9,8 @@ python -m jaxlm.plan --gin_file=... --topology=cpu:8 --save=plans/mine
 --save=FOLDER             also writes plan.json and plan.md there
 --gin_file, --gin.NAME    as of jaxlm.train; the run's data need not exist
 
-TPUs need the package libtpu; an H200 needs what pallas_kernels/ahead_of_time.py says. Exits with status 4 where the plan
-does not fit.
+TPUs need the package libtpu; an H200 needs what pallas_kernels/ahead_of_time.py says. Exits with status 4 where the
+plan does not fit.
 """
 
 import json

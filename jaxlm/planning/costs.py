@@ -128,17 +128,36 @@ def costs(hlo: str | Module, mesh: Mapping[str, int] | None = None, *, platform:
     return counter.result()
 
 
+def matmul_flops(hlo: str) -> int:
+    """FLOPs of all matrix products that one run of a compiled program executes.
+
+    Raises:
+      ValueError: a loop around a product ends when its data say, or a product hides in a library call.
+    """
+    module = parse(hlo)
+    counter = _Counter(module, {}, "cpu")
+    counter.run(entry_frame(module), 1)
+    if counter.loops_with_products:
+        raise ValueError(
+            f"The loop {counter.loops_with_products[0]!r} multiplies matrices and has no known trip count."
+        )
+    if counter.unread:
+        raise ValueError(f"The products in {min(counter.unread)} cannot be counted; compile without library calls.")
+    return counter.matmul
+
+
 class _Counter:
     """Walks through a program once, with the number of times that each computation runs."""
 
     def __init__(self, module: Module, mesh: dict[str, int], platform: str):
         self._module, self._mesh, self._platform = module, mesh, platform
-        self._matmul = self._kernel = self._bytes = self._host = 0
+        self.matmul = self._kernel = self._bytes = self._host = 0
         self._collectives: dict[tuple[str, tuple[str, ...], int], list[int]] = {}
         self._kernels: collections.Counter[str] = collections.Counter()
         self._undeclared: collections.Counter[str] = collections.Counter()
         self._loops: list[str] = []
-        self._unread: set[str] = set()
+        self.loops_with_products: list[str] = []
+        self.unread: set[str] = set()
 
     def result(self) -> Costs:
         found = [Collective(*key, count, size) for key, (count, size) in self._collectives.items()]
@@ -147,9 +166,9 @@ class _Counter:
             f"The kernel {name} ({times} runs) declares no cost; its FLOPs are missing."
             for name, times in self._undeclared.items()
         ]
-        notes += [f"The products in {name} cannot be read; their FLOPs are missing." for name in sorted(self._unread)]
+        notes += [f"The products in {name} cannot be read; their FLOPs are missing." for name in sorted(self.unread)]
         return Costs(
-            matmul_flops=self._matmul,
+            matmul_flops=self.matmul,
             kernel_flops=self._kernel,
             bytes=self._bytes,
             host_bytes=self._host,
@@ -167,9 +186,11 @@ class _Counter:
             self._count_bytes(computation, instruction, times)
             if instruction.op == "while":
                 trips, inside = frame.loop(instruction)
+                before = self.matmul
+                self.run(inside, times * (1 if trips is None else trips))
                 if trips is None:
                     self._loops.append(instruction.name)
-                self.run(inside, times * (1 if trips is None else trips))
+                    self.loops_with_products += [instruction.name] if self.matmul > before else []
             elif instruction.op == "conditional":
                 self._run_dearest(frame, instruction, times)
             elif instruction.op in ("call", "async-start"):
@@ -183,8 +204,8 @@ class _Counter:
             branch = _Counter(self._module, self._mesh, self._platform)
             branch.run(Frame(self._module, self._module.computations[name], frame.argument), times)
             tried.append(branch)
-        dearest = max(tried, key=lambda b: (b._matmul + b._kernel, b._bytes))
-        self._matmul += dearest._matmul
+        dearest = max(tried, key=lambda b: (b.matmul + b._kernel, b._bytes))
+        self.matmul += dearest.matmul
         self._kernel += dearest._kernel
         self._bytes += dearest._bytes
         self._host += dearest._host
@@ -193,16 +214,17 @@ class _Counter:
         self._kernels += dearest._kernels
         self._undeclared += dearest._undeclared
         self._loops += dearest._loops
-        self._unread |= dearest._unread
+        self.loops_with_products += dearest.loops_with_products
+        self.unread |= dearest.unread
 
     # Products.
 
     def _count_products(self, computation: Computation, instruction: Instruction, times: int) -> None:
         op = instruction.op
         if op == "dot":
-            self._matmul += times * _dot_flops(computation, instruction, "lhs_contracting_dims")
+            self.matmul += times * _dot_flops(computation, instruction, "lhs_contracting_dims")
         elif op == "convolution":
-            self._matmul += times * _convolution_flops(computation, instruction)
+            self.matmul += times * _convolution_flops(computation, instruction)
         elif op == "custom-call":
             self._count_custom_call(computation, instruction, times)
         elif op == "fusion":
@@ -218,9 +240,9 @@ class _Counter:
             self._kernels[_family(instruction.name)] += times
             self._kernel += times * declared
         elif "lhs_contracting_dimensions" in instruction.attributes:
-            self._matmul += times * _library_flops(computation, instruction)
+            self.matmul += times * _library_flops(computation, instruction)
         elif _LIBRARY_PRODUCT.search(target):
-            self._unread.add(f"{target} {instruction.name!r}")
+            self.unread.add(f"{target} {instruction.name!r}")
         elif _KERNELS.search(target):
             self._kernels[_family(instruction.name)] += times
             self._undeclared[_family(instruction.name)] += times

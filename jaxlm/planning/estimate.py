@@ -1,7 +1,7 @@
 """A roofline: how long a step takes at least, by arithmetic, memory and network (Williams et al. 2009).
 
-An estimate, not a measurement: peaks of data sheets are never reached, and how far the three overlap is the compiler's and
-the machine's business. Good for comparing meshes, and for knowing which of the three is in the way.
+An estimate, not a measurement: peaks of data sheets are never reached, and how far the three overlap is the compiler's
+and the machine's business. Good for comparing meshes, and for knowing which of the three is in the way.
 """
 
 import dataclasses
