@@ -13,7 +13,6 @@ TPUs need the package libtpu; an H200 needs what pallas_kernels/ahead_of_time.py
 plan does not fit.
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -71,7 +70,7 @@ def _plan(run, machine, tries: int, folder: pathlib.Path | None) -> int:
     plan = compile_plan(prepared)
     advised = advice(plan, prepared)
     console.print(report.table(plan, advised))
-    document, data = report.markdown(plan, advised), {"plan": report.as_json(plan, advised)}
+    search = None
     if tries:
         own = levers_of(run, machine.num_devices)
         plans = [(own.name, plan)]
@@ -80,15 +79,12 @@ def _plan(run, machine, tries: int, folder: pathlib.Path | None) -> int:
         for levers, candidate in good[:tries]:
             console.print(f"compiling: {levers.name}")
             plans.append((levers.name, compile_plan(candidate)))
-        console.print(report.ranking_table(plans))
         rest = f"{len(good[tries:])} further candidates were not compiled (--search=N); {len(left_out)} cannot work."
+        search = plans, rest
+        console.print(report.ranking_table(plans))
         console.print(rest)
-        document += f"\n{report.ranking_markdown(plans)}\n{rest}\n"
-        data["search"] = [{"levers": name, **report.as_json(found)} for name, found in plans]
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.md").write_text(f"# Plan for {machine.name}\n\n{document}")
-        (folder / "plan.json").write_text(json.dumps(data, indent=1) + "\n")
+        report.save(folder, plan, advised, search)
         console.print(f"Saved in {folder}.")
     return 0 if plan.fits else DOES_NOT_FIT
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from jaxlm.planning.program import Plan
 from jaxlm.training.progress import human
 
 Row = tuple[str, str, str]
+Search = tuple[Sequence[tuple[str, Plan]], str]
 
 
 def rows(plan: Plan) -> Iterator[Row]:
@@ -134,6 +136,24 @@ def as_json(plan: Plan, advice: Sequence[str] = ()) -> dict[str, Any]:
         for collective, kind in zip(made["costs"]["collectives"], plan.costs.collectives):
             collective["sent"] = kind.sent
     return json.loads(json.dumps(made))
+
+
+def save(folder: pathlib.Path, plan: Plan, advice: Sequence[str] = (), search: Search | None = None) -> None:
+    """Writes `plan.md` and `plan.json`.
+
+    Args:
+      folder: made if it is not there.
+      plan, advice: what is saved.
+      search: (name, plan) of all that a search compiled, and a sentence about the rest; None where there was none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    document, data = markdown(plan, advice), {"plan": as_json(plan, advice)}
+    if search is not None:
+        plans, rest = search
+        document += f"\n{ranking_markdown(plans)}\n{rest}\n"
+        data["search"] = [{"levers": name, **as_json(found)} for name, found in plans]
+    (folder / "plan.md").write_text(document)
+    (folder / "plan.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 def ranking(plans: Sequence[tuple[str, Plan]]) -> list[tuple[str, ...]]:
