@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "jaxlm.chips": set(),
     "jaxlm.piecewise": set(),
     "jaxlm.configuration": set(),
-    "jaxlm.parallel": {"pallas_kernels"},
+    "jaxlm.parallel": {"pallas_kernels"} | GROUND,
     "jaxlm.layers": {"pallas_kernels", "jaxlm.parallel"} | GROUND,
     "jaxlm.models": {"pallas_kernels", "jaxlm.parallel", "jaxlm.layers"} | GROUND,
     "jaxlm.objectives": {"pallas_kernels"} | GROUND,

@@ -74,7 +74,7 @@ class Topology:
         if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
             return self.chip.network_bandwidth
         if self.kind == "gpu":
-            nodes = {device.id // 8 for device in devices}
+            nodes = {device.process_index for device in devices}
             return self.chip.network_bandwidth if len(nodes) > 1 else self.chip.link_bandwidth
         places = [tuple(device.coords) for device in devices]
         along = [axis for axis in range(len(self.shape)) if len({place[axis] for place in places}) > 1]
