@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.parallel.collectives import gather
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.rules import degree, mesh_axes
 from jaxlm.parallel.sharded_attention import ShardedAttention
@@ -113,7 +114,7 @@ class ShardedOps:
             matrix = matrix.astype(features.dtype)
             for axis, entry in enumerate(split):
                 if entry:
-                    matrix = jax.lax.all_gather(matrix, entry, axis=axis, tiled=True)
+                    matrix = gather(matrix, entry, axis)
             whole = dataclasses.replace(projection, matrix=matrix, bias=bias)
             flat = features.reshape(-1, features.shape[-1]), whole, labels.ravel(), weights.ravel()
             total, scores = cross_entropy(*flat, **options)

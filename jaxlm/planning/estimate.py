@@ -64,7 +64,9 @@ def estimate(costs: Costs, machine: Topology, mesh: Mesh, *, model_flops: float,
         if bandwidth is not None:
             name = " x ".join(axis for axis in axes if mesh.shape[axis] > 1)
             by_axis[name] = by_axis.get(name, 0.0) + collective.sent / bandwidth
-    compute, memory, network = costs.flops / chip.bf16, costs.bytes / chip.hbm_bandwidth, sum(by_axis.values())
+    # What the model counts must be done, also by kernels that declare no cost.
+    flops = max(costs.flops, model_flops / mesh.size)
+    compute, memory, network = flops / chip.bf16, costs.bytes / chip.hbm_bandwidth, sum(by_axis.values())
     step = max(compute, memory, network)
     return Estimate(
         compute=compute,
