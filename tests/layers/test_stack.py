@@ -15,7 +15,8 @@ from jaxlm.layers.feed_forward import FeedForwardConfig
 from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, ParameterMaker, Parametrization, PathKey, ResidualInit
 from jaxlm.layers.positions import RelativePositions, Rope
-from jaxlm.layers.stack import Layers, Remat, Stack, StackConfig
+from jaxlm.layers.remat import Remat, SaveNamed
+from jaxlm.layers.stack import Layers, Stack, StackConfig
 from jaxlm.layers.stacking import StackLayout, stack, unstack
 from pallas_kernels.masks import Causal
 
