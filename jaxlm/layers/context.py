@@ -8,6 +8,8 @@ from typing import Any, Protocol, override
 import jax
 import jax.numpy as jnp
 
+from jaxlm.layers.quantized import Quantization, quantized_matmul
+from jaxlm.layers.remat import name_activation
 from pallas_kernels import dropout
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
@@ -61,10 +63,13 @@ class Context:
     Attributes:
       ops: see `Ops`.
       dropout_key: jax key, or None: deterministic, no dropout.
+      quantization: how products of bfloat16 operands are taken inside the stacks; None takes them as they are. A layer
+        that wants a product in full, such as a router, gives it float32 operands.
     """
 
     ops: Ops = LocalOps()
     dropout_key: jax.Array | None = None
+    quantization: Quantization | None = None
 
     def fold(self, where: int | jax.Array | str) -> "Context":
         """A context for a part of the model, with a key of its own; `where` may be traced (a layer's index)."""
@@ -97,12 +102,20 @@ class Context:
           [*tokens, *outputs].
         """
         if self.ops.splits_length:
+            if self._quantizes(x, kernel):
+                return name_activation(quantized_matmul(x, kernel, contracted, self.quantization), "product")
             axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
             return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)
         tokens, outputs = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
         x = x.reshape(math.prod(tokens), -1)
         kernel = kernel.reshape(x.shape[1], math.prod(outputs))
+        if self._quantizes(x, kernel):
+            product = quantized_matmul(x, kernel, 1, self.quantization)
+            return name_activation(product, "product").reshape(*tokens, *outputs)
         return jnp.matmul(x, kernel, preferred_element_type=result).reshape(*tokens, *outputs)
+
+    def _quantizes(self, x: jax.Array, kernel: jax.Array) -> bool:
+        return self.quantization is not None and x.dtype == kernel.dtype == jnp.bfloat16
 
 
 LOCAL = Context()  # one device, no dropout

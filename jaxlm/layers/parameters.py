@@ -189,13 +189,23 @@ class ParameterMaker:
     depth: int = 1
     stacked: bool = False
 
-    def matrix(self, key: PathKey, inputs: Dims, outputs: Dims, *, gain: float = 1.0) -> nnx.Param:
-        """A matrix within the model, of shape inputs + outputs; `gain` multiplies its standard deviation."""
+    def matrix(
+        self, key: PathKey, inputs: Dims, outputs: Dims, *, gain: float = 1.0, used_as: jnp.dtype | None = None
+    ) -> nnx.Param:
+        """A matrix within the model, of shape inputs + outputs.
+
+        Args:
+          key: of this parameter.
+          inputs, outputs: names and sizes.
+          gain: multiplies its standard deviation.
+          used_as: the type to which it is cast before any use. Where parameters travel between devices once a step, they
+            do so in this type.
+        """
         if self.init.scheme is InitScheme.FIXED:
             std = self.init.std / math.sqrt(self.parametrization.width_ratio(self.width))
         else:
             std = self.init.std / math.sqrt(math.prod(size for _, size in inputs))
-        return self._random(key, inputs + outputs, std * gain, "hidden")
+        return self._random(key, inputs + outputs, std * gain, "hidden", used_as)
 
     @property
     def residual_gain(self) -> float:
@@ -222,17 +232,19 @@ class ParameterMaker:
         """A small random table whose size does not follow the width, such as relative position biases."""
         return self._random(key, dims, std, "vector")
 
-    def _random(self, key: PathKey, dims: Dims, std: float, role: str) -> nnx.Param:
+    def _random(
+        self, key: PathKey, dims: Dims, std: float, role: str, used_as: jnp.dtype | None = None
+    ) -> nnx.Param:
         shape = tuple(size for _, size in dims)
         if self.init.cut is None:
             values = jax.random.normal(key.key, shape, jnp.float32)
         else:
             values = jax.random.truncated_normal(key.key, -self.init.cut, self.init.cut, shape, jnp.float32)
-        return self._param(values * std, dims, role)
+        return self._param(values * std, dims, role, used_as)
 
-    def _param(self, values: jax.Array, dims: Dims, role: str) -> nnx.Param:
+    def _param(self, values: jax.Array, dims: Dims, role: str, used_as: jnp.dtype | None = None) -> nnx.Param:
         axes = tuple(name for name, _ in dims)
-        return nnx.Param(values, axes=("layers", *axes) if self.stacked else axes, role=role)
+        return nnx.Param(values, axes=("layers", *axes) if self.stacked else axes, role=role, used_as=used_as)
 
 
 class Linear(nnx.Module):
@@ -249,7 +261,7 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         key: PathKey,
     ):
-        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain)
+        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain, used_as=dtype)
         self.bias = make.vector(outputs, 0.0) if bias else None
         self.contracted = len(inputs)
         self.dtype = dtype

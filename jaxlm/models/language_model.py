@@ -123,20 +123,20 @@ class LanguageModel(nnx.Module):
                 x,
                 self_mask(batch, architecture),
                 batch[f"{side}_positions"],
-                context=context.fold("stack"),
+                context=self._in_stack(context, "stack"),
                 normalize=normalize,
             )
         encoded = self.encoder(
             self._embed(batch, "encoder", context, None),
             self_mask(batch, Architecture.ENCODER),
             batch["encoder_positions"],
-            context=context.fold("encoder_stack"),
+            context=self._in_stack(context, "encoder_stack"),
         )
         return self.decoder(
             self._embed(batch, "decoder", context, None),
             self_mask(batch, architecture),
             batch["decoder_positions"],
-            context=context.fold("stack"),
+            context=self._in_stack(context, "stack"),
             encoded=encoded,
             cross_mask=Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"]),
             normalize=normalize,
@@ -149,10 +149,13 @@ class LanguageModel(nnx.Module):
         mask = self_mask(batch, self.config.architecture)
         around = stack.surroundings(mask, batch["decoder_positions"], more_blocks=(self.config.future_block,))
         run = remat(stack.config.remat, scanned=False)
-        inner = context.fold("future")
+        inner = self._in_stack(context, "future")
         return tuple(
             stack.finish(run(self.future[str(i)], trunk, around, inner.fold(i)), inner.fold(i)) for i in range(count)
         )
+
+    def _in_stack(self, context: Context, name: str) -> Context:
+        return dataclasses.replace(context.fold(name), quantization=self.config.compute.quantization)
 
     def _embed(self, batch: Batch, side: str, context: Context, added: jax.Array | None) -> jax.Array:
         return self.embedding(
