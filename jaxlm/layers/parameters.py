@@ -198,8 +198,8 @@ class ParameterMaker:
           key: of this parameter.
           inputs, outputs: names and sizes.
           gain: multiplies its standard deviation.
-          used_as: the type to which it is cast before any use. Where parameters travel between devices once a step, they
-            do so in this type.
+          used_as: the type to which it is cast before any use. Where parameters travel between devices once a step,
+            they do so in this type.
         """
         if self.init.scheme is InitScheme.FIXED:
             std = self.init.std / math.sqrt(self.parametrization.width_ratio(self.width))
@@ -232,9 +232,7 @@ class ParameterMaker:
         """A small random table whose size does not follow the width, such as relative position biases."""
         return self._random(key, dims, std, "vector")
 
-    def _random(
-        self, key: PathKey, dims: Dims, std: float, role: str, used_as: jnp.dtype | None = None
-    ) -> nnx.Param:
+    def _random(self, key: PathKey, dims: Dims, std: float, role: str, used_as: jnp.dtype | None = None) -> nnx.Param:
         shape = tuple(size for _, size in dims)
         if self.init.cut is None:
             values = jax.random.normal(key.key, shape, jnp.float32)

@@ -1,4 +1,4 @@
-"""Rematerialisation: what a block keeps for its backward pass, on the device or on the host, and what it computes again.
+"""Rematerialisation: what a block keeps for its backward pass, on the device or the host, and what it computes again.
 
 A block's activations have names (`ACTIVATIONS`). A policy lists which are kept; everything else is computed again from
 the block's input, which is always there.
@@ -21,8 +21,8 @@ ACTIVATIONS = {
     "key": "[B, S, G, D], likewise",
     "value": "[B, S, G, D]",
     ATTENTION_OUT: "[B, T, H, D], before the output projection",
-    ATTENTION_LSE: "[B, H, T] float32, log-sum-exp of the scores: with attention_out, all that a kernel's backward pass "
-    "needs of its forward pass",
+    ATTENTION_LSE: "[B, H, T] float32, log-sum-exp of the scores: with attention_out, all that a kernel's backward "
+    "pass needs of its forward pass",
     "gate": "[B, T, F], the feed-forward layer's product before its activation",
     "up": "[B, T, F], the feed-forward layer's other product, or its only one",
     "product": "the result of a product in 8 bits, in the type of activations",

@@ -13,7 +13,7 @@ from jaxlm.parallel.rules import DEFAULT_RULES, Rules, mesh_axes, spec
 
 
 class Memory(enum.Enum):
-    """Where an array waits: in the DEVICE's main memory, or page-locked in its HOST's, from where devices can fetch it."""
+    """Where an array waits: in the DEVICE's main memory, or page-locked in its HOST's, where devices can fetch it."""
 
     DEVICE = "device"
     HOST = "pinned_host"

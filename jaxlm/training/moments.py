@@ -37,8 +37,8 @@ class MomentStorage:
     Attributes:
       first: of running means of gradients (AdamW, Lion, Muon, SGD's momentum).
       second: of running means of squared gradients (AdamW, Adafactor).
-      rounding: see `Rounding`. What is rounded up is a hash of step, parameter and place: the same on every mesh, after a
-        restart, and with scanned or unrolled layers.
+      rounding: see `Rounding`. What is rounded up is a hash of step, parameter and place: the same on every mesh, after
+        a restart, and with scanned or unrolled layers.
     """
 
     first: Literal["float32", "bfloat16"] = "bfloat16"
@@ -59,7 +59,7 @@ class MomentStorage:
 
 
 def moment_order(path: tuple) -> int | None:
-    """1 or 2 if the leaf at this path (of jax's keys) of an optimizer's state is a first or second moment, else None."""
+    """1 or 2 if the leaf at this path (jax's keys) of an optimizer's state is a first or second moment, else None."""
     return next((_ORDER[key.name] for key in path if getattr(key, "name", None) in _ORDER), None)
 
 

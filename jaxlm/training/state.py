@@ -102,8 +102,8 @@ def state_shardings(state: Any, infos: Tree, parallel: Parallelism, *, reasons: 
     """Shardings of a state, or of any tree with leaves that lie at a parameter's path and have its rank.
 
     Parameters, averages and moments follow their parameter's logical axes by `Parallelism.state_rules`; everything else
-    (counters, the guard's window) is replicated. Dimensions that do not divide are replicated. Moments lie in the memory
-    that `ParallelConfig.moments` names.
+    (counters, the guard's window) is replicated. Dimensions that do not divide are replicated. Moments lie in the
+    memory that `ParallelConfig.moments` names.
 
     Args:
       state: a tree of arrays or of `jax.ShapeDtypeStruct`.
@@ -152,9 +152,9 @@ def _on_device(sharding: NamedSharding) -> NamedSharding:
 def working_copy(params: Tree, infos: Tree, parallel: Parallelism) -> Tree:
     """Inside jit: stored parameters as the model is to be given them.
 
-    Where parameters are stored in other pieces than they are used in (`ParallelConfig.state_rules`), they are cast to the
-    types the model uses and gathered, once. Otherwise they are what is stored: under FSDP each layer casts and gathers
-    its own, when it is their turn.
+    Where parameters are stored in other pieces than they are used in (`ParallelConfig.state_rules`), they are cast to
+    the types the model uses and gathered, once. Otherwise they are what is stored: under FSDP each layer casts and
+    gathers its own when it is its turn.
 
     Args:
       params: stored, or some of them.
@@ -176,7 +176,7 @@ def working_copy(params: Tree, infos: Tree, parallel: Parallelism) -> Tree:
 
 
 def stored_gradients(grads: Tree, infos: Tree, parallel: Parallelism) -> Tree:
-    """Inside jit: gradients of `working_copy` in float32, each device with the piece of which it stores the parameter."""
+    """Inside jit: gradients of `working_copy`, in float32, of the pieces of parameters that a device stores."""
     by_path = flatten(infos)
 
     def scattered(path: tuple[str, ...], x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Run with 8 devices by test_memory.py: ZeRO-1, moments on the host and rounded, microbatches, against plain data parallel."""
+"""Run with 8 devices by test_memory.py: ZeRO-1, moments on the host, microbatches, against plain data parallel."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What is stored between steps: ZeRO-1, moments in fewer bits and on the host. The numbers stay those of plain training."""
+"""What is stored between steps: ZeRO-1, moments in fewer bits and on the host. The numbers stay those without."""
 
 import json
 
