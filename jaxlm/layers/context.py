@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.layers.quantized import Quantization, quantized_matmul
 from jaxlm.layers.remat import name_activation
-from pallas_kernels import dropout
+from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
 
@@ -88,9 +88,11 @@ class Context:
     def matmul(self, x: jax.Array, kernel: jax.Array, contracted: int, *, result: Any = None) -> jax.Array:
         """x times kernel over x's last and kernel's first `contracted` axes.
 
-        All other axes of x become one, tokens, if they can: XLA's CPU backend then takes a third less time for a
-        training step (it transposes operands of more than two axes before it multiplies them for gradients), and
-        accelerators lose nothing. They cannot where rows are spread along their length: tokens would have to move.
+        All other axes of x become one, tokens, if they can. They cannot where rows are spread along their length:
+        tokens would have to move. On a CPU the kernel's axes become two as well: XLA's CPU backend then takes a third
+        less time for a training step, since it transposes operands of more axes before it multiplies them for
+        gradients. Elsewhere they stay: behind a reshape XLA no longer sees that a kernel gathered for the forward
+        pass serves the backward pass too, and gathers it again.
 
         Args:
           x: [*tokens, *inputs].
@@ -101,21 +103,20 @@ class Context:
         Returns:
           [*tokens, *outputs].
         """
+        if self.quantization is not None and x.dtype == kernel.dtype == jnp.bfloat16:
+            return name_activation(quantized_matmul(x, kernel, contracted, self.quantization), "product")
         if self.ops.splits_length:
-            if self._quantizes(x, kernel):
-                return name_activation(quantized_matmul(x, kernel, contracted, self.quantization), "product")
             axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
             return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)
         tokens, outputs = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
-        x = x.reshape(math.prod(tokens), -1)
-        kernel = kernel.reshape(x.shape[1], math.prod(outputs))
-        if self._quantizes(x, kernel):
-            product = quantized_matmul(x, kernel, 1, self.quantization)
-            return name_activation(product, "product").reshape(*tokens, *outputs)
-        return jnp.matmul(x, kernel, preferred_element_type=result).reshape(*tokens, *outputs)
-
-    def _quantizes(self, x: jax.Array, kernel: jax.Array) -> bool:
-        return self.quantization is not None and x.dtype == kernel.dtype == jnp.bfloat16
+        if platforms.current().kind == "cpu":
+            x = x.reshape(math.prod(tokens), -1)
+            kernel = kernel.reshape(x.shape[1], math.prod(outputs))
+            return jnp.matmul(x, kernel, preferred_element_type=result).reshape(*tokens, *outputs)
+        x = x.reshape(math.prod(tokens), *kernel.shape[:contracted])
+        axes = (tuple(range(1, 1 + contracted)), tuple(range(contracted)))
+        product = jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)
+        return product.reshape(*tokens, *outputs)
 
 
 LOCAL = Context()  # one device, no dropout
