@@ -43,10 +43,20 @@ def keep_in_row(rows: jax.Array, key: jax.Array, rate: float) -> jax.Array:
 
 def keep_entries(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
     """True where an entry of an array of `shape` is kept, with probability 1 - rate; the same hash over its indices."""
+    return entry_bits(seed, shape) >= np.uint32(round(rate * 2**32))
+
+
+def entry_bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """uint32: the hash of the indices of each entry of an array of `shape`.
+
+    Args:
+      seed: uint32, a scalar, or [N, 1, ...] with as many ones as `shape` has axes: then N such arrays, [N, *shape].
+      shape: sizes.
+    """
     x = seed
     for indices, odd in zip(jnp.indices(shape, sparse=True), itertools.cycle(_ODD)):
         x = _mix(x ^ (indices.astype(jnp.uint32) * odd))
-    return x >= np.uint32(round(rate * 2**32))
+    return x
 
 
 def _mix(x: jax.Array) -> jax.Array:

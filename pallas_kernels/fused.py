@@ -16,6 +16,7 @@ from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
 from pallas_kernels.masks import And, BlockSparse, Full, IntervalMask, Mask
 from pallas_kernels.plans import Rows
 from pallas_kernels.requests import Origin, Request
+from pallas_kernels.residuals import named
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +124,7 @@ def fused_attention(
 
 
 def _forward(kernels, q, k, v, inputs):
-    out, lse = kernels.forward(q, k, v, inputs)
+    out, lse = named(*kernels.forward(q, k, v, inputs))
     return (out, lse), (q, k, v, inputs, out, lse)
 
 

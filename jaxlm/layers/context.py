@@ -9,6 +9,8 @@ from typing import Any, Protocol, override
 import jax
 import jax.numpy as jnp
 
+from jaxlm.layers.quantized import Quantization, quantized_matmul
+from jaxlm.layers.remat import name_activation
 from jaxlm.parallel.experts import Apply, Kernels, through_experts
 from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
@@ -98,10 +100,13 @@ class Context:
     Attributes:
       ops: see `Ops`.
       dropout_key: jax key, or None: deterministic, no dropout.
+      quantization: how products of bfloat16 operands are taken inside the stacks; None takes them as they are. A layer
+        that wants a product in full, such as a router, gives it float32 operands.
     """
 
     ops: Ops = LocalOps()
     dropout_key: jax.Array | None = None
+    quantization: Quantization | None = None
 
     def fold(self, where: int | jax.Array | str) -> "Context":
         """A context for a part of the model, with a key of its own; `where` may be traced (a layer's index)."""
@@ -135,6 +140,8 @@ class Context:
         Returns:
           [*tokens, *outputs].
         """
+        if self.quantization is not None and x.dtype == kernel.dtype == jnp.bfloat16:
+            return name_activation(quantized_matmul(x, kernel, contracted, self.quantization), "product")
         if self.ops.splits_length:
             axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
             return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)

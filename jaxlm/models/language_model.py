@@ -132,7 +132,7 @@ class LanguageModel(nnx.Module):
                 x,
                 self_mask(batch, architecture),
                 batch[f"{side}_positions"],
-                context=context.fold("stack"),
+                context=self._in_stack(context, "stack"),
                 present=batch[f"{side}_segment_ids"] > 0,
                 normalize=normalize,
             )
@@ -140,14 +140,14 @@ class LanguageModel(nnx.Module):
             self._embed(batch, "encoder", context, None),
             self_mask(batch, Architecture.ENCODER),
             batch["encoder_positions"],
-            context=context.fold("encoder_stack"),
+            context=self._in_stack(context, "encoder_stack"),
             present=batch["encoder_segment_ids"] > 0,
         )
         hidden, decoder_side = self.decoder(
             self._embed(batch, "decoder", context, None),
             self_mask(batch, architecture),
             batch["decoder_positions"],
-            context=context.fold("stack"),
+            context=self._in_stack(context, "stack"),
             encoded=encoded,
             cross_mask=Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"]),
             present=batch["decoder_segment_ids"] > 0,
@@ -167,13 +167,16 @@ class LanguageModel(nnx.Module):
             more_blocks=(self.config.future_block,),
         )
         run = remat(stack.config.remat, scanned=False)
-        inner = context.fold("future")
+        inner = self._in_stack(context, "future")
         hidden = []
         for i in range(count):
             x, side = run(self.future[str(i)], trunk, around, inner.fold(i))
             hidden.append(stack.finish(x, inner.fold(i)))
             total += side
         return tuple(hidden), total
+
+    def _in_stack(self, context: Context, name: str) -> Context:
+        return dataclasses.replace(context.fold(name), quantization=self.config.compute.quantization)
 
     def _embed(self, batch: Batch, side: str, context: Context, added: jax.Array | None) -> jax.Array:
         return self.embedding(

@@ -1,6 +1,7 @@
 """How a run is spread over devices: what a user says, and what that means on the devices there are."""
 
 import dataclasses
+import enum
 import math
 from collections.abc import Sequence
 
@@ -11,25 +12,50 @@ from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.rules import DEFAULT_RULES, Rules, mesh_axes, spec
 
 
+class Memory(enum.Enum):
+    """Where an array waits: in the DEVICE's main memory, or page-locked in its HOST's, where devices can fetch it."""
+
+    DEVICE = "device"
+    HOST = "pinned_host"
+
+
 @dataclasses.dataclass(frozen=True)
 class ParallelConfig:
     """How a run is spread over devices.
 
     Attributes:
       mesh: degrees of parallelism.
-      rules: which mesh axes split which logical axis.
+      rules: which mesh axes split which logical axis of parameters and activations while a model computes.
+      state_rules: rules that take the place of those of the same name for what is stored between steps: parameters in
+        full precision, moments, averages. A step then begins with gathering the parameters, in the type the model
+        uses, and ends its backward pass with scattering their gradients. (("embed", ("fsdp", "data")),) is stage 1
+        (ZeRO-1, Rajbhandari et al. 2020, arXiv 1910.02054, 5.1) on top of what `rules` do. () stores as `rules` say.
+      moments: where the optimizer's moments lie between steps.
     """
 
     mesh: MeshConfig
     rules: Rules = DEFAULT_RULES
+    state_rules: Rules = ()
+    moments: Memory = Memory.DEVICE
+
+    def __post_init__(self):
+        object.__setattr__(self, "moments", Memory(self.moments))
+        if unknown := [name for name, _ in self.state_rules if name not in dict(self.rules)]:
+            raise ValueError(
+                f"ParallelConfig.state_rules has rules for {unknown}, which are not among those it replaces; "
+                f"ParallelConfig.rules has {[name for name, _ in self.rules]}."
+            )
 
     def on(self, devices: Sequence[jax.Device] | None = None) -> "Parallelism":
         """The same on these devices (default: all).
 
         Raises:
-          ValueError: the degrees do not fit the number of devices.
+          ValueError: the degrees do not fit the number of devices, or these have no memory of their host.
         """
-        return Parallelism(self.mesh.make(devices), self)
+        mesh = self.mesh.make(devices)
+        if self.moments is Memory.HOST:
+            check_host_memory(mesh, "ParallelConfig.moments = 'pinned_host'")
+        return Parallelism(mesh, self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +75,16 @@ class Parallelism:
         """Which mesh axes split which logical axis."""
         return self.config.rules
 
+    @property
+    def state_rules(self) -> Rules:
+        """Which mesh axes split which logical axis of what is stored between steps."""
+        return tuple((name, dict(self.config.state_rules).get(name, axes)) for name, axes in self.rules)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether parameters are stored in other pieces than they are used in."""
+        return self.state_rules != self.rules
+
     def spec(
         self, axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None, *, reasons: list[str] | None = None
     ) -> PartitionSpec:
@@ -60,6 +96,12 @@ class Parallelism:
     ) -> NamedSharding:
         """`spec` as a sharding of an array of this shape."""
         return NamedSharding(self.mesh, self.spec(axes, shape, reasons=reasons))
+
+    def stored(
+        self, axes: tuple[str | None, ...], shape: tuple[int, ...], *, reasons: list[str] | None = None
+    ) -> NamedSharding:
+        """How an array of the training state with these logical axes lies on the mesh between steps."""
+        return NamedSharding(self.mesh, spec(axes, self.state_rules, self.mesh, shape, reasons=reasons))
 
     def batch_sharding(self, batch_size: int) -> NamedSharding:
         """How every feature [B, ...] of a batch lies on the mesh: split over examples, whole rows.
@@ -76,3 +118,17 @@ class Parallelism:
                 f"the batch size a multiple of {degree}."
             )
         return NamedSharding(self.mesh, splitting)
+
+
+def check_host_memory(mesh: Mesh, what: str) -> None:
+    """Refuses, for the configuration `what`, a mesh whose devices cannot fetch from their host's memory.
+
+    Raises:
+      ValueError: there is a device that cannot.
+    """
+    device = mesh.devices.flat[0]
+    if Memory.HOST.value not in (kinds := [memory.kind for memory in device.addressable_memories()]):
+        raise ValueError(
+            f"{what} needs devices that reach page-locked memory of their host, but a {device.device_kind} has only "
+            f"{', '.join(kinds)}; keep it on the device."
+        )
