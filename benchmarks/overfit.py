@@ -44,7 +44,7 @@ from jaxlm.objectives.replaced_token_detection import Draws, Generator, Replaced
 from jaxlm.objectives.span_corruption import SpanCorruption
 from jaxlm.objectives.supervised import Supervised
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.training import machine
 from jaxlm.training.optimizers import AdamW, OptimizerConfig, build_optimizer
@@ -215,7 +215,7 @@ def overfit(pair: Pair, *, steps: int = STEPS, learning_rate: float = LEARNING_R
     """
     start = time.process_time()
     model, objective, batch = model_for(pair), pair.objective, batch_for(pair)
-    mesh = MeshConfig().make()
+    parallel = ParallelConfig(MeshConfig()).on()
 
     def make(key: jax.Array):
         return build_model(model, key=key)
@@ -226,8 +226,8 @@ def overfit(pair: Pair, *, steps: int = STEPS, learning_rate: float = LEARNING_R
     config = OptimizerConfig(AdamW(b2=0.95), schedule)
     optimizer = build_optimizer(config, infos, total_steps=steps, parametrization=Parametrization())
     loss = LossConfig()
-    step = make_train_step(definition, objective, optimizer, mesh, DEFAULT_RULES, config=StepConfig(), loss=loss)
-    context = Context(ops=ShardedOps(mesh, DEFAULT_RULES))
+    step = make_train_step(definition, objective, optimizer, parallel, config=StepConfig(), loss=loss)
+    context = Context(ops=ShardedOps(parallel))
 
     @jax.jit
     def measure(params, batch):
@@ -238,7 +238,7 @@ def overfit(pair: Pair, *, steps: int = STEPS, learning_rate: float = LEARNING_R
             shown = objective.shown_tokens(model, batch, context=context, config=loss)
         return {term: metrics[term][0] / metrics[term][1] for term in objective.coefficients}, shown
 
-    state = init_state(make, optimizer, mesh, DEFAULT_RULES, seed=0)
+    state = init_state(make, optimizer, parallel, seed=0)
     on_device = {name: jnp.asarray(x) for name, x in batch.items()}
     reached = False
     for done in range(1, steps + 1):

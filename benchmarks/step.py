@@ -38,7 +38,7 @@ from jaxlm.models.config import HeadConfig, LanguageModelConfig
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import Rules
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training import machine
 from jaxlm.training.optimizers import AdamW, OptimizerConfig, build_optimizer
 from jaxlm.training.schedules import Constant
@@ -105,7 +105,7 @@ def params_like(abstract: dict, floor: dict[str, Any], shape: Shape) -> dict:
 def jaxlm_program(shape: Shape, adamw: step_floor.AdamW, remat: bool) -> tuple[Callable, TrainState]:
     """(step, state) of jaxlm, from the floor's arrays."""
     config = model_config(shape, remat)
-    mesh, rules = MeshConfig().make(), Rules()
+    parallel = ParallelConfig(MeshConfig()).on()
     definition, abstract, infos = abstract_model(lambda key: LanguageModel(config, key=key))
     optimizer_config = OptimizerConfig(
         AdamW(adamw.b1, adamw.b2, adamw.epsilon),
@@ -115,10 +115,10 @@ def jaxlm_program(shape: Shape, adamw: step_floor.AdamW, remat: bool) -> tuple[C
     )
     optimizer = build_optimizer(optimizer_config, infos, total_steps=1000, parametrization=config.scaling)
     params = params_like(abstract, step_floor.init_params(jax.random.key(0), shape), shape)
-    step = make_train_step(definition, FullLM(), optimizer, mesh, rules, config=StepConfig(), loss=LossConfig())
+    step = make_train_step(definition, FullLM(), optimizer, parallel, config=StepConfig(), loss=LossConfig())
     state = fresh_state(params, optimizer)
     # Laid out as the step lays it out, as `init_state` does, or the second step would compile again.
-    return step, jax.device_put(state, state_shardings(state, infos, mesh, rules))
+    return step, jax.device_put(state, state_shardings(state, infos, parallel))
 
 
 def floor_program(shape: Shape, adamw: step_floor.AdamW, remat: bool) -> tuple[Callable, step_floor.State]:

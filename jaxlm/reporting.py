@@ -5,13 +5,13 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxlm.architecture import Architecture
 from jaxlm.decoding.previews import Prompt, preview, prompts_of
 from jaxlm.evaluation.ngram import ngram_baseline, xz_baselines
 from jaxlm.layers.context import Context
 from jaxlm.objectives.full_lm import FullLM
+from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.run import Parts, RunConfig, open_loader
 from jaxlm.training import machine
@@ -27,7 +27,7 @@ _EFFICIENCY = 0.5
 """Share of the speed of large matrix products that a training step of a small model reaches, for the expected time."""
 
 
-def make_plan(run: RunConfig, parts: Parts, mesh: Mesh, step: int) -> Plan:
+def make_plan(run: RunConfig, parts: Parts, parallel: Parallelism, step: int) -> Plan:
     """What is going to happen from `step` on. Times this machine's matrix products for a moment."""
     groups: dict[str, int] = {}
     for path, info in flatten(parts.infos).items():
@@ -37,7 +37,7 @@ def make_plan(run: RunConfig, parts: Parts, mesh: Mesh, step: int) -> Plan:
     rows_left = sum(max(phase.end - max(phase.start, step), 0) * phase.batch_size for phase in run.phases)
     flops = parts.flops_per_token * parts.row_tokens  # a row
     # Devices of a CPU share its cores; accelerators do not.
-    devices = 1 if jax.default_backend() == "cpu" else mesh.size
+    devices = 1 if jax.default_backend() == "cpu" else parallel.mesh.size
     speed = machine.matmul_flops_per_second() * devices * _EFFICIENCY
     loader = parts.loader
     facts = {
@@ -71,10 +71,10 @@ class Samples(Callback):
         self._parts: Parts | None = None
         self._prompts: list[Prompt] = []
 
-    def enter(self, parts: Parts, mesh: Mesh) -> None:
+    def enter(self, parts: Parts, parallel: Parallelism) -> None:
         """A phase of the run begins."""
         self._parts = parts
-        self._context = Context(ops=ShardedOps(mesh, self._run.rules))
+        self._context = Context(ops=ShardedOps(parallel))
         split = self._run.evaluation.split if self._run.evaluation else "validation"
         loader = open_loader(self._run, parts.phase, split=split, one_pass=True)
         self._prompts = prompts_of(next(loader), parts.model.architecture, self._run.samples)

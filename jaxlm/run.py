@@ -6,7 +6,6 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.manager import CheckpointConfig
@@ -18,8 +17,7 @@ from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models import ModelConfig, ReplacedTokenDetectorConfig, build_model
 from jaxlm.models.accounting import flops_per_token
 from jaxlm.objectives.base import LossConfig, Objective
-from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES, Rules, batch_sharding
+from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
 from jaxlm.training import metrics
 from jaxlm.training.evaluation import Evaluator, make_eval_step
 from jaxlm.training.loop import LoopConfig
@@ -63,14 +61,13 @@ class RunConfig:
       step: microbatches and norms.
       loop: periods of logging and evaluation.
       checkpoints: when they are saved and which are kept.
-      mesh: degrees of parallelism.
+      parallel: how all this is spread over devices.
       evaluation: on held-out data; None evaluates nothing.
       samples: texts the model writes now and then; None writes none.
       stages: what changes on the way, see `jaxlm.training.stages`; () is one stage of train_steps. Their steps add up
         to train_steps.
       warm_start: parameters to begin with; None initialises afresh.
       wandb: also log to Weights & Biases.
-      rules: which mesh axes split which logical axis.
       baselines: also score n-gram models and xz on the same text at the end, for the report. Of full language modelling
         only: what other objectives predict is not the whole text.
       seed: of initialisation, dropout and sampling inside the loss. (The data has its own.)
@@ -87,13 +84,12 @@ class RunConfig:
     step: StepConfig
     loop: LoopConfig
     checkpoints: CheckpointConfig
-    mesh: MeshConfig
+    parallel: ParallelConfig
     evaluation: EvaluationConfig | None = None
     samples: SampleConfig | None = None
     stages: tuple[Stage, ...] = ()
     warm_start: WarmStart | None = None
     wandb: WandbConfig | None = None
-    rules: Rules = DEFAULT_RULES
     baselines: bool = False
     seed: int = 0
 
@@ -234,19 +230,19 @@ def open_checked(run: RunConfig, phase: Phase) -> Loader:
     return loader
 
 
-def check_phases(run: RunConfig, mesh: Mesh) -> None:
+def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     """Tries what every phase needs of data and mesh, so that a mistake in the last one is found before the first step.
 
     Raises:
       ValueError: as `open_checked`, or a batch leaves devices idle.
     """
     for phase in run.phases:
-        batch_sharding(mesh, run.rules, phase.batch_size // run.step.microbatches)
+        parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:
             open_checked(run, phase).close()
 
 
-def assemble(run: RunConfig, phase: Phase, mesh: Mesh) -> Parts:
+def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
     """Builds what a phase needs; nothing is compiled or put on a device yet.
 
     Raises:
@@ -268,8 +264,8 @@ def assemble(run: RunConfig, phase: Phase, mesh: Mesh) -> Parts:
         abstract=abstract,
         optimizer=optimizer,
         loader=loader,
-        step=make_train_step(definition, loader.objective, optimizer, mesh, run.rules, config=step, loss=loss),
-        evaluate=_evaluator(run, phase, mesh, definition, optimizer, step, names),
+        step=make_train_step(definition, loader.objective, optimizer, parallel, config=step, loss=loss),
+        evaluate=_evaluator(run, phase, parallel, definition, optimizer, step, names),
         names=names,
         flops_per_token=flops_per_token(model, *lengths),
         row_tokens=sum(lengths),
@@ -305,7 +301,7 @@ def _optimizer(run: RunConfig, phase: Phase, model: ModelConfig, infos: Tree) ->
 def _evaluator(
     run: RunConfig,
     phase: Phase,
-    mesh: Mesh,
+    parallel: Parallelism,
     definition: ModelDefinition,
     optimizer: Optimizer,
     step: StepConfig,
@@ -324,10 +320,9 @@ def _evaluator(
     # Cross-entropy alone, so that runs with different losses compare.
     loss = dataclasses.replace(run.loss, z_loss=0.0, label_smoothing=0.0, num_datasets=len(loader.dataset_names))
     return Evaluator(
-        make_eval_step(definition, loader.objective, optimizer, mesh, run.rules, config=step, loss=loss),
+        make_eval_step(definition, loader.objective, optimizer, parallel, config=step, loss=loss),
         make_loader,
-        mesh,
-        run.rules,
+        parallel,
         names=names,
         max_batches=config.max_batches,
     )

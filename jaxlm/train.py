@@ -7,12 +7,11 @@ import os
 import sys
 import time
 
-from jax.sharding import Mesh
-
 from jaxlm.checkpoints.manager import CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
 from jaxlm.checkpoints.warm_start import warm_start
 from jaxlm.configuration import diff_from_defaults, resolve_or_exit, resolved_text
+from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.reporting import Samples, make_plan, report
 from jaxlm.run import Parts, RunConfig, assemble, check_phases, make_model
 from jaxlm.training import machine
@@ -49,9 +48,9 @@ def train(run: RunConfig) -> Outcome:
       TrainingDiverged: the loss is not finite any more.
     """
     started = time.monotonic()
-    mesh = run.mesh.make()
-    check_phases(run, mesh)
-    parts = assemble(run, run.phases[0], mesh)
+    parallel = run.parallel.on()
+    check_phases(run, parallel)
+    parts = assemble(run, run.phases[0], parallel)
     folder = RunFolder(run.model_dir)
     status = folder.open(
         run.identity | {"vocabulary": parts.loader.vocabulary.fingerprint()},
@@ -66,24 +65,23 @@ def train(run: RunConfig) -> Outcome:
             return Outcome.FINISHED
         layouts = parts.definition.layouts
         with CheckpointManager(folder.checkpoints, run.checkpoints, layouts, line.print) as checkpoints:
-            parts, state = begin(run, parts, mesh, checkpoints, line)
+            parts, state = begin(run, parts, parallel, checkpoints, line)
             step = int(state.step)
             folder.rewind(step)
             writers = make_writers(folder, start_step=step + 1, wandb=run.wandb)
             samples = Samples(run, folder, line, writers) if run.samples is not None else None
-            line.print(make_plan(run, parts, mesh, step).table())
+            line.print(make_plan(run, parts, parallel, step).table())
             outcome = Outcome.FINISHED
             for phase in run.phases:
                 if phase.end <= step:
                     continue
                 if phase != parts.phase:
-                    parts, state = advance(run, parts, state, phase, mesh)
+                    parts, state = advance(run, parts, state, phase, parallel)
                 if samples is not None:
-                    samples.enter(parts, mesh)
+                    samples.enter(parts, parallel)
                 loop = Loop(
                     step=parts.step,
-                    mesh=mesh,
-                    rules=run.rules,
+                    parallel=parallel,
                     config=run.loop,
                     names=parts.names,
                     writer=writers,
@@ -110,7 +108,7 @@ def train(run: RunConfig) -> Outcome:
 def begin(
     run: RunConfig,
     parts: Parts,
-    mesh: Mesh,
+    parallel: Parallelism,
     checkpoints: CheckpointManager,
     line: ProgressLine,
 ) -> tuple[Parts, TrainState]:
@@ -124,10 +122,10 @@ def begin(
     """
     saved = checkpoints.open()
     if saved is None:
-        state = init_state(make_model(parts.model), parts.optimizer, mesh, run.rules, seed=run.seed)
+        state = init_state(make_model(parts.model), parts.optimizer, parallel, seed=run.seed)
         if run.warm_start is not None:
             params, _ = warm_start(state.params, run.warm_start, parts.definition.layouts, report=line.print)
-            state = start_from(params, parts.optimizer, mesh, run.rules)
+            state = start_from(params, parts.optimizer, parallel)
         return parts, state
     if saved.step > run.train_steps:
         raise ValueError(
@@ -136,15 +134,17 @@ def begin(
         )
     phase = phase_at(run.phases, saved.step - 1)
     if phase != parts.phase:
-        parts = assemble(run, phase, mesh)
-    target = abstract_state(parts.abstract, parts.optimizer, mesh, run.rules)
+        parts = assemble(run, phase, parallel)
+    target = abstract_state(parts.abstract, parts.optimizer, parallel)
     state = saved.restore(target, parts.definition.layouts)
     parts.loader.restore(saved.data)
     line.print(f"Continues from the checkpoint of step {saved.step:,}.")
     return parts, state
 
 
-def advance(run: RunConfig, parts: Parts, state: TrainState, phase: Phase, mesh: Mesh) -> tuple[Parts, TrainState]:
+def advance(
+    run: RunConfig, parts: Parts, state: TrainState, phase: Phase, parallel: Parallelism
+) -> tuple[Parts, TrainState]:
     """The next phase's parts and the state it starts from.
 
     The data goes on where the last phase stopped if the next one reads the same data in the same way.
@@ -153,13 +153,13 @@ def advance(run: RunConfig, parts: Parts, state: TrainState, phase: Phase, mesh:
       parts, state: of the phase that ended, the loader at its last batch.
       phase: the one that begins.
     """
-    following = assemble(run, phase, mesh)
+    following = assemble(run, phase, parallel)
     data = parts.loader.state()
     if data["data"] == following.loader.state()["data"]:
         following.loader.restore(data)
     parts.loader.close()
     if phase.stage_index != parts.phase.stage_index:
-        state = carry_over(state, parts.optimizer, following.optimizer, phase.stage.carry, rules=run.rules)
+        state = carry_over(state, parts.optimizer, following.optimizer, phase.stage.carry, parallel=parallel)
     return following, state
 
 

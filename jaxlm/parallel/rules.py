@@ -8,7 +8,7 @@ axis splits at most one dimension of an array, the first that asks for it: under
 import math
 from collections.abc import Mapping
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -70,41 +70,14 @@ def spec(
     return PartitionSpec(*(entry[0] if entry and len(entry) == 1 else entry for entry in entries))
 
 
-def sharding(
-    axes: tuple[str | None, ...],
-    shape: tuple[int, ...],
-    mesh: Mesh,
-    rules: Rules,
-    *,
-    reasons: list[str] | None = None,
-) -> NamedSharding:
-    """`spec` as a sharding of an array of this shape."""
-    return NamedSharding(mesh, spec(axes, rules, mesh, shape, reasons=reasons))
-
-
-def batch_sharding(mesh: Mesh, rules: Rules, batch_size: int) -> NamedSharding:
-    """How every feature [B, ...] of a batch lies on the mesh: split over examples, whole rows.
-
-    Raises:
-      ValueError: the batch cannot be split evenly; an uneven batch would silently leave devices idle.
-    """
-    splitting = spec(("batch",), rules, mesh)
-    degree = math.prod(mesh.shape[axis] for axis in _flat(splitting))
-    if batch_size % degree:
-        raise ValueError(
-            f"A batch of {batch_size} examples cannot be split over {degree} devices "
-            f"({' x '.join(_flat(splitting))}); make the batch size a multiple of {degree}."
-        )
-    return NamedSharding(mesh, splitting)
-
-
 def degree(mesh: Mesh, partition: PartitionSpec, dimension: int) -> int:
     """How many ways `partition` splits a dimension."""
     entry = partition[dimension] if dimension < len(partition) else None
     return math.prod(mesh.shape[axis] for axis in ((entry,) if isinstance(entry, str) else entry or ()))
 
 
-def _flat(partition: PartitionSpec) -> tuple[str, ...]:
+def mesh_axes(partition: PartitionSpec) -> tuple[str, ...]:
+    """All mesh axes that `partition` uses."""
     names: list[str] = []
     for entry in partition:
         names.extend((entry,) if isinstance(entry, str) else entry or ())

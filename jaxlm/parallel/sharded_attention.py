@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.parallel.rules import Rules, degree, spec
+from jaxlm.parallel.parallelism import Parallelism
+from jaxlm.parallel.rules import degree
 from pallas_kernels.attention import Origin, UnsupportedAttention, attention
 from pallas_kernels.biases import Bias, DenseBias
 from pallas_kernels.masks import Mask
@@ -23,12 +24,10 @@ class ShardedAttention:
     that lie on several devices are left to GSPMD and the reference.
 
     Attributes:
-      mesh: the device mesh, of more than one device.
-      rules: logical-axis rules, see `jaxlm.parallel.rules`.
+      parallel: a mesh of more than one device, and how arrays lie on it.
     """
 
-    mesh: Mesh
-    rules: Rules
+    parallel: Parallelism
 
     def along_rows(self, q: jax.Array, k: jax.Array, v: jax.Array, *, backend: str = "auto", **options: Any) -> Any:
         """Of rows split along their length: plain XLA, which GSPMD partitions by itself.
@@ -65,9 +64,9 @@ class ShardedAttention:
         for part in (mask, bias):
             if part is not None:
                 part.check(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-        places = spec(("batch", None, "heads", None), self.rules, self.mesh, q.shape)
+        places = self.parallel.spec(("batch", None, "heads", None), q.shape)
         batch, _, heads, _ = (*places, None, None, None, None)[:4]
-        split_keys = k.shape[2] % degree(self.mesh, places, 2) == 0
+        split_keys = k.shape[2] % degree(self.parallel.mesh, places, 2) == 0
         group = q.shape[2] // k.shape[2]
 
         # Python's numbers stay what they are: to some backends they are part of a mask's static form.
@@ -88,15 +87,15 @@ class ShardedAttention:
         queries, keys = PartitionSpec(batch, None, heads), PartitionSpec(batch, None, heads if split_keys else None)
         return jax.shard_map(
             on_one_device,
-            mesh=self.mesh,
+            mesh=self.parallel.mesh,
             in_specs=(queries, keys, keys, array_places, PartitionSpec(heads), PartitionSpec()),
             out_specs=(queries, PartitionSpec(batch, heads)) if return_lse else queries,
             check_vma=False,  # a pallas_call does not say over which axes its results vary
         )(q, k, v, arrays, sinks, dropout_key)
 
     def _place(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-        places = spec(names, self.rules, self.mesh, x.shape)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, places))
+        places = self.parallel.spec(names, x.shape)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.parallel.mesh, places))
 
 
 def _index(axes: str | tuple[str, ...] | None) -> jax.Array | int:

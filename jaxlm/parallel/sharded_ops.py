@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.parallel.rules import Rules, degree, spec
+from jaxlm.parallel.parallelism import Parallelism
+from jaxlm.parallel.rules import degree
 from jaxlm.parallel.sharded_attention import ShardedAttention
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
@@ -18,22 +19,19 @@ class ShardedOps:
     """Operations on a mesh, handed to the layers through `jaxlm.layers.context.Context.ops`.
 
     Attributes:
-      mesh: the device mesh.
-      rules: logical-axis rules, see `jaxlm.parallel.rules`.
+      parallel: the mesh and how arrays lie on it.
     """
 
-    mesh: Mesh
-    rules: Rules
+    parallel: Parallelism
 
     @property
     def splits_length(self) -> bool:
         """Whether rows are spread over devices along their length (sequence parallelism)."""
-        axes = dict(self.rules).get("length", ())
-        return any(self.mesh.shape[axis] > 1 for axis in axes)
+        return bool(self.parallel.spec(("length",)))
 
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out on the mesh as its logical axis names say; dimensions that do not divide are replicated."""
-        return self._place(x, spec(names, self.rules, self.mesh, x.shape))
+        return self._place(x, self.parallel.spec(names, x.shape))
 
     def attention(
         self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
@@ -51,10 +49,10 @@ class ShardedOps:
         Raises:
           UnsupportedAttention: the backend refuses, or is not "xla" where rows are spread along their length.
         """
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # kernels ask it what they will run on
-            if self.mesh.size == 1:
+        with jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh):  # kernels ask it what they will run on
+            if self.parallel.mesh.size == 1:
                 return attention(q, k, v, **options)
-            sharded = ShardedAttention(self.mesh, self.rules)
+            sharded = ShardedAttention(self.parallel)
             if self.splits_length:
                 return sharded.along_rows(q, k, v, **options)
             return sharded.by_examples_and_heads(q, k, v, **options)
@@ -74,8 +72,8 @@ class ShardedOps:
           The sum, and `TokenScores` [B, T].
         """
         batch, length = labels.shape
-        places = spec(("batch", "length"), self.rules, self.mesh, labels.shape)
-        rows, columns = (degree(self.mesh, places, axis) for axis in (0, 1))
+        places = self.parallel.spec(("batch", "length"), labels.shape)
+        rows, columns = (degree(self.parallel.mesh, places, axis) for axis in (0, 1))
 
         def to_groups(x):  # [B, T, ...] -> [row groups, column groups, tokens of a group, ...]
             x = x.reshape(rows, batch // rows, columns, length // columns, *x.shape[2:])
@@ -86,10 +84,14 @@ class ShardedOps:
             x = x.reshape(rows, columns, batch // rows, length // columns)
             return self._place(jnp.moveaxis(x, 1, 2).reshape(batch, length), places)
 
-        if self.mesh.size > 1:  # GSPMD partitions the plain form, and cannot partition a kernel
+        if self.parallel.mesh.size > 1:  # GSPMD partitions the plain form, and cannot partition a kernel
             options["backend"] = "xla"
         total, scores = cross_entropy(to_groups(features), projection, to_groups(labels), to_groups(weights), **options)
         return total, jax.tree.map(from_groups, scores)
 
     def _place(self, x: jax.Array, places: PartitionSpec) -> jax.Array:
-        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, places))
+        return (
+            x
+            if self.parallel.mesh.size == 1
+            else jax.lax.with_sharding_constraint(x, NamedSharding(self.parallel.mesh, places))
+        )

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from jaxlm.layers.context import Context
 from jaxlm.objectives.base import LossConfig, Objective
-from jaxlm.parallel.rules import Rules
+from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.training import metrics
 from jaxlm.training.optimizers import Optimizer
@@ -24,8 +23,7 @@ def make_eval_step(
     definition: ModelDefinition,
     objective: Objective,
     optimizer: Optimizer,
-    mesh: Mesh,
-    rules: Rules,
+    parallel: Parallelism,
     *,
     config: StepConfig,
     loss: LossConfig,
@@ -35,7 +33,7 @@ def make_eval_step(
     These are the exponential moving average where there is one, else schedule-free's average, else the parameters.
     Arguments as for `make_train_step`.
     """
-    context = Context(ops=ShardedOps(mesh, rules))
+    context = Context(ops=ShardedOps(parallel))
 
     def step(state: TrainState, batch: Batch) -> Metrics:
         batch = widen(batch)
@@ -43,7 +41,7 @@ def make_eval_step(
         if params is None:
             params = optimizer.evaluation_params(state.params, state.opt_state)
         _, found = objective.loss_sums(definition.merge(params), batch, context=context, config=loss)
-        return replicated({**found, **counts(batch, config.byte_lengths, loss.num_datasets)}, mesh)
+        return replicated({**found, **counts(batch, config.byte_lengths, loss.num_datasets)}, parallel.mesh)
 
     return jax.jit(step)
 
@@ -55,7 +53,7 @@ class Evaluator:
     Attributes:
       step: from `make_eval_step`.
       make_loader: makes the validation loader anew: finite, in a fixed order, every example once.
-      mesh, rules: where batches go.
+      parallel: where batches go.
       names: of data sets and objectives.
       prefix: of the metrics' names.
       max_batches: stop after this many; None takes all.
@@ -63,8 +61,7 @@ class Evaluator:
 
     step: Callable[[TrainState, Batch], Metrics]
     make_loader: Callable[[], Any]
-    mesh: Mesh
-    rules: Rules
+    parallel: Parallelism
     names: metrics.Names
     prefix: str = "validation"
     max_batches: int | None = None
@@ -76,7 +73,7 @@ class Evaluator:
           ValueError: the loader yields no batch.
         """
         totals = None
-        with Prefetcher(self.make_loader(), self.mesh, self.rules) as batches:
+        with Prefetcher(self.make_loader(), self.parallel) as batches:
             for batch, _ in itertools.islice(batches, self.max_batches):
                 found = self.step(state, batch)
                 totals = metrics.add(metrics.zero(found) if totals is None else totals, found, 0)

@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from jaxlm.parallel.rules import Rules
+from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.training import metrics
 from jaxlm.training.callbacks import Callback
 from jaxlm.training.prefetch import Prefetcher
@@ -90,7 +89,7 @@ class Loop:
 
     Attributes:
       step: from `make_train_step`.
-      mesh, rules: where batches go.
+      parallel: where batches go.
       config: periods.
       names: of data sets, objectives and layers in the metrics.
       writer: where metrics go, under "train/..." and "validation/...".
@@ -102,8 +101,7 @@ class Loop:
     """
 
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    mesh: Mesh
-    rules: Rules
+    parallel: Parallelism
     config: LoopConfig
     names: metrics.Names
     writer: MetricsWriter | None = None
@@ -137,7 +135,7 @@ class Loop:
         data_state = loader.state()
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: [callback.on_end(step) for callback in self.callbacks])
-            batches = stack.enter_context(Prefetcher(loader, self.mesh, self.rules, depth=self.config.prefetch))
+            batches = stack.enter_context(Prefetcher(loader, self.parallel, depth=self.config.prefetch))
             terminated = stack.enter_context(_termination())
             while step < until and outcome is Outcome.FINISHED:
                 with progress.waiting_for_data():
@@ -286,7 +284,7 @@ class _Progress:
             values["data_wait"] = min(self._waited / self._seconds, 1.0)
             values["tokens_per_second"] = values["tokens"] / values["seconds_per_step"]
             if loop.flops_per_token is not None:
-                kind, count = loop.mesh.devices.flat[0].device_kind, loop.mesh.size
+                kind, count = loop.parallel.mesh.devices.flat[0].device_kind, loop.parallel.mesh.size
                 mfu = metrics.model_flops_utilization(values["tokens_per_second"], loop.flops_per_token, kind, count)
                 values |= {} if mfu is None else {"mfu": mfu}
         self._unlogged, self._timed, self._seconds, self._waited = 0, 0, 0.0, 0.0

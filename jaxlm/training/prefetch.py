@@ -7,17 +7,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from jaxlm.parallel.rules import Rules, batch_sharding
+from jaxlm.parallel.parallelism import Parallelism
 
 _END = object()
 
 
-def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh, rules: Rules) -> dict[str, jax.Array]:
+def to_devices(batch: Mapping[str, np.ndarray], parallel: Parallelism) -> dict[str, jax.Array]:
     """This host's slice of a batch as global arrays, split over examples."""
     size = len(next(iter(batch.values()))) * jax.process_count()
-    sharding = batch_sharding(mesh, rules, size)
+    sharding = parallel.batch_sharding(size)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
@@ -28,12 +27,12 @@ class Prefetcher:
 
     Args:
       loader: an iterator of batches with `state()`.
-      mesh, rules: where batches go.
+      parallel: where batches go.
       depth: batches held on the devices beyond the one in use.
     """
 
-    def __init__(self, loader: Any, mesh: Mesh, rules: Rules, *, depth: int = 2):
-        self._loader, self._mesh, self._rules = loader, mesh, rules
+    def __init__(self, loader: Any, parallel: Parallelism, *, depth: int = 2):
+        self._loader, self._parallel = loader, parallel
         self._queue: queue.Queue = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read, name="prefetch", daemon=True)
@@ -65,7 +64,7 @@ class Prefetcher:
         try:
             while not self._closed.is_set():
                 batch = next(self._loader)
-                self._queue.put((to_devices(batch, self._mesh, self._rules), self._loader.state()))
+                self._queue.put((to_devices(batch, self._parallel), self._loader.state()))
         except StopIteration:
             self._queue.put(_END)
         except BaseException as error:  # handed to the training loop, which raises it

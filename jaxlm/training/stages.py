@@ -18,7 +18,7 @@ import jax
 
 from jaxlm.architecture import Architecture
 from jaxlm.objectives.base import Objective
-from jaxlm.parallel.rules import DEFAULT_RULES, Rules
+from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.piecewise import Piecewise
 from jaxlm.training.optimizers import Optimizer
 from jaxlm.training.parameters import Tree
@@ -122,9 +122,7 @@ def phase_at(plan: tuple[Phase, ...], step: int) -> Phase | None:
     return next((phase for phase in plan if phase.start <= step < phase.end), None)
 
 
-def carry_over(
-    state: TrainState, old: Optimizer, new: Optimizer, carry: Carry, *, rules: Rules = DEFAULT_RULES
-) -> TrainState:
+def carry_over(state: TrainState, old: Optimizer, new: Optimizer, carry: Carry, *, parallel: Parallelism) -> TrainState:
     """The state with which a stage begins, where the stage before trained with another optimizer.
 
     With `Carry.KEEP` every part of the optimizer's state that both have, by path and shape, goes on; parameters that
@@ -136,13 +134,13 @@ def carry_over(
       state: of the stage before, on its mesh. Its arrays are shared with the result.
       old, new: the optimizers of the two stages, for the same parameters.
       carry: what goes on.
-      rules: logical-axis rules, by which what is new is laid out as the step expects it.
+      parallel: by which what is new is laid out as the step expects it.
     """
     kept: dict[str, jax.Array] = {}
     if old.config.algorithm.name == new.config.algorithm.name and carry is Carry.KEEP:
         kept = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)}
     abstract = jax.eval_shape(new.init, state.params)
-    shardings = state_shardings(abstract, new.infos, jax.tree.leaves(state.params)[0].sharding.mesh, rules)
+    shardings = state_shardings(abstract, new.infos, parallel)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
 
     def carried(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array | None:

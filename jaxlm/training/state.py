@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.parallel.rules import Rules, sharding
+from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.training.optimizers import Optimizer
 from jaxlm.training.parameters import ModelDefinition, ParameterInfo, Tree, flatten, split_model
 
@@ -44,7 +44,7 @@ def abstract_model(make_model: Callable[[jax.Array], nnx.Module]) -> tuple[Model
 
 
 def init_state(
-    make_model: Callable[[jax.Array], nnx.Module], optimizer: Optimizer, mesh: Mesh, rules: Rules, *, seed: int
+    make_model: Callable[[jax.Array], nnx.Module], optimizer: Optimizer, parallel: Parallelism, *, seed: int
 ) -> TrainState:
     """A fresh state, made in place: every device computes its own shards and nothing exists whole.
 
@@ -57,16 +57,16 @@ def init_state(
         return fresh_state(params, optimizer)
 
     abstract = jax.eval_shape(init)
-    return jax.jit(init, out_shardings=state_shardings(abstract, optimizer.infos, mesh, rules))()
+    return jax.jit(init, out_shardings=state_shardings(abstract, optimizer.infos, parallel))()
 
 
-def start_from(params: Tree, optimizer: Optimizer, mesh: Mesh, rules: Rules) -> TrainState:
+def start_from(params: Tree, optimizer: Optimizer, parallel: Parallelism) -> TrainState:
     """The state at step 0 of a run that starts from these parameters, laid out as the step expects it.
 
     The parameters' buffers are taken.
     """
     abstract = jax.eval_shape(lambda params: fresh_state(params, optimizer), params)
-    shardings = state_shardings(abstract, optimizer.infos, mesh, rules)
+    shardings = state_shardings(abstract, optimizer.infos, parallel)
     make = jax.jit(lambda params: fresh_state(params, optimizer), out_shardings=shardings, donate_argnums=0)
     return make(params)
 
@@ -78,18 +78,18 @@ def fresh_state(params: Tree, optimizer: Optimizer) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
 
-def abstract_state(params: Tree, optimizer: Optimizer, mesh: Mesh, rules: Rules) -> TrainState:
+def abstract_state(params: Tree, optimizer: Optimizer, parallel: Parallelism) -> TrainState:
     """A state's shapes, types and shardings, to restore a checkpoint into.
 
     Args:
       params: shapes of the parameters, from `abstract_model`.
     """
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer), params)
-    shardings = state_shardings(state, optimizer.infos, mesh, rules)
+    shardings = state_shardings(state, optimizer.infos, parallel)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def state_shardings(state: Any, infos: Tree, mesh: Mesh, rules: Rules, *, reasons: list[str] | None = None) -> Any:
+def state_shardings(state: Any, infos: Tree, parallel: Parallelism, *, reasons: list[str] | None = None) -> Any:
     """Shardings of a state, or of any tree with leaves that lie at a parameter's path and have its rank.
 
     Parameters, averages and moments follow their parameter's logical axes; everything else (counters, the guard's
@@ -98,7 +98,7 @@ def state_shardings(state: Any, infos: Tree, mesh: Mesh, rules: Rules, *, reason
     Args:
       state: a tree of arrays or of `jax.ShapeDtypeStruct`.
       infos: a `ParameterInfo` for each parameter.
-      mesh, rules: the mesh and its logical-axis rules.
+      parallel: the mesh and its logical-axis rules.
       reasons: a list that receives a sentence for each dimension that could not be split.
 
     Returns:
@@ -112,10 +112,10 @@ def state_shardings(state: Any, infos: Tree, mesh: Mesh, rules: Rules, *, reason
             info = by_path.get(names[start:])
             if info is not None and len(leaf.shape) == len(info.axes):
                 notes: list[str] = []
-                found = sharding(info.axes, tuple(leaf.shape), mesh, rules, reasons=notes)
+                found = parallel.sharding(info.axes, tuple(leaf.shape), reasons=notes)
                 if reasons is not None and tuple(leaf.shape) == info.shape:
                     reasons.extend(f"{'/'.join(info.path)}: {note}" for note in notes)
                 return found
-        return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(parallel.mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)

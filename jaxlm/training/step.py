@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.layers.context import Context
 from jaxlm.objectives.base import LossConfig, Objective
-from jaxlm.parallel.rules import Rules, batch_sharding
+from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.training.optimizers import Optimizer
 from jaxlm.training.parameters import LAYER, ModelDefinition, ParameterInfo, Tree, flatten, update
@@ -51,8 +51,7 @@ def make_train_step(
     definition: ModelDefinition,
     objective: Objective,
     optimizer: Optimizer,
-    mesh: Mesh,
-    rules: Rules,
+    parallel: Parallelism,
     *,
     config: StepConfig,
     loss: LossConfig,
@@ -63,7 +62,7 @@ def make_train_step(
       definition: the model's structure.
       objective: gives the loss.
       optimizer: made for the same model.
-      mesh, rules: where state and batch lie.
+      parallel: where state and batch lie.
       config: microbatches, norms, seed.
       loss: z-loss, smoothing, chunking.
 
@@ -73,7 +72,7 @@ def make_train_step(
       with a guard "skipped", and "norms/<parameters|gradients|updates>/<layer>" on the steps that have them.
       A skipped step counts for nothing in the objective's metrics.
     """
-    ops = ShardedOps(mesh, rules)
+    ops = ShardedOps(parallel)
     coefficients = dict(objective.coefficients)
 
     def microbatch_loss(
@@ -92,7 +91,7 @@ def make_train_step(
         weights = {term: jnp.where(w > 0, w, 1.0) for term, w in objective.loss_weights(batch).items()}
         if config.microbatches == 1:
             return gradient(trained, frozen, batch, weights, jax.random.fold_in(key, 0))
-        pieces = _microbatches(batch, config.microbatches, mesh, rules)
+        pieces = _microbatches(batch, config.microbatches, parallel)
 
         def accumulate(total, piece):
             i, microbatch = piece
@@ -128,8 +127,8 @@ def make_train_step(
             )
         new_state = TrainState(state.step + 1, params, opt_state, ema_params)
         # Without this the compiler may lay the new state out in another way than the old one, and compile again.
-        shardings = state_shardings(new_state, optimizer.infos, mesh, rules)
-        return jax.lax.with_sharding_constraint(new_state, shardings), replicated(metrics, mesh)
+        shardings = state_shardings(new_state, optimizer.infos, parallel)
+        return jax.lax.with_sharding_constraint(new_state, shardings), replicated(metrics, parallel.mesh)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -211,7 +210,7 @@ def _squares(x: jax.Array, info: ParameterInfo) -> jax.Array:
     return jnp.sum(jnp.square(x.astype(jnp.float32)), dims)
 
 
-def _microbatches(batch: Batch, count: int, mesh: Mesh, rules: Rules) -> dict[str, jax.Array]:
+def _microbatches(batch: Batch, count: int, parallel: Parallelism) -> dict[str, jax.Array]:
     """[B, ...] -> [count, B / count, ...].
 
     Microbatch i takes rows i, i + count, ... so that each device cuts its own rows and none travels.
@@ -219,5 +218,5 @@ def _microbatches(batch: Batch, count: int, mesh: Mesh, rules: Rules) -> dict[st
     size = len(next(iter(batch.values())))
     if size % count:
         raise ValueError(f"A batch of {size} examples cannot be cut into {count} equal microbatches.")
-    batch_sharding(mesh, rules, size // count)  # raises where a microbatch would leave devices idle
+    parallel.batch_sharding(size // count)  # raises where a microbatch would leave devices idle
     return {name: jnp.swapaxes(x.reshape(size // count, count, *x.shape[1:]), 0, 1) for name, x in batch.items()}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES, sharding
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.parallel.sharded_ops import ShardedOps
 from pallas_kernels import masks
 from pallas_kernels.attention import UnsupportedAttention, attention
@@ -81,7 +81,7 @@ def run(mesh_config, batch, heads, kv_heads, make_mask, bias, sinks, options):
 
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
 
-    ops = ShardedOps(mesh_config.make(), DEFAULT_RULES)
+    ops = ShardedOps(ParallelConfig(mesh_config).on())
     expected = loss_by(attention)(q, k, v, learned)
     sharded = loss_by(ops.attention).lower(q, k, v, learned).compile()
     errors = jax.tree.map(
@@ -92,7 +92,7 @@ def run(mesh_config, batch, heads, kv_heads, make_mask, bias, sinks, options):
 
 def gathers():
     """The all-gathers in a program whose arguments lie as the model lays them out."""
-    ops = ShardedOps(MeshConfig(fsdp=2, tensor=2).make(), DEFAULT_RULES)
+    ops = ShardedOps(ParallelConfig(MeshConfig(fsdp=2, tensor=2)).on())
     names = [("batch", None, "heads", None), ("batch", None, "kv_heads", None), ("batch", None, "kv_heads", None)]
 
     def loss(q, k, v, ids):
@@ -101,7 +101,7 @@ def gathers():
 
     def placed(shape, axes, dtype=jnp.float32):
         x = jax.eval_shape(lambda: jnp.zeros(shape, dtype))
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(axes, shape, ops.mesh, ops.rules))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=ops.parallel.sharding(axes, shape))
 
     arguments = [placed((8, T, n, D), axes) for n, axes in zip((4, 2, 2), names)]
     ids = placed((8, T), ("batch", None), jnp.int32)
@@ -111,7 +111,7 @@ def gathers():
 
 def refusal():
     """What a kernel says of rows that are split along their length."""
-    ops = ShardedOps(MeshConfig(sequence=2).make(), DEFAULT_RULES)
+    ops = ShardedOps(ParallelConfig(MeshConfig(sequence=2)).on())
     x = jnp.zeros((4, T, 2, D))
     try:
         ops.attention(x, x, x, mask=masks.Causal(), backend="splash")
@@ -123,7 +123,7 @@ def alibi():
     """Slopes are split along heads; they have no gradient."""
     q = jnp.asarray(rng.normal(size=(4, T, 4, D)), jnp.float32)
     bias = AlibiBias(jnp.asarray([0.5, 0.25, 0.1, 0.0]))
-    ops = ShardedOps(MeshConfig(tensor=4).make(), DEFAULT_RULES)
+    ops = ShardedOps(ParallelConfig(MeshConfig(tensor=4)).on())
     call = dict(mask=masks.Causal(), bias=bias)
     return float(jnp.abs(jax.jit(lambda q: ops.attention(q, q, q, **call))(q) - attention(q, q, q, **call)).max())
 

@@ -5,7 +5,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.parallel.mesh import MESH_AXES, MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES, batch_sharding, spec
+from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
+from jaxlm.parallel.rules import DEFAULT_RULES, spec
 
 
 def test_data_takes_what_the_others_leave():
@@ -68,4 +69,4 @@ def test_wrong_rules_and_axes_are_refused():
     with pytest.raises(ValueError, match="name each dimension once"):
         spec(("embed",), DEFAULT_RULES, FakeMesh(), (8, 8))
     with pytest.raises(ValueError, match="make the batch size a multiple of 4"):
-        batch_sharding(FakeMesh(), DEFAULT_RULES, 6)
+        Parallelism(FakeMesh(), ParallelConfig(MeshConfig())).batch_sharding(6)

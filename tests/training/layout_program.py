@@ -8,7 +8,7 @@ from conftest import TinyModel, TinyObjective, make_batch
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.objectives.base import LossConfig
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training.compiles import CompileCounter
 from jaxlm.training.optimizers import Adafactor, OptimizerConfig, build_optimizer
 from jaxlm.training.prefetch import to_devices
@@ -17,7 +17,7 @@ from jaxlm.training.stages import Carry, carry_over
 from jaxlm.training.state import abstract_model, init_state, start_from
 from jaxlm.training.step import StepConfig, make_train_step
 
-mesh = MeshConfig(fsdp=2, tensor=2).make()
+parallel = ParallelConfig(MeshConfig(fsdp=2, tensor=2)).on()
 definition, _, infos = abstract_model(TinyModel)
 
 
@@ -26,14 +26,14 @@ def optimizer(**options):
     return build_optimizer(config, infos, total_steps=10, parametrization=Parametrization())
 
 
-batch = to_devices(make_batch(0), mesh, DEFAULT_RULES)
+batch = to_devices(make_batch(0), parallel)
 jax.block_until_ready(batch)
 first, second = optimizer(freeze=("embedding",)), optimizer(freeze=("output",), ema_decay=0.9)
 answer = {}
 
 
 def compiles(name, state, of):
-    step = make_train_step(definition, TinyObjective(), of, mesh, DEFAULT_RULES, config=StepConfig(), loss=LossConfig())
+    step = make_train_step(definition, TinyObjective(), of, parallel, config=StepConfig(), loss=LossConfig())
     with CompileCounter() as counter:
         for _ in range(3):
             state, _ = step(state, batch)
@@ -41,7 +41,7 @@ def compiles(name, state, of):
     return state
 
 
-state = compiles("fresh", init_state(TinyModel, first, mesh, DEFAULT_RULES, seed=0), first)
-state = compiles("next stage", carry_over(state, first, second, Carry.KEEP), second)
-compiles("warm start", start_from(state.params, first, mesh, DEFAULT_RULES), first)
+state = compiles("fresh", init_state(TinyModel, first, parallel, seed=0), first)
+state = compiles("next stage", carry_over(state, first, second, Carry.KEEP, parallel=parallel), second)
+compiles("warm start", start_from(state.params, first, parallel), first)
 print(json.dumps(answer))

@@ -11,7 +11,7 @@ from jaxlm.models.language_model import LanguageModel
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training import optimizers, schedules
 from jaxlm.training.parameters import flatten
 from jaxlm.training.prefetch import to_devices
@@ -36,20 +36,19 @@ optimizer = optimizers.build_optimizer(
 
 
 def run(mesh_config, devices, microbatches=1):
-    mesh = mesh_config.make(jax.devices()[:devices])
-    state = init_state(make, optimizer, mesh, DEFAULT_RULES, seed=3)
+    parallel = ParallelConfig(mesh_config).on(jax.devices()[:devices])
+    state = init_state(make, optimizer, parallel, seed=3)
     before = jax.device_get(state.params)
     sharded = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     step = make_train_step(
         definition,
         FullLM(),
         optimizer,
-        mesh,
-        DEFAULT_RULES,
+        parallel,
         config=StepConfig(microbatches=microbatches),
         loss=LossConfig(z_loss=1e-4, token_chunk=64),
     )
-    state, metrics = step(state, to_devices(packed_batch(0), mesh, DEFAULT_RULES))
+    state, metrics = step(state, to_devices(packed_batch(0), parallel))
     grads = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), before, jax.device_get(state.params))
     return before, float(metrics["loss"][0]), flatten(grads), sharded
 

@@ -12,7 +12,7 @@ from conftest import TinyModel, TinyObjective, make_batch
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.objectives.base import LossConfig
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training.loop import Loop, LoopConfig
 from jaxlm.training.metrics import Names
 from jaxlm.training.optimizers import AdamW, OptimizerConfig, build_optimizer
@@ -53,17 +53,15 @@ def make(key):
     return TinyModel(key, dropout=0.1)
 
 
-mesh = MeshConfig(fsdp=2).make()
-assert mesh.size == 4
+parallel = ParallelConfig(MeshConfig(fsdp=2)).on()
+assert parallel.mesh.size == 4
 definition, _, infos = abstract_model(make)
 optimizer = build_optimizer(
     OptimizerConfig(AdamW(), Constant(0.01)), infos, total_steps=10, parametrization=Parametrization()
 )
 config = StepConfig(microbatches=2, layer_norm_period=1)
-step = make_train_step(definition, TinyObjective(), optimizer, mesh, DEFAULT_RULES, config=config, loss=LossConfig())
-state = init_state(make, optimizer, mesh, DEFAULT_RULES, seed=0)
-loop = Loop(
-    step, mesh, DEFAULT_RULES, config=LoopConfig(log_period=1), names=Names(layers=layer_names(infos)), writer=Lines()
-)
+step = make_train_step(definition, TinyObjective(), optimizer, parallel, config=config, loss=LossConfig())
+state = init_state(make, optimizer, parallel, seed=0)
+loop = Loop(step, parallel, config=LoopConfig(log_period=1), names=Names(layers=layer_names(infos)), writer=Lines())
 loop.run(state, Loader(), until=3)
 print(json.dumps(Lines.losses))

@@ -13,7 +13,7 @@ from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.objectives.base import LossConfig
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training.callbacks import Callback, EarlyStopping, Periodically
 from jaxlm.training.compiles import CompileCounter
 from jaxlm.training.evaluation import Evaluator, make_eval_step
@@ -66,29 +66,29 @@ class Parts:
 
     def __init__(self, tiny):
         self.tiny = tiny
-        self.mesh = MeshConfig().make(jax.devices()[:1])
+        self.parallel = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
         self.make = lambda key: tiny.Model(key, dropout=0.1, scan=True)
         definition, self.abstract, infos = abstract_model(self.make)
         self.layouts = definition.layouts
         self.optimizer = build_optimizer(
             OptimizerConfig(AdamW(), Constant(0.01)), infos, total_steps=100, parametrization=Parametrization()
         )
-        arguments = (definition, tiny.Objective(), self.optimizer, self.mesh, DEFAULT_RULES)
+        arguments = (definition, tiny.Objective(), self.optimizer, self.parallel)
         options = {"config": StepConfig(), "loss": LossConfig()}
         self.step = make_train_step(*arguments, **options)
         self.eval_step = make_eval_step(*arguments, **options)
 
     def state(self):
-        return init_state(self.make, self.optimizer, self.mesh, DEFAULT_RULES, seed=0)
+        return init_state(self.make, self.optimizer, self.parallel, seed=0)
 
     def loader(self, **options):
         return Loader(self.tiny.batch, **options)
 
     def loop(self, **options):
-        return Loop(self.step, self.mesh, DEFAULT_RULES, **{"config": LoopConfig(), "names": Names()} | options)
+        return Loop(self.step, self.parallel, **{"config": LoopConfig(), "names": Names()} | options)
 
     def evaluator(self, batches=2):
-        return Evaluator(self.eval_step, lambda: self.loader(end=batches), self.mesh, DEFAULT_RULES, Names())
+        return Evaluator(self.eval_step, lambda: self.loader(end=batches), self.parallel, Names())
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,7 @@ def test_a_resumed_run_is_bit_identical(parts, tmp_path):
     with CheckpointManager(tmp_path, CheckpointConfig(period=3), parts.layouts) as manager:
         parts.loop(checkpoints=manager, **options).run(parts.state(), parts.loader(), until=5)
     with CheckpointManager(tmp_path, CheckpointConfig(period=3), parts.layouts) as manager:
-        found = manager.restore(abstract_state(parts.abstract, parts.optimizer, parts.mesh, DEFAULT_RULES))
+        found = manager.restore(abstract_state(parts.abstract, parts.optimizer, parts.parallel))
         loader = parts.loader()
         loader.restore(found.checkpoint.data)
         assert loader.position == 5
@@ -230,7 +230,7 @@ def test_an_error_of_the_loader_reaches_the_user_and_no_thread_stays(parts):
     loader.make_batch = lambda k: parts.tiny.batch(k) if k < 2 else 1 / 0
     with pytest.raises(ZeroDivisionError):
         parts.loop().run(parts.state(), loader, until=50)
-    with Prefetcher(parts.loader(), parts.mesh, DEFAULT_RULES, depth=1) as batches:
+    with Prefetcher(parts.loader(), parts.parallel, depth=1) as batches:
         _, state = next(batches)
         assert state == {"position": 1}
         time.sleep(0.05)  # it reads ahead now, and has no room

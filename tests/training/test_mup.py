@@ -16,7 +16,7 @@ from jaxlm.models.language_model import LanguageModel
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training.optimizers import Adafactor, AdamW, Muon, OptimizerConfig, build_optimizer
 from jaxlm.training.schedules import Constant
 from jaxlm.training.state import abstract_model, init_state
@@ -44,7 +44,7 @@ def movement(width, kind, algorithm, rate):
     def make(key):
         return LanguageModel(config, key=key)
 
-    mesh = MeshConfig().make(jax.devices()[:1])
+    parallel = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
     definition, _, infos = abstract_model(make)
     optimizer = build_optimizer(
         OptimizerConfig(algorithm, Constant(rate), clip_global_norm=None),
@@ -52,7 +52,7 @@ def movement(width, kind, algorithm, rate):
         total_steps=10,
         parametrization=parametrization,
     )
-    state = init_state(make, optimizer, mesh, DEFAULT_RULES, seed=0)
+    state = init_state(make, optimizer, parallel, seed=0)
     batch = {name: jnp.asarray(x) for name, x in small_models.packed_batch(0, size=4).items()}
 
     @jax.jit
@@ -61,7 +61,7 @@ def movement(width, kind, algorithm, rate):
         hidden = model.hidden_states(batch, context=Context())
         return hidden, model.head(hidden)
 
-    step = make_train_step(definition, FullLM(), optimizer, mesh, DEFAULT_RULES, config=StepConfig(), loss=LossConfig())
+    step = make_train_step(definition, FullLM(), optimizer, parallel, config=StepConfig(), loss=LossConfig())
     before = jax.device_get(activations(state.params))
     for _ in range(3):
         state, _ = step(state, batch)

@@ -10,7 +10,7 @@ import pytest
 from jaxlm.architecture import Architecture
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.piecewise import Piecewise
 from jaxlm.training.optimizers import AdamW, Lion, OptimizerConfig, build_optimizer
 from jaxlm.training.schedules import Constant
@@ -47,10 +47,12 @@ def test_what_cannot_be_is_refused():
         Stage(steps=10, batch_size=Piecewise((0, 5), (1, 2)))
 
 
+PARALLEL = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
+
+
 @pytest.fixture
 def trained(tiny):
     """A model, and a function that makes its optimizer and a state with moments that are not zero."""
-    mesh = MeshConfig().make(jax.devices()[:1])
     _, _, infos = abstract_model(tiny.Model)
 
     def optimizer(algorithm=AdamW(), **options):  # noqa: B008 (frozen)
@@ -58,7 +60,7 @@ def trained(tiny):
         return build_optimizer(config, infos, total_steps=10, parametrization=Parametrization())
 
     def state(optimizer):
-        fresh = init_state(tiny.Model, optimizer, mesh, DEFAULT_RULES, seed=0)
+        fresh = init_state(tiny.Model, optimizer, PARALLEL, seed=0)
         opt_state = jax.tree.map(lambda x: x + 7 if x.dtype == jnp.int32 else x + 1.0, fresh.opt_state)
         return dataclasses.replace(fresh, opt_state=opt_state, step=jnp.int32(7))
 
@@ -68,7 +70,7 @@ def trained(tiny):
 def test_carry_keeps_what_both_have(trained):
     optimizer, state = trained
     old, new = optimizer(freeze=("embedding",)), optimizer(freeze=("output",))
-    after = carry_over(state(old), old, new, Carry.KEEP)
+    after = carry_over(state(old), old, new, Carry.KEEP, parallel=PARALLEL)
     adam = after.opt_state["adamw"][0]
     assert int(adam.count) == 7 and int(after.step) == 7
     np.testing.assert_array_equal(adam.mu["scale"], 1.0)
@@ -79,18 +81,20 @@ def test_carry_keeps_what_both_have(trained):
 def test_reset_and_another_algorithm_start_afresh(trained):
     optimizer, state = trained
     old = optimizer()
-    after = carry_over(state(old), old, optimizer(), Carry.RESET)
+    after = carry_over(state(old), old, optimizer(), Carry.RESET, parallel=PARALLEL)
     assert int(after.opt_state["adamw"][0].count) == 0 and int(after.step) == 7
-    after = carry_over(state(old), old, optimizer(Lion()), Carry.KEEP)
+    after = carry_over(state(old), old, optimizer(Lion()), Carry.KEEP, parallel=PARALLEL)
     np.testing.assert_array_equal(after.opt_state["lion"][0].mu["scale"], 0.0)
 
 
 def test_an_average_begins_at_the_parameters_and_goes_on(trained):
     optimizer, state = trained
     plain, averaged = optimizer(), optimizer(ema_decay=0.9)
-    begun = carry_over(state(plain), plain, averaged, Carry.KEEP)
+    begun = carry_over(state(plain), plain, averaged, Carry.KEEP, parallel=PARALLEL)
     np.testing.assert_array_equal(begun.ema_params["output"], begun.params["output"])
     assert begun.ema_params["output"] is not begun.params["output"], "a donated state shares no buffers"
     moved = dataclasses.replace(begun, ema_params=jax.tree.map(jnp.zeros_like, begun.ema_params))
-    np.testing.assert_array_equal(carry_over(moved, averaged, averaged, Carry.KEEP).ema_params["output"], 0.0)
-    assert carry_over(moved, averaged, plain, Carry.KEEP).ema_params is None
+    np.testing.assert_array_equal(
+        carry_over(moved, averaged, averaged, Carry.KEEP, parallel=PARALLEL).ema_params["output"], 0.0
+    )
+    assert carry_over(moved, averaged, plain, Carry.KEEP, parallel=PARALLEL).ema_params is None

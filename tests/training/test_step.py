@@ -10,7 +10,7 @@ import pytest
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.objectives.base import LossConfig
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training import metrics
 from jaxlm.training.compiles import CompileCounter
 from jaxlm.training.evaluation import make_eval_step
@@ -29,16 +29,16 @@ class Setup:
 
     def __init__(self, tiny, optimizer=GRADIENT, config=None, loss=None, **model):
         config, loss = config or StepConfig(), loss or LossConfig()
-        self.mesh = MeshConfig().make(jax.devices()[:1])
+        self.parallel = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
         self.make = lambda key: tiny.Model(key, **model)
         self.definition, _, self.infos = abstract_model(self.make)
         self.optimizer = build_optimizer(optimizer, self.infos, total_steps=100, parametrization=Parametrization())
-        arguments = (self.definition, tiny.Objective(), self.optimizer, self.mesh, DEFAULT_RULES)
+        arguments = (self.definition, tiny.Objective(), self.optimizer, self.parallel)
         self.step = make_train_step(*arguments, config=config, loss=loss)
         self.eval_step = make_eval_step(*arguments, config=config, loss=loss)
 
     def state(self, seed=0):
-        return init_state(self.make, self.optimizer, self.mesh, DEFAULT_RULES, seed=seed)
+        return init_state(self.make, self.optimizer, self.parallel, seed=seed)
 
 
 @pytest.mark.parametrize("scan", [False, True])
