@@ -124,11 +124,12 @@ def warm_start(
     found, dropped = _matched(checkpoint, config)
     requests = stored.requests_for(params, layouts)
     known = {path: request for request in requests.values() for path in request.paths}
+    names = list(map(naming.show, known))
     for path, source in found.items():
         if path not in known:
             raise CheckpointError(
                 f"The warm start takes {naming.show(source)} of {checkpoint.folder} as {naming.show(path)}, which this "
-                f"model lacks; drop or rename it (the model has, for example, {stored.some(list(known))})."
+                f"model lacks; drop or rename it (the model has, for example, {stored.some(names)})."
             )
         shape, wanted = checkpoint.leaves[(config.weights.value, *source)].shape, known[path].layer.shape
         if shape != wanted:
@@ -140,7 +141,7 @@ def warm_start(
     new = [path for path in known if path not in found]
     if new and config.missing is Missing.ERROR:
         raise CheckpointError(
-            f"The warm start from {checkpoint.folder} leaves {stored.some(new)} without values; take or rename leaves "
+            f"The warm start from {checkpoint.folder} leaves {stored.some([naming.show(path) for path in new])} without values; take or rename leaves "
             f"for them, or set missing to {Missing.INITIALISE.value!r}."
         )
     filled = _filled(checkpoint, config.weights, naming.flatten(params), requests, found)

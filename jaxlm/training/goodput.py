@@ -85,26 +85,29 @@ class Ledger:
 
     def resumed(self, step: int) -> None:
         """Training goes on from `step`: steps beyond it that were done before are lost work."""
-        self.done(self._step, at_once=True)
+        self.write()
         self._step = step
         self._append({"event": "resume", "step": step, "time": round(time.time(), 3)})
 
-    def done(self, step: int | None, *, at_once: bool = False) -> None:
-        """`step` was done; now and then (or at once) writes what was spent since the last time."""
+    def done(self, step: int) -> None:
+        """`step` was done; now and then what was spent is written."""
         self._step = step
-        if not at_once and time.perf_counter() - self._written < _WRITE_SECONDS:
-            return
+        if time.perf_counter() - self._written >= _WRITE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Writes what was spent since the last time."""
         self._switch(self._activity)
         # Sums of floating-point differences: a nanosecond may be missing.
         seconds = {activity.value: round(max(s, 0.0), 4) for activity, s in self._spent.items() if s > 5e-5}
         self._spent.clear()
         self._written = time.perf_counter()
         if seconds:
-            self._append({"event": "spent", "step": step, "time": round(time.time(), 3), "seconds": seconds})
+            self._append({"event": "spent", "step": self._step, "time": round(time.time(), 3), "seconds": seconds})
 
     def close(self) -> None:
         """Writes what is not written yet; the ledger may be closed twice."""
-        self.done(self._step, at_once=True)
+        self.write()
         self._compiles.close()
         if self._file is not None:
             self._file.close()

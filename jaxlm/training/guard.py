@@ -1,7 +1,7 @@
 """Guards training against spikes: finds them inside the jitted step, and says what becomes of the run.
 
-Finding is pure and its state part of the checkpoint; the host reads nothing until the next log. Whatever the policy, the
-update of a spike is never taken, so that the policies share one compiled step.
+Finding is pure and its state part of the checkpoint; the host reads nothing until the next log. Whatever the policy,
+the update of a spike is never taken.
 """
 
 import abc
@@ -45,9 +45,9 @@ class Skip(Policy):
 class RollBack(Policy):
     """Goes back to the newest checkpoint, and on from there with the data after the spike's batch.
 
-    PaLM did so by hand, from about 100 steps before a spike and over 200 to 500 batches (arXiv 2204.02311, section 5.1):
-    the same batches met later, with other parameters, did no harm. Nothing about it is kept outside the checkpoints: a
-    run killed on the way meets the same spike again and goes back again.
+    PaLM did so by hand, from about 100 steps before a spike and over 200 to 500 batches (arXiv 2204.02311, section
+    5.1); the same batches did no harm to other parameters. Nothing about it is kept outside the checkpoints: a run
+    killed on the way meets the same spike again and goes back again.
 
     Attributes:
       skip: batches after the spike's own that are passed over too. Those between checkpoint and spike always are.

@@ -37,7 +37,9 @@ class WatchdogConfig:
 
     def __post_init__(self):
         if self.seconds <= 0:
-            raise ValueError(f"WatchdogConfig.seconds is {self.seconds}; it must be above 0 (None, not 0, watches not).")
+            raise ValueError(
+                f"WatchdogConfig.seconds is {self.seconds}; it must be above 0 (None, not 0, watches not)."
+            )
 
 
 class Watchdog(Callback):
@@ -115,8 +117,8 @@ class Watchdog(Callback):
             path = f"nowhere ({error})"
         faulthandler.dump_traceback(sys.__stderr__)
         sys.__stderr__.write(
-            f"jaxlm: no progress for {self._config.seconds:g} s, so this process ends with status {ExitStatus.HUNG}; the "
-            f"stacks of its threads are in {path}, and the same command continues from the newest checkpoint.\n"
+            f"jaxlm: no progress for {self._config.seconds:g} s, so this process ends with status {ExitStatus.HUNG}; "
+            f"the stacks of its threads are in {path}, and the same command continues from the newest checkpoint.\n"
         )
         sys.__stderr__.flush()
         os._exit(ExitStatus.HUNG)

@@ -13,7 +13,7 @@ from jaxlm.layers.parameters import Parametrization, Scaling
 from jaxlm.layers.stacking import StackLayout, stack, unstack
 from jaxlm.training import optimizers
 from jaxlm.training.adafactor import scale_by_adafactor
-from jaxlm.training.guard import RollBack, Skip, SpikeGuard, Stop
+from jaxlm.training.guard import Skip, SpikeGuard
 from jaxlm.training.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimizerConfig, ParameterGroup, ScheduleFree
 from jaxlm.training.parameters import ParameterInfo, flatten
 from jaxlm.training.parameters import update as put
