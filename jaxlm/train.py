@@ -229,6 +229,7 @@ def go_back(
     Raises:
       TrainingDiverged: the same, unless the guard's policy is to go back and it has patience.
     """
+    services.checkpoints.wait()
     saved = committed_steps(services.checkpoints.folder)
     services.rollbacks.add(spike, phase_at(run.phases, spike.step - 1), saved[-1] if saved else 0)
     services.line.print(f"Goes back from the spike of step {spike.step:,}, and on after its data.")

@@ -209,6 +209,8 @@ class CheckpointManager:
             "metrics": metrics,
         }
         with _clear_errors(self.folder, step):
+            # Where the folder is gone, Orbax's threads would wait for minutes, beyond the end of the run.
+            next(self.folder.iterdir(), None)
             self._orbax.wait_until_finished()
             self._set_aside(step)
             self._saving, self._last = step, time.monotonic()

@@ -124,9 +124,9 @@ def warm_start(
     found, dropped = _matched(checkpoint, config)
     requests = stored.requests_for(params, layouts)
     known = {path: request for request in requests.values() for path in request.paths}
-    names = list(map(naming.show, known))
     for path, source in found.items():
         if path not in known:
+            names = list(map(naming.show, known))
             raise CheckpointError(
                 f"The warm start takes {naming.show(source)} of {checkpoint.folder} as {naming.show(path)}, which this "
                 f"model lacks; drop or rename it (the model has, for example, {stored.some(names)})."
@@ -140,9 +140,10 @@ def warm_start(
             )
     new = [path for path in known if path not in found]
     if new and config.missing is Missing.ERROR:
+        names = list(map(naming.show, new))
         raise CheckpointError(
-            f"The warm start from {checkpoint.folder} leaves {stored.some([naming.show(path) for path in new])} without values; take or rename leaves "
-            f"for them, or set missing to {Missing.INITIALISE.value!r}."
+            f"The warm start from {checkpoint.folder} leaves {stored.some(names)} without values; take or rename "
+            f"leaves for them, or set missing to {Missing.INITIALISE.value!r}."
         )
     filled = _filled(checkpoint, config.weights, naming.flatten(params), requests, found)
     account = Account(
