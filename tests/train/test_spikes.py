@@ -4,9 +4,9 @@ import json
 import math
 
 import numpy as np
-import observed
 import pytest
 
+from benchmarks import observed
 from jaxlm import train
 from jaxlm.checkpoints import stored
 from jaxlm.configuration import resolve
