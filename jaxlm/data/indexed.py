@@ -54,13 +54,12 @@ class IndexedLoader(Loader):
         generator = ExampleGenerator(data.config.seed)
         rows = [
             [data.example(generator, d, i, e, step, raw) for i, raw in data.rows[d].row(r)]
-            for d, r, e in self._rows(first, self._host_rows, mixer)
+            for d, r, e in self._rows(first + np.arange(self._host_rows), mixer)
         ]
         return data.converter.batch(rows + [[]] * (self._host_rows - len(rows)))
 
-    def _rows(self, first: int, count: int, mixer: Mixer) -> list[tuple[int, int, int]]:
-        """(data set, row in it, epoch) of `count` rows from number `first` on; fewer at the end of a pass."""
-        numbers = np.arange(first, first + count)
+    def _rows(self, numbers: np.ndarray, mixer: Mixer) -> list[tuple[int, int, int]]:
+        """(data set, row in it, epoch) of rows of the run by number; without those beyond the end of a pass."""
         if self._data.one_pass:
             numbers = numbers[numbers < self._ends[-1]]
             dataset = np.searchsorted(self._ends, numbers, "right")
@@ -74,10 +73,10 @@ class IndexedLoader(Loader):
     def examples_at(self, state: Mapping[str, Any]) -> list[list[ExampleId]]:
         clocks = tuple(Clock(*clock) for clock in state["clocks"])
         mixer = Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, clocks)
-        first = clocks[-1].draws_at(state["step"])
+        numbers = clocks[-1].draws_at(state["step"]) + np.arange(self._batch_size)
         return [
             [ExampleId(self.dataset_names[d], i, e) for i, _ in self._data.rows[d].row(r)]
-            for d, r, e in self._rows(first, self._batch_size, mixer)
+            for d, r, e in self._rows(numbers, mixer)
         ]
 
     @override

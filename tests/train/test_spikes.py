@@ -13,6 +13,7 @@ from jaxlm.configuration import resolve
 from jaxlm.data.datasets import DataSets
 from jaxlm.exit_status import ExitStatus
 from jaxlm.run import RunConfig, open_loader
+from jaxlm.training.guard import RollBack, SpikeGuard
 
 STEPS, POISONED = 16, 7
 TEXT = (
@@ -63,6 +64,13 @@ def spikes(folder):
 
 def as_written(rows):
     return json.loads(json.dumps(rows))
+
+
+def test_a_guard_on_the_command_line_of_any_run():
+    """As docs/surviving_faults.md has it."""
+    flags = ["--gin.GUARD=@guard.SpikeGuard()", "--gin.SpikeGuard.policy=@guard.RollBack()", "--gin.RollBack.skip=4"]
+    run = resolve(RunConfig, ["--gin_file=gin_configs/runs/quickstart.gin", *flags])
+    assert run.optimizer.guard == SpikeGuard(policy=RollBack(skip=4))
 
 
 def test_skip_leaves_the_step_out_and_writes_its_examples_down(workshop, rows, poison, metrics):
