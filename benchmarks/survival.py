@@ -139,6 +139,7 @@ def kill_runs(
         logged = metrics(folder) if (folder / "metrics.jsonl").exists() else {}
         counts["steps done again"] += max(max(logged, default=0) - found, 0)
         newest = found
+        print(f"{when}: step {found}; {len(plan)} to go", file=sys.stderr, flush=True)
     return dict(counts)
 
 
@@ -211,30 +212,36 @@ def gradients(folder: pathlib.Path, step: int, b1: float = 0.9) -> dict[str, np.
     return {name: (after[name] - b1 * before[name]) / (1 - b1) for name in before}
 
 
+def killed(workshop: Workshop, at_random: int, saving: int) -> dict[str, int]:
+    """Kills, after two runs that nobody touched were found to be the same."""
+    gin = make_gin(workshop, "killed")
+    workshop.observe("untouched", gin)  # builds the data's cache and fills that of programs
+    start = time.monotonic()
+    status, output = live(workshop.arguments("alone", gin), workshop.folder, None, random.Random(), 0.0)
+    seconds = time.monotonic() - start
+    expected = metrics(workshop.folder / "untouched")
+    if status or metrics(workshop.folder / "alone") != expected:
+        raise RuntimeError(f"Two runs that nobody touched differ, or one failed:\n{output}")
+    return kill_runs(workshop, gin, expected, at_random=at_random, saving=saving, seconds=seconds)
+
+
 def main() -> None:
-    """Kills, moves, prints, writes results/survival.json."""
+    """Kills, moves, prints, writes results/survival.json: what was not asked for stays as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="elastic, kills; both where none is given")
     parser.add_argument("--at-random", type=int, default=40, help="kills at random moments")
     parser.add_argument("--saving", type=int, default=20, help="kills inside a save")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "survival.json")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop(pathlib.Path(folder))
-        result: dict[str, Any] = {"elastic": elastic(workshop)}
-        print(json.dumps(result, indent=1), flush=True)
-        gin = make_gin(workshop, "killed")
-        workshop.observe("untouched", gin)  # builds the data's cache and fills that of programs
-        start = time.monotonic()
-        status, output = live(workshop.arguments("alone", gin), workshop.folder, None, random.Random(), 0.0)
-        seconds = time.monotonic() - start
-        expected = metrics(workshop.folder / "untouched")
-        if status or metrics(workshop.folder / "alone") != expected:
-            raise RuntimeError(f"Two runs that nobody touched differ, or one failed:\n{output}")
-        result["kills"] = kill_runs(
-            workshop, gin, expected, at_random=args.at_random, saving=args.saving, seconds=seconds
-        )
-    print(json.dumps(result["kills"], indent=1))
-    args.out.write_text(json.dumps(result | {"machine": machine.facts()}, indent=1) + "\n")
+    parts = {"elastic": elastic, "kills": lambda workshop: killed(workshop, args.at_random, args.saving)}
+    if unknown := set(args.parts) - set(parts):
+        parser.error(f"unknown {', '.join(unknown)}; the parts are {', '.join(parts)}")
+    result = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for name in args.parts or parts:
+        with tempfile.TemporaryDirectory() as folder:
+            result[name] = parts[name](Workshop(pathlib.Path(folder)))
+        print(json.dumps({name: result[name]}, indent=1), flush=True)
+        args.out.write_text(json.dumps(result | {"machine": machine.facts()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
