@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from benchmarks.step import RESULTS
-from benchmarks.tiny_runs import ROOT, Workshop, metrics
+from benchmarks.tiny_runs import ENVIRONMENT, ROOT, Workshop, metrics
 from jaxlm.checkpoints import naming, stored
 from jaxlm.training import machine
 
@@ -60,7 +60,7 @@ def live(
     """
     with tempfile.TemporaryFile("w+") as output:
         command = [sys.executable, "-m", "jaxlm.train", *arguments]
-        with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT) as process:
+        with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT) as process:
             if when == "random":
                 try:
                     process.wait(rng.uniform(0.0, seconds))
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--saving", type=int, default=20, help="kills inside a save")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "survival.json")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     parts = {"elastic": elastic, "kills": lambda workshop: killed(workshop, args.at_random, args.saving)}
     if unknown := set(args.parts) - set(parts):
         parser.error(f"unknown {', '.join(unknown)}; the parts are {', '.join(parts)}")

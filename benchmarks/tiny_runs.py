@@ -16,6 +16,14 @@ from jaxlm import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 OBSERVED = pathlib.Path(__file__).with_name("observed.py")
+# Of processes that are started here; what is set already stays.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path.home() / ".cache" / "jaxlm" / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+}
 
 _TIMES = ("train/seconds_per_step", "train/tokens_per_second", "train/data_wait", "train/mfu")
 
@@ -87,7 +95,7 @@ class Workshop:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
         result = subprocess.run(
             [sys.executable, OBSERVED, out, *self.arguments(run, gin, *bindings)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+            env={**ENVIRONMENT, "XLA_FLAGS": flags},
             capture_output=True,
             text=True,
         )

@@ -50,9 +50,15 @@ def main(arguments: list[str] | None = None) -> ExitStatus:
             raise
         print(f"jaxlm.train: {error}", file=sys.stderr)
         return ExitStatus.DIVERGED if isinstance(error, TrainingDiverged) else ExitStatus.FAILED
-    return {Outcome.FINISHED: ExitStatus.FINISHED, Outcome.PREEMPTED: ExitStatus.PREEMPTED}.get(
-        outcome, ExitStatus.ENDED_EARLY
-    )
+    return _STATUS_OF[outcome]
+
+
+_STATUS_OF = {
+    Outcome.FINISHED: ExitStatus.FINISHED,
+    Outcome.OUT_OF_DATA: ExitStatus.ENDED_EARLY,
+    Outcome.STOPPED: ExitStatus.ENDED_EARLY,
+    Outcome.PREEMPTED: ExitStatus.PREEMPTED,
+}
 
 
 def take_profile(arguments: Sequence[str]) -> tuple[list[str], str | None]:
@@ -198,7 +204,7 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     with services.ledger.spending(Activity.RESTORE):
         saved = checkpoints.open()
     if saved is None:
-        if parts.phase != run.phases[0]:
+        if parts.phase != run.phases[0] or parts.loader.state()["step"] > 0:  # it went back
             parts = assemble(run, run.phases[0], parallel)
         state = init_state(make_model(parts.model), parts.optimizer, parallel, seed=run.seed)
         if run.warm_start is not None:

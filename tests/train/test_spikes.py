@@ -110,8 +110,9 @@ def test_roll_back_goes_on_after_the_spikes_data(workshop, rows, poison, clean, 
 def test_roll_back_passes_over_more_and_loses_patience(workshop, poison, clean, capsys):
     gin = make_gin(workshop, "RollBack")
     with observed.Observer() as seen:
-        workshop.train("further", gin, "guard.RollBack.skip=2")
-    assert seen.batches["5"] == clean[str(POISONED + 3)]
+        workshop.train("further", gin, "guard.RollBack.skip=2", "CHECKPOINT_PERIOD=100")
+    # Nothing was saved before the spike: from the beginning, with the third batch after it.
+    assert [seen.batches[str(step)] for step in (1, 2)] == [clean[str(POISONED + 3)], clean[str(POISONED + 4)]]
     assert train.main(workshop.arguments("impatient", gin, "guard.RollBack.patience=0")) == ExitStatus.DIVERGED
 
 
