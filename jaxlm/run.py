@@ -25,10 +25,12 @@ from jaxlm.training.evaluation import Evaluator, make_eval_step
 from jaxlm.training.loop import LoopConfig
 from jaxlm.training.optimizers import Optimizer, OptimizerConfig, build_optimizer
 from jaxlm.training.parameters import ModelDefinition, Tree
+from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Phase, Stage, phases
 from jaxlm.training.state import TrainState, abstract_model
 from jaxlm.training.step import StepConfig, layer_names, make_train_step
+from jaxlm.training.watchdog import WatchdogConfig
 from jaxlm.training.writers import WandbConfig
 
 
@@ -70,6 +72,8 @@ class RunConfig:
         to train_steps.
       warm_start: parameters to begin with; None initialises afresh.
       wandb: also log to Weights & Biases.
+      watchdog: when a run counts as hung; None never.
+      profile: steps to record with jax's profiler; None records nothing.
       baselines: also score n-gram models and xz on the same text at the end, for the report. Of full language modelling
         only: what other objectives predict is not the whole text.
       seed: of initialisation, dropout and sampling inside the loss. (The data has its own.)
@@ -92,6 +96,8 @@ class RunConfig:
     stages: tuple[Stage, ...] = ()
     warm_start: WarmStart | None = None
     wandb: WandbConfig | None = None
+    watchdog: WatchdogConfig | None = None
+    profile: ProfileConfig | None = None
     baselines: bool = False
     seed: int = 0
 

@@ -304,7 +304,7 @@ class OptimizerConfig:
         some layers of a scanned stack are frozen, the stack's state is whole).
       moments: how the algorithm's moments are stored between steps; None keeps float32.
       ema_decay: keep an exponential moving average of the parameters with this decay; None keeps none.
-      guard: skip steps that are outliers; None takes every step.
+      guard: what happens to steps that are outliers; None takes every step.
       schedule_free: average iterates; None does not.
     """
 
@@ -386,8 +386,8 @@ class Optimizer:
 
         Returns:
           what to add to the trained parameters, the new state, and {"grad_norm", "learning_rate", "diverged"}, with a
-          guard also "skipped". "diverged" is 1 where training cannot go on: loss or gradient are not finite, or the
-          guard has skipped as many steps in a row as it has patience for.
+          guard also "skipped". "diverged" is 1 where the loop must not build upon the step: loss or gradient are not
+          finite, or the guard's policy gives up.
         """
         name = self.config.algorithm.name
         if self.masks:
@@ -407,7 +407,7 @@ class Optimizer:
             updates = jax.tree.map(lambda u: jnp.where(skip, 0.0, u), updates)
             new_state[name] = jax.tree.map(lambda old, fresh: jnp.where(skip, old, fresh), state[name], new)
             scalars["skipped"] = skip.astype(jnp.float32)
-            diverged = new_state["guard"].in_a_row >= self.config.guard.patience
+            diverged = self.config.guard.policy.gives_up(skip, new_state["guard"].in_a_row)
         return updates, new_state, scalars | {"diverged": diverged.astype(jnp.float32)}
 
     def evaluation_params(self, params: Tree, state: dict[str, Any]) -> Tree:

@@ -69,7 +69,8 @@ def make_train_step(
     Returns:
       the jitted function. It takes the state's buffers (they must not be used again). Metrics hold what the objective
       reports, and "loss", "loss/<term>", "grad_norm", "learning_rate", "diverged", "tokens" and "bytes" (see `counts`),
-      with a guard "skipped", and "norms/<parameters|gradients|updates>/<layer>" on the steps that have them.
+      with a guard "skipped" and "spike_loss" (of skipped steps), and "norms/<parameters|gradients|updates>/<layer>" on
+      the steps that have them.
       A skipped step counts for nothing in the objective's metrics.
     """
     ops = ShardedOps(parallel)
@@ -126,7 +127,9 @@ def make_train_step(
         metrics |= {f"loss/{term}": (value, one) for term, value in terms.items()} | {"loss": (total, one)}
         metrics |= counts(batch, config.byte_lengths, loss.num_datasets)
         if "skipped" in scalars:  # its loss may be NaN, which a weight of 0 would not cure
-            metrics = jax.tree.map(lambda x: jnp.where(scalars["skipped"] > 0, 0.0, x), metrics)
+            skipped = scalars["skipped"] > 0
+            metrics = jax.tree.map(lambda x: jnp.where(skipped, 0.0, x), metrics)
+            metrics["spike_loss"] = (jnp.where(skipped, total, 0.0), scalars["skipped"])
         metrics |= {name: (value, one) for name, value in scalars.items()}
         if config.layer_norm_period:
             due = state.step % config.layer_norm_period == 0
@@ -138,6 +141,13 @@ def make_train_step(
         return to_store(new_state, shardings), replicated(metrics, parallel.mesh)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def spike_signs(metrics: Metrics) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of one step's metrics, on the devices: whether it is a spike (or not finite), its loss and its gradient norm."""
+    guarded = "skipped" in metrics
+    flag, loss = ("skipped", "spike_loss") if guarded else ("diverged", "loss")
+    return metrics[flag][0], metrics[loss][0], metrics["grad_norm"][0]
 
 
 def widen(batch: Batch) -> dict[str, jax.Array]:

@@ -13,7 +13,7 @@ from jaxlm.layers.parameters import Parametrization, Scaling
 from jaxlm.layers.stacking import StackLayout, stack, unstack
 from jaxlm.training import optimizers
 from jaxlm.training.adafactor import scale_by_adafactor
-from jaxlm.training.guard import SpikeGuard
+from jaxlm.training.guard import Skip, SpikeGuard
 from jaxlm.training.moments import MomentStorage
 from jaxlm.training.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimizerConfig, ParameterGroup, ScheduleFree
 from jaxlm.training.parameters import ParameterInfo, flatten
@@ -333,7 +333,7 @@ class TestGuard:
     def test_a_skipped_step_changes_nothing(self, tiny):
         _, _, infos = abstract_model(lambda key: tiny.Model(key))
         params, grads = tree_of(infos, 0), tree_of(infos, 1)
-        config = OptimizerConfig(AdamW(), Constant(0.1), weight_decay=0.1, guard=SpikeGuard(patience=2))
+        config = OptimizerConfig(AdamW(), Constant(0.1), weight_decay=0.1, guard=SpikeGuard(policy=Skip(patience=2)))
         optimizer = build(config, infos)
         bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads)
         new, state, scalars = run(optimizer, params, [bad])
