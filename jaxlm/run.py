@@ -234,12 +234,14 @@ def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     """Tries what every phase needs of data and mesh, so that a mistake in the last one is found before the first step.
 
     Raises:
-      ValueError: as `open_checked`, or a batch leaves devices idle.
+      ValueError: as `open_checked`, or a batch leaves devices idle, or the mesh does not cut rows evenly.
     """
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:
-            open_checked(run, phase).close()
+            loader = open_checked(run, phase)
+            _check_rows(loader, run.model_of(phase).architecture, parallel)
+            loader.close()
 
 
 def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
@@ -250,6 +252,7 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
     """
     model = run.model_of(phase)
     loader = open_checked(run, phase)
+    _check_rows(loader, model.architecture, parallel)
     definition, abstract, infos = abstract_model(make_model(model))
     optimizer = _optimizer(run, phase, model, infos)
     names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(infos))
@@ -278,6 +281,11 @@ def _row_lengths(loader: Loader, architecture: Architecture) -> tuple[int, int]:
     if architecture is Architecture.ENCODER_DECODER:
         return columns["decoder"], columns["encoder"]
     return next(iter(columns.values())), 0
+
+
+def _check_rows(loader: Loader, architecture: Architecture, parallel: Parallelism) -> None:
+    for length in _row_lengths(loader, architecture):
+        parallel.check_row(length)
 
 
 def _stacks(loader: Loader) -> tuple[str, ...]:

@@ -71,11 +71,12 @@ class LanguageModel(nnx.Module):
         Args:
           batch: features by seqio's names, docs/architecture.md.
           context: operations and dropout key.
-          added_embeddings: [B, T, embedding width], added to the embeddings of a single stack's tokens.
+          added_embeddings: [B, T, embedding width], added to the embeddings of a single stack's tokens; in the mesh's
+            order.
 
         Returns:
           [B, T, E] for decoders, [B, S, E] for encoders, after the final norm. With multi-token prediction, those
-          that predict the next token.
+          that predict the next token. Tokens are in the mesh's order, see `jaxlm.layers.context.Ops`.
         """
         if self.future is not None:
             return self._future(batch, context, 1)[0]
@@ -122,20 +123,20 @@ class LanguageModel(nnx.Module):
             return stack(
                 x,
                 self_mask(batch, architecture),
-                batch[f"{side}_positions"],
+                context.ops.arrange(batch[f"{side}_positions"]),
                 context=context.fold("stack"),
                 normalize=normalize,
             )
         encoded = self.encoder(
             self._embed(batch, "encoder", context, None),
             self_mask(batch, Architecture.ENCODER),
-            batch["encoder_positions"],
+            context.ops.arrange(batch["encoder_positions"]),
             context=context.fold("encoder_stack"),
         )
         return self.decoder(
             self._embed(batch, "decoder", context, None),
             self_mask(batch, architecture),
-            batch["decoder_positions"],
+            context.ops.arrange(batch["decoder_positions"]),
             context=context.fold("stack"),
             encoded=encoded,
             cross_mask=Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"]),
@@ -147,7 +148,8 @@ class LanguageModel(nnx.Module):
         # The blocks stand beside each other on the trunk and see what its own blocks see.
         stack = self.encoder if self.decoder is None else self.decoder
         mask = self_mask(batch, self.config.architecture)
-        around = stack.surroundings(mask, batch["decoder_positions"], more_blocks=(self.config.future_block,))
+        positions = context.ops.arrange(batch["decoder_positions"])
+        around = stack.surroundings(mask, positions, more_blocks=(self.config.future_block,))
         run = remat(stack.config.remat, scanned=False)
         inner = context.fold("future")
         return tuple(
@@ -155,10 +157,11 @@ class LanguageModel(nnx.Module):
         )
 
     def _embed(self, batch: Batch, side: str, context: Context, added: jax.Array | None) -> jax.Array:
+        arrange, types = context.ops.arrange, batch.get(f"{side}_type_ids")
         return self.embedding(
-            batch[f"{side}_input_tokens"],
-            batch[f"{side}_positions"],
-            types=batch.get(f"{side}_type_ids"),
+            arrange(batch[f"{side}_input_tokens"]),
+            arrange(batch[f"{side}_positions"]),
+            types=None if types is None else arrange(types),
             added=added,
             context=context.fold(f"{side}_embedding"),
         )
