@@ -12,6 +12,7 @@ from jaxlm.layers.block import Block
 from jaxlm.layers.context import LOCAL, Context
 from jaxlm.layers.embeddings import Embedding
 from jaxlm.layers.parameters import ParameterMaker, PathKey
+from jaxlm.layers.side_values import SideValues
 from jaxlm.layers.stack import Stack, remat
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import LanguageModelConfig
@@ -65,8 +66,8 @@ class LanguageModel(nnx.Module):
 
     def hidden_states(
         self, batch: Batch, *, context: Context = LOCAL, added_embeddings: jax.Array | None = None
-    ) -> jax.Array:
-        """Hidden states at the positions where the loss is.
+    ) -> tuple[jax.Array, SideValues]:
+        """Hidden states at the positions where the loss is, and what the layers give beside them.
 
         Args:
           batch: features by seqio's names, docs/architecture.md.
@@ -76,14 +77,21 @@ class LanguageModel(nnx.Module):
 
         Returns:
           [B, T, E] for decoders, [B, S, E] for encoders, after the final norm. With multi-token prediction, those
-          that predict the next token. Tokens are in the mesh's order, see `jaxlm.layers.context.Ops`.
+          that predict the next token. Tokens are in the mesh's order, see `jaxlm.layers.context.Ops`. And the side
+          values of all layers that ran, added up.
         """
         if self.future is not None:
-            return self._future(batch, context, 1)[0]
+            (hidden,), side = self._future(batch, context, 1)
+            return hidden, side
         return self._run(batch, context, added_embeddings, normalize=True)
 
-    def future_hidden_states(self, batch: Batch, *, context: Context = LOCAL) -> tuple[jax.Array, ...]:
-        """Hidden states that predict the next token, the one after it, and so on: `future_tokens` times [B, T, E]."""
+    def future_hidden_states(
+        self, batch: Batch, *, context: Context = LOCAL
+    ) -> tuple[tuple[jax.Array, ...], SideValues]:
+        """Hidden states that predict the next token, the one after it, and so on: `future_tokens` times [B, T, E].
+
+        And the layers' side values, as for `hidden_states`.
+        """
         if self.future is None:
             raise ValueError(
                 "This model predicts one token ahead; set LanguageModelConfig.future_tokens and future_block."
@@ -114,7 +122,9 @@ class LanguageModel(nnx.Module):
             raise ValueError("This model has no pooler; set LanguageModelConfig.pooler.")
         return self.pooler(hidden, context)
 
-    def _run(self, batch: Batch, context: Context, added: jax.Array | None, *, normalize: bool) -> jax.Array:
+    def _run(
+        self, batch: Batch, context: Context, added: jax.Array | None, *, normalize: bool
+    ) -> tuple[jax.Array, SideValues]:
         architecture = self.config.architecture
         if architecture is not Architecture.ENCODER_DECODER:
             side = "decoder" if architecture.has_decoder_features else "encoder"
@@ -123,38 +133,41 @@ class LanguageModel(nnx.Module):
             return stack(
                 x,
                 self_mask(batch, architecture),
-                context.ops.arrange(batch[f"{side}_positions"]),
+                **_tokens(batch, side, context),
                 context=context.fold("stack"),
                 normalize=normalize,
             )
-        encoded = self.encoder(
+        encoded, encoder_side = self.encoder(
             self._embed(batch, "encoder", context, None),
             self_mask(batch, Architecture.ENCODER),
-            context.ops.arrange(batch["encoder_positions"]),
+            **_tokens(batch, "encoder", context),
             context=context.fold("encoder_stack"),
         )
-        return self.decoder(
+        hidden, decoder_side = self.decoder(
             self._embed(batch, "decoder", context, None),
             self_mask(batch, architecture),
-            context.ops.arrange(batch["decoder_positions"]),
+            **_tokens(batch, "decoder", context),
             context=context.fold("stack"),
             encoded=encoded,
             cross_mask=Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"]),
             normalize=normalize,
         )
+        return hidden, encoder_side + decoder_side
 
-    def _future(self, batch: Batch, context: Context, count: int) -> tuple[jax.Array, ...]:
-        trunk = self._run(batch, context, None, normalize=False)
+    def _future(self, batch: Batch, context: Context, count: int) -> tuple[tuple[jax.Array, ...], SideValues]:
+        trunk, total = self._run(batch, context, None, normalize=False)
         # The blocks stand beside each other on the trunk and see what its own blocks see.
         stack = self.encoder if self.decoder is None else self.decoder
         mask = self_mask(batch, self.config.architecture)
-        positions = context.ops.arrange(batch["decoder_positions"])
-        around = stack.surroundings(mask, positions, more_blocks=(self.config.future_block,))
+        around = stack.surroundings(mask, **_tokens(batch, "decoder", context), more_blocks=(self.config.future_block,))
         run = remat(stack.config.remat, scanned=False)
         inner = context.fold("future")
-        return tuple(
-            stack.finish(run(self.future[str(i)], trunk, around, inner.fold(i)), inner.fold(i)) for i in range(count)
-        )
+        hidden = []
+        for i in range(count):
+            x, side = run(self.future[str(i)], trunk, around, inner.fold(i))
+            hidden.append(stack.finish(x, inner.fold(i)))
+            total += side
+        return tuple(hidden), total
 
     def _embed(self, batch: Batch, side: str, context: Context, added: jax.Array | None) -> jax.Array:
         arrange, types = context.ops.arrange, batch.get(f"{side}_type_ids")
@@ -165,6 +178,15 @@ class LanguageModel(nnx.Module):
             added=added,
             context=context.fold(f"{side}_embedding"),
         )
+
+
+def _tokens(batch: Batch, side: str, context: Context) -> dict[str, jax.Array]:
+    """What a stack knows of its tokens, [B, T] each in the mesh's order: positions, and which are not padding."""
+    arrange = context.ops.arrange
+    return {
+        "positions": arrange(batch[f"{side}_positions"]),
+        "present": arrange(batch[f"{side}_segment_ids"] > 0),
+    }
 
 
 def self_mask(batch: Batch, architecture: Architecture) -> Mask:
