@@ -54,20 +54,21 @@ class Route:
         devices, (left, right) = keys.devices, mask.reach
         q_first = np.asarray(queries.order).reshape(devices, 1, -1, 1) * queries.run_length
         k_first = np.asarray(keys.order).reshape(1, devices, 1, -1) * keys.run_length
-        seen = np.ones((devices, devices), bool)  # [device of the queries, device of the keys]
+        seen = np.ones((devices, devices, queries.runs, keys.runs), bool)
         if left is not None:
-            seen &= ((k_first + keys.run_length - 1) >= q_first - left).any(axis=(2, 3))
+            seen &= k_first + keys.run_length - 1 >= q_first - left
         if right is not None:
-            seen &= (k_first <= q_first + queries.run_length - 1 + right).any(axis=(2, 3))
+            seen &= k_first <= q_first + queries.run_length - 1 + right
         # Keys that moved d places forward are those of device i - d.
-        places = {(i - j) % devices for i, j in np.argwhere(seen)}
+        places = {(i - j) % devices for i, j in np.argwhere(seen.any(axis=(2, 3)))}
         ways = [
-            (forward + back, forward, back)
+            (forward + back, back)
             for forward in range(devices)
             for back in range(devices - forward)
             if places <= {*range(forward + 1), *range(devices - back, devices)}
         ]
-        return cls(axis, queries, keys, forward=min(ways)[1], backward=min(ways)[2])
+        total, back = min(ways)
+        return cls(axis, queries, keys, forward=total - back, backward=back)
 
 
 @jax.tree_util.register_dataclass
