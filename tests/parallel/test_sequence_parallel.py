@@ -41,3 +41,12 @@ def test_what_cannot_be_split_is_one_sentence(answer):
     assert said["dense bias"].startswith("A bias given as an array (use RelativeBias or AlibiBias) cannot be split")
     assert said["blocks"].startswith("BlockSparse.block=(16, 16), whose sides do not divide the runs of [8, 8] tokens")
     assert said["no log-sum-exp"].startswith("splash cannot: the log-sum-exp")
+
+
+def test_models_give_the_same_losses_metrics_and_gradients(run_python):
+    """Every architecture and the objectives that look at neighbours, with dropout and metrics by data set."""
+    output = run_python(["tests/parallel/sequence_models_program.py"], devices=8, timeout=600).stdout
+    answer = json.loads(output.strip().splitlines()[-1])
+    assert len(answer) == 4
+    for name, found in answer.items():
+        assert found["values"] < 1e-5 and found["gradients"] < 1e-5, (name, found)
