@@ -134,12 +134,12 @@ def moved(hlo: str) -> dict[str, int]:
                 total[found[1]] += max(
                     map(_bytes, re.findall(r"([a-z]+\d+)\[([\d,]*)\]", line.split(", channel_id")[0]))
                 )
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+            loop = re.search(r" while\(.*condition=%?([\w.\-]+)", line)
+            # jax's loops over a fixed number of steps count from 0 and compare with one constant.
+            trips = int(re.search(r"constant\((\d+)\)", "".join(computations[loop[1]]))[1]) if loop else 1
             for called in re.findall(r"(?:calls|to_apply|body)=%?([\w.\-]+)", line):
                 for kind, n in inside(called).items():
-                    if " while(" in line and not trips:
-                        raise ValueError(f"A loop around {kind} has no known trip count.")
-                    total[kind] += n * (int(trips[1]) if trips else 1)
+                    total[kind] += n * trips
         return total
 
     return dict(inside(entry))

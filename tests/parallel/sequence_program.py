@@ -51,14 +51,22 @@ FOUR, TWO = MeshConfig(fsdp=2, sequence=4), MeshConfig(fsdp=2, sequence=2, tenso
 # name: (mesh, how keys move, balanced, mask, keys, key heads, bias, options)
 CASES = {
     "decoder, ring": (FOUR, "ring", True, masks.Causal() & PACKED, T, 2, relative, DROPOUT),
-    "decoder, ring, plain order": (FOUR, "ring", False, masks.Causal() & PACKED, T, 2, None, dict(soft_cap=3.0)),
     "decoder, gathered": (FOUR, "all_gather", True, masks.Causal() & PACKED, T, 1, relative, DROPOUT),
     "prefix, heads split": (TWO, "ring", True, PREFIX & PACKED, T, 2, alibi, DROPOUT),
     "encoder, fewer key heads than devices": (TWO, "ring", True, PACKED, T, 1, None, {}),
     "encoder-decoder": (FOUR, "ring", True, CROSS, 24, 4, None, DROPOUT),
     "encoder-decoder, keys that do not divide": (FOUR, "auto", True, masks.KVLength(9), 10, 4, None, DROPOUT),
     "window, both ways": (FOUR, "ring", True, masks.Causal() & masks.Window(5, 0) & PACKED, T, 2, None, DROPOUT),
-    "longformer": (FOUR, "ring", False, (masks.Window(3, 3) | masks.GlobalTokens(2)) & PACKED, T, 2, None, {}),
+    "longformer": (
+        FOUR,
+        "ring",
+        False,
+        (masks.Window(3, 3) | masks.GlobalTokens(2)) & PACKED,
+        T,
+        2,
+        None,
+        dict(soft_cap=3.0),
+    ),
     "block sparse": (FOUR, "ring", True, BLOCKS & masks.Causal(), T, 2, None, {}),
     "our kernel": (TWO, "ring", True, masks.Causal() & PACKED, T, 2, relative, dict(backend="xla_blocks", **DROPOUT)),
 }
@@ -113,6 +121,18 @@ def traffic(keys):
     return dict(counts, gathered=gathered, scores=scores, run=runs)
 
 
+def chosen():
+    """What "auto" does with 4 query heads, by the program as it is traced."""
+    ops, q = ops_of(FOUR), normal(B, T, 4, D)
+    window = masks.Causal() & masks.Window(2, 0)
+    found = {}
+    for name, mask, kv_heads in (("few", PACKED, 1), ("many", PACKED, 2), ("few, window", window & PACKED, 1)):
+        k = normal(B, T, kv_heads, D)
+        program = str(jax.make_jaxpr(lambda q, k, mask=mask: ops.attention(q, k, k, mask=mask))(q, k))
+        found[name] = [kind for kind in ("all_gather", "ppermute") if f"{kind}[" in program]
+    return found
+
+
 def refusals():
     """What cannot be taken apart, each in a sentence."""
     ops, x = ops_of(MeshConfig(sequence=2)), jnp.zeros((B, T, 2, D))
@@ -136,6 +156,7 @@ print(
         dict(
             errors={name: run(*case) for name, case in CASES.items()},
             traffic={keys: traffic(keys) for keys in ("ring", "all_gather")},
+            chosen=chosen(),
             refusals=refusals(),
         )
     )

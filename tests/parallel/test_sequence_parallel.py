@@ -13,7 +13,7 @@ def answer(run_python):
 
 def test_split_rows_give_what_whole_rows_give(answer):
     """Values and gradients of q, k, v, the bias table and sinks (law 3)."""
-    assert len(answer["errors"]) == 11
+    assert len(answer["errors"]) == 10
     for name, errors in answer["errors"].items():
         assert len(errors) == 6 and max(errors) < 1e-5, (name, errors)
 
@@ -29,6 +29,10 @@ def test_gathering_gathers_keys_alone(answer):
     found = answer["traffic"]["all_gather"]
     assert found["collective-permute"] == found["all-to-all"] == 0, found
     assert found["gathered"] and all(shape == "2,1024,1,8" for _, shape in found["gathered"]), found
+
+
+def test_few_keys_are_gathered_unless_a_window_keeps_them_near(answer):
+    assert answer["chosen"] == {"few": ["all_gather"], "many": ["ppermute"], "few, window": ["ppermute"]}
 
 
 def test_no_array_of_scores_exists(answer):
