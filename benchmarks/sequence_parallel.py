@@ -100,10 +100,10 @@ def ahead() -> list[dict[str, Any]]:
                 table.append(row | {"not_measured": reason})
                 continue
             config = ParallelConfig(MeshConfig(sequence=DEVICES), sequence=sequence)
-            parallel = config.on(ahead_of_time._devices(topology))
+            parallel = config.on(ahead_of_time.devices(topology))
             shapes = arguments(parallel, 1, LENGTH, HEADS, KEY_HEADS, SIZE, jnp.bfloat16)
             try:
-                with ahead_of_time._writing_no_cache():
+                with ahead_of_time.writing_no_cache():
                     compiled = jax.jit(gradient(way, parallel, "auto")).lower(*shapes).compile()
             except jax.errors.JaxRuntimeError as error:
                 row |= {"does_not_compile": re.sub(r"\s+", " ", str(error))[:200]}
