@@ -334,13 +334,19 @@ def _dataset_names(data: DataConfig) -> tuple[str, ...]:
 
 
 def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: BatchLayout) -> Program:
-    """What the devices run in a phase; nothing is compiled or put on a device yet."""
+    """What the devices run in a phase; nothing is compiled or put on a device yet.
+
+    Raises:
+      ValueError: the mesh does not cut rows evenly.
+    """
     model = run.model_of(phase)
     definition, abstract, infos = abstract_model(make_model(model))
     optimizer = _optimizer(run, phase, model, infos)
     config = dataclasses.replace(run.step, seed=run.seed, byte_lengths=layout.byte_lengths)
     loss = dataclasses.replace(run.loss, num_datasets=len(layout.datasets))
     lengths = layout.row_lengths(model.architecture)
+    for length in lengths:
+        parallel.check_row(length)
     return Program(
         model=model,
         definition=definition,
@@ -358,12 +364,15 @@ def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     """Tries what every phase needs of data and mesh, so that a mistake in the last one is found before the first step.
 
     Raises:
-      ValueError: as `open_checked`, or a batch leaves devices idle.
+      ValueError: as `open_checked`, or a batch leaves devices idle, or the mesh does not cut rows evenly.
     """
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:
-            open_checked(run, phase).close()
+            loader = open_checked(run, phase)
+            for length in layout_of(loader).row_lengths(run.model_of(phase).architecture):
+                parallel.check_row(length)
+            loader.close()
 
 
 def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:

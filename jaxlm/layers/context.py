@@ -22,9 +22,18 @@ class Ops(Protocol):
 
     Attributes:
       splits_length: whether rows are spread over devices along their length (sequence parallelism).
+
+    Such rows may lie on the mesh in another order than they were read in. Hidden states are in the mesh's order;
+    masks, biases, labels and scores of tokens in the rows' own.
     """
 
     splits_length: bool = False
+
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...], of the rows' own order, in the mesh's."""
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The reverse of `arrange`."""
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
         """`pallas_kernels.attention.attention`."""
@@ -63,6 +72,14 @@ class Ops(Protocol):
 
 class LocalOps(Ops):
     """Operations on one device."""
+
+    @override
+    def arrange(self, x: jax.Array) -> jax.Array:
+        return x
+
+    @override
+    def restore(self, x: jax.Array) -> jax.Array:
+        return x
 
     @override
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
@@ -116,10 +133,12 @@ class Context:
         return dataclasses.replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
 
     def dropout(self, x: jax.Array, rate: float) -> jax.Array:
-        """`x` with a share `rate` of its entries set to 0 and the rest grown by 1 / (1 - rate)."""
+        """`x` [B, T, ...] with a share `rate` of its entries set to 0 and the rest grown by 1 / (1 - rate)."""
         if self.dropout_key is None or rate == 0.0:
             return x
-        kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), x.shape, rate)
+        batch, length, *rest = jnp.indices(x.shape, sparse=True)
+        indices = (batch, self.ops.arrange(length), *rest)
+        kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), indices, rate)
         return jnp.where(kept, x / (1.0 - rate), 0)
 
     def matmul(self, x: jax.Array, kernel: jax.Array, contracted: int, *, result: Any = None) -> jax.Array:

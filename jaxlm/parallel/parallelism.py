@@ -9,7 +9,42 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.rules import DEFAULT_RULES, Rules, mesh_axes, spec
+from jaxlm.parallel.row_order import RowOrder
+from jaxlm.parallel.rules import DEFAULT_RULES, Rules, degree, mesh_axes, spec
+
+
+class KeysMove(enum.Enum):
+    """How queries meet the keys of other devices, where rows are split along their length.
+
+    RING: keys and values go from device to device while each attends to those it has (Ring Attention, arXiv
+      2310.01889): memory for one device's share, the way hidden behind the work, and a window goes no further than it
+      reaches.
+    ALL_GATHER: every device gets all keys and values of its rows first (Llama 3, arXiv 2407.21783, 3.3.2): one call of
+      a kernel, and the memory for them.
+    AUTO: ALL_GATHER where all keys and values are no more than a device's own queries and results, as with few key
+      heads; else RING.
+    """
+
+    RING = "ring"
+    ALL_GATHER = "all_gather"
+    AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceParallel:
+    """Rows split along their length, over the mesh axis `sequence` (context parallelism).
+
+    Attributes:
+      keys: see `KeysMove`.
+      balanced: each device has one run from the front of a row and one from its end, see
+        `jaxlm.parallel.row_order.RowOrder`; for causal masks. Otherwise one run.
+    """
+
+    keys: KeysMove = KeysMove.AUTO
+    balanced: bool = True
+
+    def __post_init__(self):
+        object.__setattr__(self, "keys", KeysMove(self.keys))
 
 
 class Memory(enum.Enum):
@@ -31,12 +66,14 @@ class ParallelConfig:
         uses, and ends its backward pass with scattering their gradients. (("embed", ("fsdp", "data")),) is stage 1
         (ZeRO-1, Rajbhandari et al. 2020, arXiv 1910.02054, 5.1) on top of what `rules` do. () stores as `rules` say.
       moments: where the optimizer's moments lie between steps.
+      sequence: what is done where rows are split along their length.
     """
 
     mesh: MeshConfig
     rules: Rules = DEFAULT_RULES
     state_rules: Rules = ()
     moments: Memory = Memory.DEVICE
+    sequence: SequenceParallel = SequenceParallel()
 
     def __post_init__(self):
         object.__setattr__(self, "moments", Memory(self.moments))
@@ -118,6 +155,35 @@ class Parallelism:
                 f"the batch size a multiple of {degree}."
             )
         return NamedSharding(self.mesh, splitting)
+
+    def row_order(self, length: int) -> RowOrder | None:
+        """How rows of so many tokens lie on the mesh; None if a row is whole on a device.
+
+        Rows that cannot be cut evenly are whole, as any dimension that does not divide; `check_row` refuses them.
+        """
+        devices = degree(self.mesh, self.spec(("length",), (length,)), 0)
+        if devices == 1:
+            return None
+        return RowOrder(length, devices, self.config.sequence.balanced and length % (2 * devices) == 0)
+
+    def check_row(self, length: int) -> None:
+        """Refuses rows to train on that the mesh does not cut evenly.
+
+        Raises:
+          ValueError: the degree of `sequence`, doubled for balanced rows, does not divide the length.
+        """
+        devices = degree(self.mesh, self.spec(("length",)), 0)
+        if length % devices:
+            raise ValueError(
+                f"Rows of {length} tokens cannot be split over {devices} devices (MeshConfig.sequence); make their "
+                f"length a multiple of {devices}."
+            )
+        if self.config.sequence.balanced and devices > 1 and length % (2 * devices):
+            raise ValueError(
+                f"Rows of {length} tokens cannot be split over {devices} devices in balanced order, which takes two "
+                f"runs of each; make their length a multiple of {2 * devices}, or set SequenceParallel.balanced = "
+                f"False."
+            )
 
 
 def check_host_memory(mesh: Mesh, what: str) -> None:

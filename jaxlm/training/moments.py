@@ -112,6 +112,7 @@ def _round_stochastically(x: jax.Array, seeds: jax.Array) -> jax.Array:
     """float32 to bfloat16, up with the probability with which it must for the mean to be x."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     # The 16 bits that bfloat16 lacks are what is left over; a random number of as many bits carries at that rate.
-    noise = dropout.entry_bits(seeds, x.shape[seeds.ndim and 1 :]) >> 16
+    indices = jnp.indices(x.shape[seeds.ndim and 1 :], sparse=True)
+    noise = dropout.entry_bits(seeds, indices) >> 16
     rounded = jax.lax.bitcast_convert_type((bits + noise) & np.uint32(0xFFFF0000), jnp.float32)
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
