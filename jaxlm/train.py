@@ -1,6 +1,10 @@
 """Trains a language model, from an empty folder to a report; started again, it goes on where it stopped.
 
 python -m jaxlm.train --gin_file=gin_configs/runs/quickstart.gin --gin.MODEL_DIR=runs/mine --gin.TRAIN_STEPS=2000
+
+--xla_preset=NAME         compiler flags of a chip, see jaxlm/parallel/xla_flags.py
+--distributed=auto|on|off, --coordinator_address, --process_count, --process_index, --start_timeout
+                          one job of several processes, see jaxlm/parallel/multihost.py
 """
 
 import os
@@ -10,7 +14,8 @@ import time
 from jaxlm.checkpoints.manager import CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
 from jaxlm.checkpoints.warm_start import warm_start
-from jaxlm.configuration import diff_from_defaults, resolve_or_exit, resolved_text
+from jaxlm.configuration import diff_from_defaults, resolve_or_exit, resolved_text, take_flags
+from jaxlm.parallel import multihost, xla_flags
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.reporting import Samples, make_plan, report
 from jaxlm.run import Parts, RunConfig, assemble, check_phases, make_model
@@ -20,18 +25,25 @@ from jaxlm.training.progress import ProgressLine
 from jaxlm.training.run_folder import RunFolder, Status
 from jaxlm.training.stages import Phase, carry_over, phase_at
 from jaxlm.training.state import TrainState, abstract_state, init_state, start_from
-from jaxlm.training.writers import make_writers
+from jaxlm.training.writers import Writers, make_writers
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status. JAXLM_TRACEBACK=1 shows where an error came from."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    machine_flags, arguments = take_flags(arguments, ("xla_preset", *multihost.FLAGS))
     run = resolve_or_exit(RunConfig, arguments)
     try:
+        xla_flags.use(machine_flags.pop("xla_preset", None))
+        multihost.start(multihost.JobConfig.of(machine_flags))
         outcome = train(run)
     except (ValueError, CheckpointError, TrainingDiverged, OSError) as error:
         if os.environ.get("JAXLM_TRACEBACK"):
             raise
         print(f"jaxlm.train: {error}", file=sys.stderr)
+        multihost.leave(1)
         return 1
     return 0 if outcome is Outcome.FINISHED else 3
 
@@ -48,17 +60,13 @@ def train(run: RunConfig) -> Outcome:
       TrainingDiverged: the loss is not finite any more.
     """
     started = time.monotonic()
-    parallel = run.parallel.on()
-    check_phases(run, parallel)
-    parts = assemble(run, run.phases[0], parallel)
-    folder = RunFolder(run.model_dir)
-    status = folder.open(
-        run.identity | {"vocabulary": parts.loader.vocabulary.fingerprint()},
-        total_steps=run.train_steps,
-        config=resolved_text(run),
-        config_diff=diff_from_defaults(run),
-        facts=machine.facts(),
-    )
+    with multihost.together():
+        parallel = run.parallel.on()
+        check_phases(run, parallel)
+        parts = assemble(run, run.phases[0], parallel)
+        folder = RunFolder(run.model_dir)
+        identity = run.identity | {"vocabulary": parts.loader.vocabulary.fingerprint()}
+    status = Status(multihost.from_first(lambda: open_folder(run, folder, identity).value))
     with ProgressLine(run.train_steps) as line:
         if status is Status.FINISHED:
             line.print(f"{folder.path} is finished: its {run.train_steps:,} steps are done; see {folder.report}.")
@@ -67,8 +75,7 @@ def train(run: RunConfig) -> Outcome:
         with CheckpointManager(folder.checkpoints, run.checkpoints, layouts, line.print) as checkpoints:
             parts, state = begin(run, parts, parallel, checkpoints, line)
             step = int(state.step)
-            folder.rewind(step)
-            writers = make_writers(folder, start_step=step + 1, wandb=run.wandb)
+            writers = start_writing(run, folder, step)
             samples = Samples(run, folder, line, writers) if run.samples is not None else None
             line.print(make_plan(run, parts, parallel, step).table())
             outcome = Outcome.FINISHED
@@ -96,13 +103,33 @@ def train(run: RunConfig) -> Outcome:
                 if outcome is not Outcome.FINISHED:
                     break
         if outcome is Outcome.FINISHED:
-            report(run, parts, folder, seconds=time.monotonic() - started)
-            folder.finish(run.train_steps)
+            if multihost.is_first():
+                report(run, parts, folder, seconds=time.monotonic() - started)
+                folder.finish(run.train_steps)
             line.print(f"Finished; the report is {folder.report}.")
         else:
             line.print(f"Ended early ({outcome.value}); the same command continues.")
         writers.close()
     return outcome
+
+
+def open_folder(run: RunConfig, folder: RunFolder, identity: dict[str, str]) -> Status:
+    """Claims the run's folder; see `RunFolder.open`."""
+    return folder.open(
+        identity,
+        total_steps=run.train_steps,
+        config=resolved_text(run),
+        config_diff=diff_from_defaults(run),
+        facts=machine.facts(),
+    )
+
+
+def start_writing(run: RunConfig, folder: RunFolder, step: int) -> Writers:
+    """Where metrics after `step` go: nowhere in processes other than the first."""
+    if not multihost.is_first():
+        return Writers()
+    folder.rewind(step)
+    return make_writers(folder, start_step=step + 1, wandb=run.wandb)
 
 
 def begin(

@@ -1,0 +1,24 @@
+"""An entry point's own flags beside gin's: `--name=value` or `--name value`."""
+
+from collections.abc import Sequence
+
+
+def take_flags(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Takes flags out of a command line.
+
+    Args:
+      arguments: of the command line.
+      names: of the flags, without dashes.
+
+    Returns:
+      {name: value} of those given, the last one if one is given twice, and the other arguments.
+    """
+    taken, others = {}, []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag.removeprefix("--") not in names or not flag.startswith("--"):
+            others.append(argument)
+            continue
+        taken[flag.removeprefix("--")] = value if equals else next(rest, "")
+    return taken, others
