@@ -66,7 +66,7 @@ def train(run: RunConfig) -> Outcome:
         parts = assemble(run, run.phases[0], parallel)
         folder = RunFolder(run.model_dir)
         identity = run.identity | {"vocabulary": parts.loader.vocabulary.fingerprint()}
-    status = Status(multihost.from_first(lambda: open_folder(run, folder, identity).value))
+    status = claim(run, folder, identity)
     with ProgressLine(run.train_steps) as line:
         if status is Status.FINISHED:
             line.print(f"{folder.path} is finished: its {run.train_steps:,} steps are done; see {folder.report}.")
@@ -113,15 +113,27 @@ def train(run: RunConfig) -> Outcome:
     return outcome
 
 
-def open_folder(run: RunConfig, folder: RunFolder, identity: dict[str, str]) -> Status:
-    """Claims the run's folder; see `RunFolder.open`."""
-    return folder.open(
-        identity,
-        total_steps=run.train_steps,
-        config=resolved_text(run),
-        config_diff=diff_from_defaults(run),
-        facts=machine.facts(),
-    )
+def claim(run: RunConfig, folder: RunFolder, identity: dict[str, str]) -> Status:
+    """The first process claims the run's folder for all; see `RunFolder.open`.
+
+    Raises:
+      RunFolderError: as `RunFolder.open`, or another process has another folder of that name.
+    """
+
+    def open_folder() -> tuple[str, str]:
+        status = folder.open(
+            identity,
+            total_steps=run.train_steps,
+            config=resolved_text(run),
+            config_diff=diff_from_defaults(run),
+            facts=machine.facts(),
+        )
+        return status.value, folder.id
+
+    status, run_id = multihost.from_first(open_folder)
+    with multihost.together():
+        folder.await_claim(run_id)
+    return Status(status)
 
 
 def start_writing(run: RunConfig, folder: RunFolder, step: int) -> Writers:
