@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 
 
-def take_flags(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def take_flags(
+    arguments: Sequence[str], names: Sequence[str], switches: Sequence[str] = ()
+) -> tuple[dict[str, str], list[str]]:
     """Takes flags out of a command line.
 
     Args:
       arguments: of the command line.
       names: of the flags, without dashes.
+      switches: further names, whose value may be left out ("").
 
     Returns:
       {name: value} of those given, the last one if one is given twice, and the other arguments.
@@ -17,8 +20,9 @@ def take_flags(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str
     rest = iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
-        if flag.removeprefix("--") not in names or not flag.startswith("--"):
+        name = flag.removeprefix("--")
+        if name == flag or name not in (*names, *switches):
             others.append(argument)
-            continue
-        taken[flag.removeprefix("--")] = value if equals else next(rest, "")
+        else:
+            taken[name] = value if equals or name in switches else next(rest, "")
     return taken, others

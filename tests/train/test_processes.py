@@ -103,7 +103,7 @@ def stopped_at(runs) -> int:
 def test_one_asked_to_end_ends_all_with_a_checkpoint(runs, workshop):
     step = stopped_at(runs)
     assert 2 <= step < STEPS
-    assert stored.committed_steps(workshop.folder / "two" / "checkpoints") == [step]
+    assert stored.committed_steps(workshop.folder / "two" / "checkpoints") == (step,)
     assert [max(map(int, seen["values"])) for seen in runs["two"]] == [step, step]
 
 
