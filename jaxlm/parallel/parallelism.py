@@ -154,6 +154,25 @@ class Parallelism:
             )
         return NamedSharding(self.mesh, splitting)
 
+    @property
+    def batch_parts(self) -> int:
+        """How many equal parts a batch is cut into."""
+        return degree(self.mesh, self.spec(("batch",)), 0)
+
+    def host_rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a batch that this process's devices hold: what its loader has to read, int [rows], ascending.
+
+        Each row is one process's, unless a group of devices that share rows (tensor, sequence, stage) spans several
+        processes: these then all read them.
+
+        Raises:
+          ValueError: as `batch_sharding`.
+        """
+        held = self.batch_sharding(batch_size).devices_indices_map((batch_size,))
+        rows = np.arange(batch_size)
+        own = [rows[index] for device, index in held.items() if device.process_index == jax.process_index()]
+        return np.unique(np.concatenate(own))
+
     def row_order(self, length: int) -> RowOrder | None:
         """How rows of so many tokens lie on the mesh; None if a row is whole on a device.
 
@@ -196,22 +215,3 @@ def check_host_memory(mesh: Mesh, what: str) -> None:
             f"{what} needs devices that reach page-locked memory of their host, but a {device.device_kind} has only "
             f"{', '.join(kinds)}; keep it on the device."
         )
-
-    @property
-    def batch_parts(self) -> int:
-        """How many equal parts a batch is cut into."""
-        return degree(self.mesh, self.spec(("batch",)), 0)
-
-    def host_rows(self, batch_size: int) -> np.ndarray:
-        """The rows of a batch that this process's devices hold: what its loader has to read, int [rows], ascending.
-
-        Each row is one process's, unless a group of devices that share rows (tensor, sequence, stage) spans several
-        processes: these then all read them.
-
-        Raises:
-          ValueError: as `batch_sharding`.
-        """
-        held = self.batch_sharding(batch_size).devices_indices_map((batch_size,))
-        rows = np.arange(batch_size)
-        own = [rows[index] for device, index in held.items() if device.process_index == jax.process_index()]
-        return np.unique(np.concatenate(own))
