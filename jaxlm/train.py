@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> ExitStatus:
     flags, arguments = take_flags(arguments, ("profile", "xla_preset", *multihost.FLAGS))
     run = resolve_or_exit(RunConfig, arguments)
     try:
-        if "profile" in flags:
-            run = dataclasses.replace(run, profile=ProfileConfig.parse(flags.pop("profile")))
+        if profile := flags.pop("profile", None):
+            run = dataclasses.replace(run, profile=ProfileConfig.parse(profile))
         xla_flags.use(flags.pop("xla_preset", None))
         multihost.start(multihost.JobConfig.of(flags))
         outcome = train(run, began=began)
@@ -97,15 +97,14 @@ def train(run: RunConfig, *, began: float | None = None) -> Outcome:
         if status is Status.FINISHED:
             line.print(f"{folder.path} is finished: its {run.train_steps:,} steps are done; see {folder.report}.")
             return Outcome.FINISHED
-        first = multihost.is_first()
         with (
-            contextlib.closing(Ledger(folder.goodput if first else None, began=began)) as ledger,
+            contextlib.closing(Ledger(folder.goodput if multihost.is_first() else None, began=began)) as ledger,
             Watchdog(run.watchdog, folder.hangs) as watchdog,
             CheckpointManager(folder.checkpoints, run.checkpoints, parts.definition.layouts, line.print) as checkpoints,
         ):
             services = Services(folder, checkpoints, ledger, watchdog, RollBacks(run.optimizer.guard), line)
             parts, state = begin(run, parts, parallel, services)
-            if first:
+            if multihost.is_first():
                 folder.forget_spikes(int(state.step))
             line.print(make_plan(run, parts, parallel, int(state.step)).table())
             while True:
@@ -114,18 +113,16 @@ def train(run: RunConfig, *, began: float | None = None) -> Outcome:
                     break
                 except TrainingDiverged as spike:
                     parts, state = go_back(run, parts, parallel, services, spike)
-            if outcome is Outcome.FINISHED:
+            if outcome is Outcome.FINISHED and multihost.is_first():
                 ledger.write()  # the report is about it
                 with ledger.spending(Activity.OTHER):
-                    if first:
-                        report(run, parts, folder, seconds=time.time() - began)
-        if outcome is Outcome.FINISHED:
-            if first:
+                    report(run, parts, folder, seconds=time.time() - began)
                 folder.finish(run.train_steps)
+        if outcome is Outcome.FINISHED:
             line.print(f"Finished; the report is {folder.report}.")
         else:
             line.print(f"Ended early ({outcome.value}); the same command continues.")
-        if first:
+        if multihost.is_first():
             line.print(read_ledger(folder.goodput).text())
     return outcome
 

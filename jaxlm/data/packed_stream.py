@@ -86,9 +86,8 @@ class StreamLoader(Loader):
 
     def _batches(self) -> Iterator[tuple[Batch, dict[int, Position], int]]:
         """Batches from the current position on, each with the position after it."""
-        for rows, positions, phase in self._rows(
-            self._own_groups.tolist(), dict(self._positions), self._phase, self._mixer()
-        ):
+        own_groups = self._own_groups.tolist()
+        for rows, positions, phase in self._rows(own_groups, dict(self._positions), self._phase, self._mixer()):
             examples = [[example for _, example in row] for row in rows]
             yield self._data.converter.batch(examples), dict(positions), phase
 
@@ -115,7 +114,7 @@ class StreamLoader(Loader):
         while True:
             rows = [
                 take(group * group_shards + (phase + i) % group_shards)
-                for group in own_groups
+                for group in self._own_groups.tolist()
                 for i in range(group_rows)
             ]
             phase = (phase + group_rows) % group_shards
