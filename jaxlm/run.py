@@ -294,8 +294,7 @@ def _check_positions(model: ModelConfig, layout: BatchLayout) -> None:
 
 def layout_of(loader: Loader) -> BatchLayout:
     """The layout of a loader's batches."""
-    hosts = jax.process_count()
-    features = {name: ((shape[0] * hosts, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
+    features = {name: ((loader.batch_size, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
     lengths = np.asarray(loader.vocabulary.byte_lengths())
     return BatchLayout(loader.objective, features, loader.dataset_names, lengths)
 
