@@ -1,14 +1,17 @@
-"""What a model needs of the mesh: constraints, attention, cross-entropy."""
+"""What a model needs of the mesh: constraints, attention, experts, cross-entropy."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.parallel.collectives import gather
+from jaxlm.parallel.experts import Apply, Kernels, ShardedExperts, through_experts
 from jaxlm.parallel.parallelism import Parallelism
-from jaxlm.parallel.rules import degree
+from jaxlm.parallel.rules import degree, mesh_axes
 from jaxlm.parallel.sharded_attention import ShardedAttention
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
@@ -57,6 +60,21 @@ class ShardedOps:
                 return sharded.along_rows(q, k, v, **options)
             return sharded.by_examples_and_heads(q, k, v, **options)
 
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        """Tokens through their experts, wherever these are; see `jaxlm.layers.context.Ops`."""
+        with jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh):  # kernels ask it what they will run on
+            if self.parallel.mesh.size == 1:
+                return through_experts(apply, kernels, x, chosen, weights)
+            return ShardedExperts(self.parallel)(apply, kernels, axes, x, chosen, weights)
+
     def cross_entropy(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
     ) -> tuple[jax.Array, TokenScores]:
@@ -71,6 +89,8 @@ class ShardedOps:
         Returns:
           The sum, and `TokenScores` [B, T].
         """
+        if self.parallel.mesh.size > 1 and not self.parallel.spec(("vocab",)):
+            return self._cross_entropy_by_tokens(features, projection, labels, weights, options)
         batch, length = labels.shape
         places = self.parallel.spec(("batch", "length"), labels.shape)
         rows, columns = (degree(self.parallel.mesh, places, axis) for axis in (0, 1))
@@ -88,6 +108,43 @@ class ShardedOps:
             options["backend"] = "xla"
         total, scores = cross_entropy(to_groups(features), projection, to_groups(labels), to_groups(weights), **options)
         return total, jax.tree.map(from_groups, scores)
+
+    def _cross_entropy_by_tokens(
+        self,
+        features: jax.Array,
+        projection: OutputProjection,
+        labels: jax.Array,
+        weights: jax.Array,
+        options: dict[str, Any],
+    ) -> tuple[jax.Array, TokenScores]:
+        """Each device on its own tokens, with the whole vocabulary.
+
+        The matrix is gathered once, in the products' type, and its gradient is scattered as it is summed: left to
+        GSPMD it is gathered for every chunk of tokens, and summed whole on every device.
+        """
+        names = ("embed", "vocab") if projection.vocab_axis == 1 else ("vocab", "embed")
+        tokens = self.parallel.spec(("batch", "length"), labels.shape)
+        split = self.parallel.spec(names, projection.matrix.shape)
+        everywhere = PartitionSpec()
+
+        def on_one_device(features, matrix, bias, labels, weights):
+            matrix = matrix.astype(features.dtype)
+            for axis, entry in enumerate(split):
+                if entry:
+                    matrix = gather(matrix, entry, axis)
+            whole = dataclasses.replace(projection, matrix=matrix, bias=bias)
+            flat = features.reshape(-1, features.shape[-1]), whole, labels.ravel(), weights.ravel()
+            total, scores = cross_entropy(*flat, **options)
+            return total[None], jax.tree.map(lambda x: x.reshape(labels.shape), scores)
+
+        totals, scores = jax.shard_map(
+            on_one_device,
+            mesh=self.parallel.mesh,
+            in_specs=(tokens, split, everywhere, tokens, tokens),
+            out_specs=(PartitionSpec(mesh_axes(tokens)), tokens),
+            check_vma=False,  # a pallas_call does not say over which axes its results vary
+        )(features, projection.matrix, projection.bias, labels, weights)
+        return totals.sum(), scores
 
     def _place(self, x: jax.Array, places: PartitionSpec) -> jax.Array:
         return (
