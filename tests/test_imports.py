@@ -27,7 +27,17 @@ MAY_IMPORT = {
     "jaxlm.checkpoints": DEVICE | GROUND,
     "jaxlm.decoding": DEVICE | GROUND,
     "jaxlm.training": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.checkpoints", "jaxlm.decoding"},
-    "jaxlm.planning": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.training"},
+    "jaxlm.run": DEVICE
+    | GROUND
+    | {
+        "jaxlm.checkpoints",
+        "jaxlm.configuration",
+        "jaxlm.data",
+        "jaxlm.decoding",
+        "jaxlm.objectives",
+        "jaxlm.training",
+    },
+    "jaxlm.planning": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.training", "jaxlm.run"},
     "jaxlm.evaluation": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
 }
 

@@ -14,6 +14,7 @@ from jaxlm.layers.stacking import StackLayout, stack, unstack
 from jaxlm.training import optimizers
 from jaxlm.training.adafactor import scale_by_adafactor
 from jaxlm.training.guard import Skip, SpikeGuard
+from jaxlm.training.moments import MomentStorage
 from jaxlm.training.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimizerConfig, ParameterGroup, ScheduleFree
 from jaxlm.training.parameters import ParameterInfo, flatten
 from jaxlm.training.parameters import update as put
@@ -53,7 +54,8 @@ def tree_of(model_infos, seed, scale=0.1):
 
 
 ALGORITHMS = {
-    "adamw": (AdamW(mu_dtype="bfloat16"), {}),
+    "adamw": (AdamW(), {}),
+    "adamw_bfloat16": (AdamW(), {"moments": MomentStorage()}),
     "adafactor": (Adafactor(min_dim_size_to_factor=8), {}),
     "adafactor_whole": (Adafactor(multiply_by_parameter_scale=False), {}),
     "lion": (Lion(), {}),
