@@ -69,6 +69,9 @@ class Ops(Protocol):
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out as its logical axis names say."""
 
+    def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """A layer's parameter `x`, of whose gradient each device is to get the piece that it stores."""
+
 
 class LocalOps(Ops):
     """Operations on one device."""
@@ -107,6 +110,10 @@ class LocalOps(Ops):
 
     @override
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        return x
+
+    @override
+    def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return x
 
 

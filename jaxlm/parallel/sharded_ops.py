@@ -1,6 +1,7 @@
 """What a model needs of the mesh: constraints, attention, experts, cross-entropy."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,17 @@ from jaxlm.parallel.rules import degree, mesh_axes
 from jaxlm.parallel.sharded_attention import ShardedAttention
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gradient_placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`x`, whose gradient lies as `sharding` says."""
+    return x
+
+
+_gradient_placed.defvjp(
+    lambda x, sharding: (x, None), lambda sharding, _, gradient: (jax.lax.with_sharding_constraint(gradient, sharding),)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +57,14 @@ class ShardedOps:
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out on the mesh as its logical axis names say; dimensions that do not divide are replicated."""
         return self._place(x, self.parallel.spec(names, x.shape))
+
+    def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """A layer's parameter `x`, of whose gradient each device is to get the piece that it stores.
+
+        Said here, in the loop over layers, gradients are scattered layer by layer; said of the gradients of all layers
+        after the loop, each would first be summed as a whole on every device.
+        """
+        return _gradient_placed(x, self.parallel.stored(names, x.shape)) if self.parallel.gathers else x
 
     def attention(
         self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
