@@ -25,10 +25,12 @@ from jaxlm.training.evaluation import Evaluator, make_eval_step
 from jaxlm.training.loop import LoopConfig
 from jaxlm.training.optimizers import Optimizer, OptimizerConfig, build_optimizer
 from jaxlm.training.parameters import ModelDefinition, Tree
+from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Phase, Stage, phases
 from jaxlm.training.state import TrainState, abstract_model
 from jaxlm.training.step import StepConfig, layer_names, make_train_step
+from jaxlm.training.watchdog import WatchdogConfig
 from jaxlm.training.writers import WandbConfig
 
 
@@ -70,6 +72,8 @@ class RunConfig:
         to train_steps.
       warm_start: parameters to begin with; None initialises afresh.
       wandb: also log to Weights & Biases.
+      watchdog: when a run counts as hung; None never.
+      profile: steps to record with jax's profiler; None records nothing.
       baselines: also score n-gram models and xz on the same text at the end, for the report. Of full language modelling
         only: what other objectives predict is not the whole text.
       seed: of initialisation, dropout and sampling inside the loss. (The data has its own.)
@@ -92,6 +96,8 @@ class RunConfig:
     stages: tuple[Stage, ...] = ()
     warm_start: WarmStart | None = None
     wandb: WandbConfig | None = None
+    watchdog: WatchdogConfig | None = None
+    profile: ProfileConfig | None = None
     baselines: bool = False
     seed: int = 0
 
@@ -328,13 +334,19 @@ def _dataset_names(data: DataConfig) -> tuple[str, ...]:
 
 
 def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: BatchLayout) -> Program:
-    """What the devices run in a phase; nothing is compiled or put on a device yet."""
+    """What the devices run in a phase; nothing is compiled or put on a device yet.
+
+    Raises:
+      ValueError: the mesh does not cut rows evenly.
+    """
     model = run.model_of(phase)
     definition, abstract, infos = abstract_model(make_model(model))
     optimizer = _optimizer(run, phase, model, infos)
     config = dataclasses.replace(run.step, seed=run.seed, byte_lengths=layout.byte_lengths)
     loss = dataclasses.replace(run.loss, num_datasets=len(layout.datasets))
     lengths = layout.row_lengths(model.architecture)
+    for length in lengths:
+        parallel.check_row(length)
     return Program(
         model=model,
         definition=definition,
@@ -352,12 +364,15 @@ def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     """Tries what every phase needs of data and mesh, so that a mistake in the last one is found before the first step.
 
     Raises:
-      ValueError: as `open_checked`, or a batch leaves devices idle.
+      ValueError: as `open_checked`, or a batch leaves devices idle, or the mesh does not cut rows evenly.
     """
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:
-            open_checked(run, phase).close()
+            loader = open_checked(run, phase)
+            for length in layout_of(loader).row_lengths(run.model_of(phase).architecture):
+                parallel.check_row(length)
+            loader.close()
 
 
 def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:

@@ -52,6 +52,11 @@ def bad_step(totals: Totals) -> int | None:
     return None if step == _NO_STEP else step
 
 
+def any_skipped(totals: Totals) -> bool:
+    """Whether the spike guard, if there is one, skipped a step of the interval. Waits for the device."""
+    return "skipped" in totals.metrics and float(totals.metrics["skipped"][0]) > 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Names:
     """What the entries of vector metrics stand for.
