@@ -254,25 +254,23 @@ def make_model(config: ModelConfig) -> Callable[[jax.Array], nnx.Module]:
 
 
 def open_loader(run: RunConfig, phase: Phase, **overrides) -> Loader:
-    """This host's loader of a phase; `overrides` are `build_loader`'s arguments."""
+    """The loader of a phase, of whole batches unless `rows` are given; `overrides` are `build_loader`'s arguments."""
     arguments = {
         "objective": phase.stage.objective,
         "architecture": run.model_of(phase).architecture,
         "batch_size": phase.batch_size,
-        "host_index": jax.process_index(),
-        "host_count": jax.process_count(),
         "start_step": phase.start,
     }
     return build_loader(overrides.pop("config", run.data_of(phase)), **arguments | overrides)
 
 
-def open_checked(run: RunConfig, phase: Phase) -> Loader:
-    """The loader that a phase trains on.
+def open_checked(run: RunConfig, phase: Phase, parallel: Parallelism) -> Loader:
+    """The loader that a phase trains on: this host's rows.
 
     Raises:
       ValueError: data, objective, architecture, lengths and model do not go together; the message says what to do.
     """
-    loader = open_loader(run, phase)
+    loader = open_loader(run, phase, rows=parallel.host_rows(phase.batch_size))
     model = run.model_of(phase)
     whole = model.discriminator if isinstance(model, ReplacedTokenDetectorConfig) else model
     if whole.vocab_size < (size := loader.vocabulary.size):
@@ -369,7 +367,7 @@ def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:
-            loader = open_checked(run, phase)
+            loader = open_checked(run, phase, parallel)
             for length in layout_of(loader).row_lengths(run.model_of(phase).architecture):
                 parallel.check_row(length)
             loader.close()
@@ -381,7 +379,7 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
     Raises:
       ValueError: the parts do not fit together; the message says which and what to do.
     """
-    loader = open_checked(run, phase)
+    loader = open_checked(run, phase, parallel)
     program = make_program(run, phase, parallel, layout_of(loader))
     names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(program.infos))
     return Parts(
@@ -427,9 +425,10 @@ def _evaluator(
         return None
     config = run.evaluation
 
-    def make_loader(**overrides) -> Loader:
+    def make_loader() -> Loader:
         data = config.data or run.data_of(phase)
-        return open_loader(run, phase, config=data, split=config.split, one_pass=True, **overrides)
+        rows = parallel.host_rows(phase.batch_size)
+        return open_loader(run, phase, config=data, split=config.split, one_pass=True, rows=rows)
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
     names = dataclasses.replace(names, datasets=loader.dataset_names)

@@ -2,10 +2,10 @@
 
 import dataclasses
 import enum
-import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.parallel.mesh import MeshConfig
@@ -147,14 +147,31 @@ class Parallelism:
           ValueError: the batch cannot be split evenly; an uneven batch would silently leave devices idle.
         """
         splitting = self.spec(("batch",))
-        axes = mesh_axes(splitting)
-        degree = math.prod(self.mesh.shape[axis] for axis in axes)
-        if batch_size % degree:
+        if batch_size % self.batch_parts:
             raise ValueError(
-                f"A batch of {batch_size} examples cannot be split over {degree} devices ({' x '.join(axes)}); make "
-                f"the batch size a multiple of {degree}."
+                f"A batch of {batch_size} examples cannot be split over {self.batch_parts} devices "
+                f"({' x '.join(mesh_axes(splitting))}); make the batch size a multiple of {self.batch_parts}."
             )
         return NamedSharding(self.mesh, splitting)
+
+    @property
+    def batch_parts(self) -> int:
+        """How many equal parts a batch is cut into."""
+        return degree(self.mesh, self.spec(("batch",)), 0)
+
+    def host_rows(self, batch_size: int) -> np.ndarray:
+        """The rows of a batch that this process's devices hold: what its loader has to read, int [rows], ascending.
+
+        Each row is one process's, unless a group of devices that share rows (tensor, sequence, stage) spans several
+        processes: these then all read them.
+
+        Raises:
+          ValueError: as `batch_sharding`.
+        """
+        held = self.batch_sharding(batch_size).devices_indices_map((batch_size,))
+        rows = np.arange(batch_size)
+        own = [rows[index] for device, index in held.items() if device.process_index == jax.process_index()]
+        return np.unique(np.concatenate(own))
 
     def row_order(self, length: int) -> RowOrder | None:
         """How rows of so many tokens lie on the mesh; None if a row is whole on a device.
