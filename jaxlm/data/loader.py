@@ -21,11 +21,11 @@ from jaxlm.architecture import Architecture
 from jaxlm.data.config import DataConfig, Packing
 from jaxlm.data.datasets import DataSets
 from jaxlm.data.indexed import IndexedLoader
-from jaxlm.data.loader_base import Loader, Seen
+from jaxlm.data.loader_base import ExampleId, Loader, Seen
 from jaxlm.data.packed_stream import StreamLoader, gather_state, merge_states
 from jaxlm.objectives.base import Objective
 
-__all__ = ["DataConfig", "Loader", "Packing", "Seen", "build_loader", "gather_state", "merge_states"]
+__all__ = ["DataConfig", "ExampleId", "Loader", "Packing", "Seen", "build_loader", "gather_state", "merge_states"]
 
 
 def build_loader(

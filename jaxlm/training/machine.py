@@ -46,6 +46,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def process_began() -> float:
+    """When this process began, seconds since 1970; now, where the system does not say (it is no Linux)."""
+    try:
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        after_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), counted from behind the name
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - after_boot)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.time()
+
+
 def matmul_flops_per_second(size: int = 768, seconds: float = 0.15) -> float:
     """What one device does in float32 matrix products of `size`, FLOP/s, measured for about `seconds`.
 

@@ -121,6 +121,46 @@ def test_a_run_resumes_exactly_on_any_number_of_hosts(build, before, after):
         same(joined([one[k] for one in slices]), whole[3 + k])
 
 
+@pytest.mark.parametrize("saved_by", [1, 2])
+def test_a_position_is_gone_on_with_for_an_earlier_step(build, saved_by):
+    """A run that went back from step 5 to 2 reads what comes after 5, and its own positions are as good as any."""
+    loaders = hosts_of(build, saved_by)
+    for loader in loaders:
+        take(loader, 5)
+    later, loader = merge_states([loader.state() for loader in loaders]), build()
+    take(loader, 2)
+    before = loader.state()
+    loader.restore(later, step=2)
+    assert loader.state()["step"] == 2
+    on = take(loader, 4)
+    middle = build()
+    middle.restore(later, step=2)
+    take(middle, 2)
+    resumed = build()
+    resumed.restore(json.loads(json.dumps(middle.state())))
+    for a, b in zip(take(resumed, 2), on[2:], strict=True):
+        same(a, b)
+    ids = loader.examples_at(later)
+    assert ids and ids != loader.examples_at(before)
+    # One more time back to the same step, as when the spike comes again.
+    loader.restore(merge_states([loader.state()]), step=2)
+    assert loader.state()["step"] == 2
+    assert loader.examples_at(loader.state()) not in (ids, loader.examples_at(before))
+    take(loader, 1)
+
+
+def test_going_back_skips_exactly_the_batches_between(data):
+    """Without rates that change with the step, the stream after step 5 is what it would have been."""
+    mixture = data["text"].tasks_and_rates[0][0]
+    whole = take(lm_loader(text_config(data, mixture=mixture)), 9)
+    loader = lm_loader(text_config(data, mixture=mixture))
+    take(loader, 5)
+    loader.restore(loader.state(), step=2)
+    for a, b in zip(take(loader, 4), whole[5:], strict=True):
+        same(a, b)
+    assert loader.state()["step"] == 6
+
+
 def test_reading_ahead_changes_nothing(build):
     ahead = take(build(changes={"read_threads": 2, "prefetch_batches": 6}), 5)
     for a, b in zip(ahead, take(build(changes={"read_threads": 0}), 5)):
@@ -299,6 +339,21 @@ def test_a_single_short_document_fills_what_it_can(make_text):
     assert (batch["decoder_segment_ids"].sum(1) == len(task.source.train[0]) + 1).all()
 
 
+def test_examples_are_named_so_that_their_text_is_found(data):
+    """Windows by number, on any number of hosts."""
+    config = text_config(data)
+    loaders = [lm_loader(config, host_index=h, host_count=2) for h in range(2)]
+    rows = joined(take(loaders[0], 3)[2:] + take(loaders[1], 3)[2:])
+    position = lm_loader(config).state() | {"step": 2}
+    for loader in loaders:
+        ids = loader.examples_at(position)
+        assert len(ids) == 8 and all(len(row) == 1 for row in ids)
+        for [(dataset, index, epoch)], tokens, number in zip(ids, rows["decoder_target_tokens"], rows["dataset_ids"]):
+            alone = lm_loader(text_config(data, mixture=data["text"].tasks()[number[0]]), batch_size=1, one_pass=True)
+            assert (dataset, epoch) == (loader.dataset_names[number[0]], 0)
+            np.testing.assert_array_equal(joined(alone)["decoder_target_tokens"][index], tokens)
+
+
 # Packed stream --------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +380,23 @@ def test_the_streams_state_is_small_and_restored_quickly(data):
     assert time.process_time() - start < 2.0
     same(batches[0], next(loader))
     loader.close()
+
+
+def test_the_streams_examples_are_named_on_any_number_of_hosts(data):
+    """A row's inputs and targets are those of the pairs that are named, in order."""
+    pairs = {task.name: list(task.source.read(task.source.shards("train")[0])) for task in data["pairs"].tasks()}
+    whole, half = stream_loader(stream_config(data)), stream_loader(stream_config(data), host_index=1, host_count=2)
+    take(whole, 1)
+    position = whole.state()
+    batch = take(whole, 1)[0]
+    ids = half.examples_at(position)
+    assert ids == whole.examples_at(position)
+    for row, identities in zip(batch["decoder_target_tokens"], ids, strict=True):
+        expected = [
+            VOCABULARY.encode(pairs[name][index]["targets"])[: LENGTHS["targets"]] for name, index, _ in identities
+        ]
+        found = VOCABULARY.decode(row)
+        assert [text for text in (VOCABULARY.decode(np.array(t)) for t in expected) if text not in found] == []
 
 
 def test_batch_sizes_that_do_not_divide_the_shards(data):

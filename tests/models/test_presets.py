@@ -21,6 +21,7 @@ PUBLISHED = {
     "gpt2/medium": 354_823_168,
     "gpt2/large": 774_030_080,
     "gpt2/xl": 1_557_611_200,
+    "mt_nlg/530b": 529_600_819_200,  # "530 billion"; with the vocabulary filled up to 51,200
     "llama3/8b": 8_030_261_248,
     "llama3/70b": 70_553_706_496,
     "mixtral/8x7b": 46_702_792_704,
