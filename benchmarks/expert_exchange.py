@@ -3,15 +3,15 @@
     python -m benchmarks.expert_exchange       # writes results/expert_exchange.json
 
 A mixture of experts, forward and backward, bfloat16, compiled for chips that are not here: 8,192 tokens of width 4096
-a chip, 8 experts of which a token goes through 2, hidden width 14336 (Mixtral 8x7B), split over the mesh axis `expert`.
-What travels is counted from the program, loops multiplied out (`benchmarks.sequence_parallel.moved`): "layer" has all of
-it. The other rows are exchanges alone, there and back, with their gradients:
+a chip, 8 experts of which a token goes through 2, hidden width 14336 (Mixtral 8x7B), over the mesh axis `expert`. What
+travels is counted from the program, loops multiplied out (`benchmarks.sequence_parallel.moved`): "layer" is all of it.
+The other rows are exchanges alone, there and back, with their gradients:
 
-- "gather": what the layer does: every chip has all tokens, each gives back its experts' summand.
-- "all_to_all": each chip sends each other one what it may need. Shapes are static, and any token may want any expert, so
-  a message has room for every choice that could fall on a chip: min(experts a token, experts a chip) for each token.
-- "ragged_all_to_all": only what was chosen travels, known when it runs. Balanced choices are taken for its bytes, which
-  are no figure of the compiler's; the program has the same room as "all_to_all" where they arrive.
+- "gather": what the layer does. Every chip has all tokens, each gives back its experts' summand.
+- "all_to_all": each chip sends each other what it may need. Shapes are static and any token may want any expert, so
+  that a message has room for every choice that could fall on a chip: min(experts a token, experts a chip) a token.
+- "ragged_all_to_all": only what was chosen travels. Its bytes are those of balanced choices, by arithmetic: they are
+  known when it runs, not when it is compiled. Where rows arrive it needs the room of "all_to_all" all the same.
 """
 
 import json
