@@ -175,8 +175,8 @@ class Parallelism:
         devices = degree(self.mesh, self.spec(("experts",)), 0)
         if devices > 1 and not counts:
             raise ValueError(
-                f"MeshConfig.expert splits experts over {devices} devices, but the model has none; use data or fsdp, or "
-                f"a model with MixtureOfExpertsConfig."
+                f"MeshConfig.expert splits experts over {devices} devices, but the model has none; use data or fsdp, "
+                f"or a model with MixtureOfExpertsConfig."
             )
         for count in counts:
             if count % devices:
