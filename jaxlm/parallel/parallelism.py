@@ -188,6 +188,25 @@ class Parallelism:
             return None
         return RowOrder(length, devices, self.sequence.balanced and length % (2 * devices) == 0)
 
+    def check_experts(self, counts: set[int]) -> None:
+        """Refuses layers of so many experts each if the mesh axis for experts has no use for them.
+
+        Raises:
+          ValueError: there are none, or the degree of `expert` does not divide them.
+        """
+        devices = degree(self.mesh, self.spec(("experts",)), 0)
+        if devices > 1 and not counts:
+            raise ValueError(
+                f"MeshConfig.expert splits experts over {devices} devices, but the model has none; use data or fsdp, "
+                f"or a model with MixtureOfExpertsConfig."
+            )
+        for count in counts:
+            if count % devices:
+                raise ValueError(
+                    f"The {count} experts of a layer cannot be split over {devices} devices (MeshConfig.expert); make "
+                    f"MixtureOfExpertsConfig.num_experts a multiple of {devices}."
+                )
+
     def check_row(self, length: int) -> None:
         """Refuses rows to train on that the mesh does not cut evenly.
 
