@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dropout
 from pallas_kernels.attention import attention
-from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
+from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
 
 
 class Ops(Protocol):
@@ -30,6 +30,11 @@ class Ops(Protocol):
     ) -> tuple[jax.Array, TokenScores]:
         """`pallas_kernels.cross_entropy.cross_entropy` of features [B, T, E], labels and weights [B, T]."""
 
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        """`pallas_kernels.cross_entropy.token_scores` of features [B, T, E], labels [B, T]."""
+
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out as its logical axis names say."""
 
@@ -45,9 +50,13 @@ class LocalOps(Ops):
     def cross_entropy(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
     ) -> tuple[jax.Array, TokenScores]:
-        flat = features.reshape(-1, features.shape[-1]), projection, labels.ravel(), weights.ravel()
-        total, scores = cross_entropy(*flat, **options)
-        return total, jax.tree.map(lambda x: x.reshape(labels.shape), scores)
+        return cross_entropy(features, projection, labels, weights, **options)
+
+    @override
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        return token_scores(features, projection, labels, **options)
 
     @override
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:

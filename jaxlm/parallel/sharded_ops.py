@@ -1,17 +1,17 @@
 """What a model needs of the mesh: constraints, attention, cross-entropy."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.parallel.parallelism import Parallelism
-from jaxlm.parallel.rules import degree
 from jaxlm.parallel.sharded_attention import ShardedAttention
+from jaxlm.parallel.sharded_cross_entropy import ShardedCrossEntropy
 from pallas_kernels.attention import attention
-from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
+from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ShardedOps:
         Raises:
           UnsupportedAttention: the backend refuses, or is not "xla" where rows are spread along their length.
         """
-        with jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh):  # kernels ask it what they will run on
+        with self._platform():
             if self.parallel.mesh.size == 1:
                 return attention(q, k, v, **options)
             sharded = ShardedAttention(self.parallel)
@@ -64,30 +64,30 @@ class ShardedOps:
 
         Args:
           features: [B, T, E].
-          projection: its matrix may be split over either axis.
+          projection: its matrix and bias lie on the mesh as "embed" and "vocab" say.
           labels, weights: [B, T].
-          **options: z_loss, chunk, ... passed on; a chunk is of each device's tokens.
+          **options: z_loss, recompute, backend, ... passed on; a chunk is of each device's tokens or ids.
 
         Returns:
           The sum, and `TokenScores` [B, T].
         """
-        batch, length = labels.shape
-        places = self.parallel.spec(("batch", "length"), labels.shape)
-        rows, columns = (degree(self.parallel.mesh, places, axis) for axis in (0, 1))
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return cross_entropy(features, projection, labels, weights, **options)
+            return ShardedCrossEntropy(self.parallel).summed(features, projection, labels, weights, **options)
 
-        def to_groups(x):  # [B, T, ...] -> [row groups, column groups, tokens of a group, ...]
-            x = x.reshape(rows, batch // rows, columns, length // columns, *x.shape[2:])
-            x = jnp.moveaxis(x, 2, 1).reshape(rows, columns, -1, *x.shape[4:])
-            return self._place(x, places)
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        """`pallas_kernels.cross_entropy.token_scores`, [B, T], of tokens spread over the mesh; see `cross_entropy`."""
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return token_scores(features, projection, labels, **options)
+            return ShardedCrossEntropy(self.parallel).scores(features, projection, labels, **options)
 
-        def from_groups(x):
-            x = x.reshape(rows, columns, batch // rows, length // columns)
-            return self._place(jnp.moveaxis(x, 1, 2).reshape(batch, length), places)
-
-        if self.parallel.mesh.size > 1:  # GSPMD partitions the plain form, and cannot partition a kernel
-            options["backend"] = "xla"
-        total, scores = cross_entropy(to_groups(features), projection, to_groups(labels), to_groups(weights), **options)
-        return total, jax.tree.map(from_groups, scores)
+    def _platform(self) -> contextlib.AbstractContextManager[Any]:
+        """Kernels ask the mesh in use what they will run on."""
+        return jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh)
 
     def _place(self, x: jax.Array, places: PartitionSpec) -> jax.Array:
         return (

@@ -2,8 +2,9 @@
 
 Three kernels, each with the logits of one tile [tokens, ids] in VMEM: the statistics pass over the vocabulary for each
 block of tokens, the gradient of the hidden states does so again, and that of the matrix passes over the tokens for each
-block of ids. Five matrix products in all, where the chunks in plain jax take four; in return no logit and no partial
-sum goes through the chip's main memory. Exponentials are taken in base 2, which is what the hardware has.
+block of ids. Five matrix products in all, where the chunks in plain jax take three or four; in return no logit and no
+partial sum goes through the chip's main memory, so the sum is taken in the same way. Exponentials are taken in base 2,
+which is what the hardware has.
 """
 
 import dataclasses
@@ -17,7 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import platforms
-from pallas_kernels.cross_entropy import Backend, OutputProjection, Request, Statistics, TokenScores, assembled
+from pallas_kernels.cross_entropy import (
+    Backend,
+    OutputProjection,
+    Request,
+    Statistics,
+    TokenScores,
+    scores_by,
+    weighted_sum,
+)
 
 _LANES = 128
 _LOG2_E, _LN_2 = math.log2(math.e), math.log(2.0)
@@ -30,15 +39,13 @@ _BLOCK_BYTES, _GRADIENT_BLOCK_BYTES = 8 * 2**20, 4 * 2**20
 
 
 class TpuBackend(Backend):
-    """The TPU kernels, for logits that are computed again in the backward pass."""
+    """The TPU kernels, which compute logits again in the backward pass whether asked to or not."""
 
     name = "pallas_tpu"
 
     @override
     def refuses(self, hidden: jax.Array, projection: OutputProjection, request: Request) -> list[str]:
         reasons, width, vocabulary = [], hidden.shape[-1], projection.vocab_size
-        if not request.recompute:
-            reasons.append("it computes logits again in the backward pass, ask with recompute=True")
         if platforms.current().kind not in ("tpu", "cpu"):
             reasons.append(f"it runs on TPUs, not on a {platforms.current().kind}")
         if hidden.dtype not in (jnp.bfloat16, jnp.float32):
@@ -47,7 +54,7 @@ class TpuBackend(Backend):
             reasons.append(f"width {width} is not a multiple of {_LANES}")
         if vocabulary < _LANES:
             reasons.append(f"{vocabulary} ids are fewer than {_LANES}")
-        if request.chunk is not None and request.chunk % _LANES:
+        if request.recompute and request.chunk is not None and request.chunk % _LANES:
             reasons.append(f"chunk {request.chunk} is not a multiple of {_LANES}")
         mesh = jax.sharding.get_abstract_mesh()
         if math.prod(mesh.shape[axis] for axis in mesh.auto_axes) > 1:
@@ -55,13 +62,23 @@ class TpuBackend(Backend):
         return reasons
 
     @override
-    def scores(
+    def summed(
+        self,
+        hidden: jax.Array,
+        projection: OutputProjection,
+        labels: jax.Array,
+        weights: jax.Array,
+        request: Request,
+    ) -> tuple[jax.Array, TokenScores]:
+        as_scores = dataclasses.replace(request, recompute=True, chunk=None)  # the chunk was one of tokens
+        scores = scores_by(self, hidden, projection, labels, as_scores)
+        return weighted_sum(scores, weights, request) / request.parts, scores
+
+    @override
+    def statistics(
         self, hidden: jax.Array, projection: OutputProjection, labels: jax.Array, request: Request
-    ) -> TokenScores:
-        tokens = labels.shape
-        found = _statistics(request, hidden.reshape(-1, hidden.shape[-1]), projection, labels.reshape(-1, 1))
-        label, log_z, mean, largest = (x.reshape(tokens) for x in found)
-        return assembled(label, log_z, mean, largest, labels, projection.vocab_size)
+    ) -> Statistics:
+        return _statistics(request, hidden, projection, labels[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +146,7 @@ def _tiles(hidden: jax.Array, projection: OutputProjection, request: Request, bl
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics(request: Request, hidden: jax.Array, projection: OutputProjection, labels: jax.Array) -> Statistics:
-    """Of the logits of hidden [N, E]: label's, log Z, mean, largest, f32 [N] each; labels [N, 1]."""
+    """Of the logits of hidden [N, E]; labels [N, 1]."""
     tiles = _tiles(hidden, projection, request, _BLOCK_BYTES)
     row = lambda width: pl.BlockSpec((tiles.block_tokens, width), lambda i, j: (i, 0))  # noqa: E731
     found = pl.pallas_call(
@@ -143,7 +160,7 @@ def _statistics(request: Request, hidden: jax.Array, projection: OutputProjectio
         interpret=platforms.tpu_interpret(),
         name="cross_entropy_statistics",
     )(hidden, *_operands(projection, hidden.dtype), labels)
-    return tuple(found[:, i] for i in range(4))
+    return Statistics(*(found[:, i] for i in range(4)))
 
 
 def _statistics_kernel(
@@ -208,17 +225,16 @@ def _over_lanes(combine: Any, x: jax.Array) -> jax.Array:
 
 def _statistics_forward(request, hidden, projection, labels):
     found = _statistics(request, hidden, projection, labels)
-    return found, (hidden, projection, labels, found[1])
+    return found, (hidden, projection, labels, found.log_z)
 
 
-def _statistics_backward(request, saved, cotangents):
+def _statistics_backward(request, saved, of):
     hidden, projection, labels, log_z = saved
-    of_label, of_log_z, of_mean, _ = cotangents  # the largest logit only tells what is correct
-    counts = (of_label != 0.0) | (of_log_z != 0.0) | (of_mean != 0.0)
+    counts = (of.label != 0.0) | (of.log_z != 0.0) | (of.mean != 0.0)  # the largest logit only tells what is correct
     hidden = jnp.where(counts[:, None], hidden, 0)
     log_z = jnp.where(counts, log_z, jnp.inf)
     # What a token's logits need to know of it, in one array for one copy a tile.
-    rows = jnp.stack([log_z * _LOG2_E, of_label, of_log_z, of_mean / projection.vocab_size], axis=1)
+    rows = jnp.stack([log_z * _LOG2_E, of.label, of.log_z, of.mean / projection.vocab_size], axis=1)
     tiles = _tiles(hidden, projection, request, _GRADIENT_BLOCK_BYTES)
     operands = (hidden, *_operands(projection, hidden.dtype), labels, rows)
     of_matrix, of_bias = _matrix_gradient(tiles, projection.matrix.dtype, operands)
