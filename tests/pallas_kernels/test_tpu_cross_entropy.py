@@ -171,4 +171,9 @@ def compiled(topology, tokens=1024, width=256, ids=1500):
     [pytest.param(name, marks=() if name.startswith("v6e") else pytest.mark.full) for name in ahead_of_time.TPUS],
 )
 def test_compiles(topology):
-    assert "cross_entropy_statistics" in compiled(topology).as_text()
+    """And is told the work: a product for the statistics and two for each gradient."""
+    costs = ahead_of_time.declared_costs(compiled(topology))
+    assert "cross_entropy_statistics" in costs[0][0]
+    product, entries = 2 * 1024 * 256 * 1500, 1024 * 1500
+    assert sorted(cost.flops for _, cost in costs) == [product, 2 * product, 2 * product]
+    assert all(cost.transcendentals == entries and cost.bytes > 1500 * 256 * 2 for _, cost in costs)
