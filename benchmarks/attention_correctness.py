@@ -56,22 +56,26 @@ def main() -> None:
     table = json.loads(path.read_text())["backends"] if path.exists() else {}
     table |= {name: {} for name in wanted}
     cases = conformance.CASES | {f"{name} (256)": case for name, case in conformance.STATIC_CASES.items()}
-    for name, case in cases.items():
+    for name, case in cases.items():  # written after each: the whole takes long
         plain = conformance.errors("xla", case, jnp.bfloat16)
         for backend in wanted:
             if backend == "splash" and name in conformance.CASES:
                 continue  # 200 queries are no multiple of 128
             table[backend][name] = errors_of(backend, case, plain)
             print(backend, name, table[backend][name], flush=True)
+        path.write_text(json.dumps(summary(table), indent=2) + "\n")
+    print(f"{path.name} is written; largest {summary(table)['largest']}, allowed {TARGETS}")
+
+
+def summary(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is written: the machine, the targets, the largest errors of all backends, and the errors."""
     rows = [row for rows in table.values() for row in rows.values()]
-    result = {
+    return {
         "machine": machine.facts(),
         "targets": TARGETS,
-        "largest": {kind: max(row.get(kind, 0.0) for row in rows) for kind in TARGETS},
+        "largest": {kind: max((row.get(kind, 0.0) for row in rows), default=0.0) for kind in TARGETS},
         "backends": table,
     }
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{path.name} is written; largest {result['largest']}, allowed {TARGETS}")
 
 
 if __name__ == "__main__":
