@@ -8,6 +8,7 @@ from jaxlm.layers.block import Arrangement, BlockConfig, Placement
 from jaxlm.layers.context import Context
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
+from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring
 from jaxlm.layers.norms import NormConfig, NormKind
 from jaxlm.layers.parameters import InitConfig, InitScheme, Parametrization, ResidualInit, Scaling
 from jaxlm.layers.positions import (
@@ -39,6 +40,7 @@ __all__ = [
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
+    "MixtureOfExpertsConfig",
     "NormConfig",
     "NormKind",
     "NtkScaling",
@@ -50,6 +52,7 @@ __all__ = [
     "ResidualInit",
     "Rope",
     "Scaling",
+    "Scoring",
     "SinusoidalPositions",
     "StackConfig",
     "StackLayout",

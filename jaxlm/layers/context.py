@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import zlib
+from collections.abc import Mapping
 from typing import Any, Protocol, override
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import dropout
+from jaxlm.parallel.experts import Apply, Kernels, through_experts
+from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
 
@@ -35,6 +37,29 @@ class Ops(Protocol):
     ) -> TokenScores:
         """`pallas_kernels.cross_entropy.token_scores` of features [B, T, E], labels [B, T]."""
 
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        """The weighted sum of what its experts make of each token; none is dropped.
+
+        Args:
+          apply: what experts do, see `jaxlm.parallel.experts.Apply`.
+          kernels: matrices by name, each with a leading axis over experts.
+          axes: their logical axes: "experts", "embed" and "mlp" in any order after the first.
+          x: [B, T, E].
+          chosen: int32 [B, T, K], different experts for a token; the number of experts chooses none.
+          weights: float32 [B, T, K].
+
+        Returns:
+          [B, T, E].
+        """
+
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out as its logical axis names say."""
 
@@ -57,6 +82,18 @@ class LocalOps(Ops):
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
     ) -> TokenScores:
         return token_scores(features, projection, labels, **options)
+
+    @override
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        return through_experts(apply, kernels, x, chosen, weights)
 
     @override
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -92,9 +129,11 @@ class Context:
     def matmul(self, x: jax.Array, kernel: jax.Array, contracted: int, *, result: Any = None) -> jax.Array:
         """x times kernel over x's last and kernel's first `contracted` axes.
 
-        All other axes of x become one, tokens, if they can: XLA's CPU backend then takes a third less time for a
-        training step (it transposes operands of more than two axes before it multiplies them for gradients), and
-        accelerators lose nothing. They cannot where rows are spread along their length: tokens would have to move.
+        All other axes of x become one, tokens, if they can. They cannot where rows are spread along their length:
+        tokens would have to move. On a CPU the kernel's axes become two as well: XLA's CPU backend then takes a third
+        less time for a training step, since it transposes operands of more axes before it multiplies them for
+        gradients. Elsewhere they stay: behind a reshape XLA no longer sees that a kernel gathered for the forward
+        pass serves the backward pass too, and gathers it again.
 
         Args:
           x: [*tokens, *inputs].
@@ -109,9 +148,14 @@ class Context:
             axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
             return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)
         tokens, outputs = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
-        x = x.reshape(math.prod(tokens), -1)
-        kernel = kernel.reshape(x.shape[1], math.prod(outputs))
-        return jnp.matmul(x, kernel, preferred_element_type=result).reshape(*tokens, *outputs)
+        if platforms.current().kind == "cpu":
+            x = x.reshape(math.prod(tokens), -1)
+            kernel = kernel.reshape(x.shape[1], math.prod(outputs))
+            return jnp.matmul(x, kernel, preferred_element_type=result).reshape(*tokens, *outputs)
+        x = x.reshape(math.prod(tokens), *kernel.shape[:contracted])
+        axes = (tuple(range(1, 1 + contracted)), tuple(range(contracted)))
+        product = jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)
+        return product.reshape(*tokens, *outputs)
 
 
 LOCAL = Context()  # one device, no dropout

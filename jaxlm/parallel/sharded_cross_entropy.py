@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from jaxlm.parallel.collectives import gather
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.rules import mesh_axes
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
@@ -19,7 +20,8 @@ class ShardedCrossEntropy:
     Tokens stay where they are. The vocabulary stays split over mesh axes that split no tokens (Megatron's
     vocabulary-parallel loss): neither the matrix nor its gradient travels over them, only numbers a token and the
     gradient of the features. Where one mesh axis splits both tokens and matrix (FSDP), a device gathers the part of the
-    matrix it needs once, and gets its part of the gradient by a reduce-scatter.
+    matrix it needs once, in the products' type, and its gradient is scattered as it is summed: left to GSPMD the matrix
+    is gathered for every chunk of tokens, and its gradient summed whole on every device.
 
     Attributes:
       parallel: a mesh of more than one device, and how arrays lie on it.
@@ -71,9 +73,11 @@ class ShardedCrossEntropy:
         split = vocab if set(vocab).isdisjoint(mesh_axes(tokens)) else ()
 
         def on_one_device(features, matrix, bias, *of_tokens):
-            matrix = _gathered(matrix, width, 1 - vocab_axis)
-            if not split:
-                matrix, bias = _gathered(matrix, vocab, vocab_axis), _gathered(bias, vocab, 0)
+            for axes, axis in ((width, 1 - vocab_axis), (() if split else vocab, vocab_axis)):
+                if axes:
+                    matrix = gather(matrix.astype(features.dtype), axes, axis)
+            if bias is not None and vocab and not split:
+                bias = gather(bias, vocab, 0)
             part = dataclasses.replace(projection, matrix=matrix, bias=bias)
             return function(split, features, part, *of_tokens)
 
@@ -84,8 +88,3 @@ class ShardedCrossEntropy:
             out_specs=results,
             check_vma=False,  # a pallas_call does not say over which axes its results vary
         )(features, projection.matrix, projection.bias, *of_tokens)
-
-
-def _gathered(x: jax.Array | None, axes: tuple[str, ...], dimension: int) -> jax.Array | None:
-    """`x` whole along a dimension that these mesh axes split, inside shard_map."""
-    return x if x is None or not axes else jax.lax.all_gather(x, axes, axis=dimension, tiled=True)

@@ -1,12 +1,14 @@
-"""What a model needs of the mesh: constraints, attention, cross-entropy."""
+"""What a model needs of the mesh: constraints, attention, experts, cross-entropy."""
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.parallel.experts import Apply, Kernels, ShardedExperts, through_experts
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_attention import ShardedAttention
 from jaxlm.parallel.sharded_cross_entropy import ShardedCrossEntropy
@@ -56,6 +58,21 @@ class ShardedOps:
             if self.splits_length:
                 return sharded.along_rows(q, k, v, **options)
             return sharded.by_examples_and_heads(q, k, v, **options)
+
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        """Tokens through their experts, wherever these are; see `jaxlm.layers.context.Ops`."""
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return through_experts(apply, kernels, x, chosen, weights)
+            return ShardedExperts(self.parallel)(apply, kernels, axes, x, chosen, weights)
 
     def cross_entropy(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.chips import chip_of
 from jaxlm.training.step import Metrics
 
 _NO_STEP = np.iinfo(np.int32).max
@@ -104,31 +105,10 @@ def _entry_names(name: str, total: np.ndarray, names: Names) -> list[str]:
     return [f"{metric}/{entry}" for entry in {"dataset": names.datasets, "objective": names.objectives}[kind]]
 
 
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-}
-"""Dense bfloat16 FLOP/s of one jax device by the beginning of its `device_kind`, from the makers' data sheets.
-
-A TPU7x chip (2307 TFLOP/s) is two devices. NVIDIA's figures are for SXM boards, without sparsity.
-"""
-
-
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device, FLOP/s; None where it is not known (a CPU), rather than a guess."""
-    matches = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    """Peak of one device in bfloat16, FLOP/s (`jaxlm.chips`); None where it is not known, as of a CPU."""
+    chip = chip_of(device_kind)
+    return None if chip is None else chip.bf16
 
 
 def model_flops_utilization(

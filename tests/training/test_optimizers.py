@@ -250,6 +250,26 @@ def test_muon_orthogonalises_attention_kernels_as_matrices(tiny):
         assert 0.6 < values.min() and values.max() < 1.3, values
 
 
+@pytest.mark.parametrize("algorithm", [Muon(), Adafactor(min_dim_size_to_factor=16)])
+def test_experts_in_one_array_are_separate_parameters(algorithm):
+    """Each is orthogonalised, factored and clipped by itself, in a scanned stack too."""
+    shape, axes = (16, 24), ("embed", "mlp")
+    stacked = ParameterInfo(
+        ("experts",), (2, 3, *shape), jnp.float32, ("layers", "experts", *axes), "hidden", ("0/experts", "1/experts")
+    )
+    apart = {f"{i}{j}": ParameterInfo((f"{i}{j}",), shape, jnp.float32, axes, "hidden", (f"{i}{j}",))
+             for i in range(2) for j in range(3)}  # fmt: skip
+    config = OptimizerConfig(algorithm, Constant(0.1), clip_global_norm=None)
+    values = [np.random.default_rng(seed).normal(size=stacked.shape) for seed in range(3)]
+    values[1][1, 2] *= 100.0  # one expert's gradient is large
+    together = [{"experts": jnp.asarray(v, jnp.float32)} for v in values]
+    one_by_one = [{name: tree["experts"][int(name[0]), int(name[1])] for name in apart} for tree in together]
+    found = run(build(config, {"experts": stacked}), together[0], together[1:])[0]["experts"]
+    expected = run(build(config, apart), one_by_one[0], one_by_one[1:])[0]
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[int(name[0]), int(name[1])], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("algorithm", [AdamW(), Lion(), Muon(), Adafactor(), SGD()])
 def test_mup_multipliers(algorithm, tiny):
     """Table 8 of muP and table 1 of CompleteP at four times the width of the tuned model."""
