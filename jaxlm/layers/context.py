@@ -14,7 +14,7 @@ from jaxlm.layers.remat import name_activation
 from jaxlm.parallel.experts import Apply, Kernels, through_experts
 from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
-from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
+from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
 
 
 class Ops(Protocol):
@@ -42,6 +42,11 @@ class Ops(Protocol):
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
     ) -> tuple[jax.Array, TokenScores]:
         """`pallas_kernels.cross_entropy.cross_entropy` of features [B, T, E], labels and weights [B, T]."""
+
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        """`pallas_kernels.cross_entropy.token_scores` of features [B, T, E], labels [B, T]."""
 
     def through_experts(
         self,
@@ -92,9 +97,13 @@ class LocalOps(Ops):
     def cross_entropy(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
     ) -> tuple[jax.Array, TokenScores]:
-        flat = features.reshape(-1, features.shape[-1]), projection, labels.ravel(), weights.ravel()
-        total, scores = cross_entropy(*flat, **options)
-        return total, jax.tree.map(lambda x: x.reshape(labels.shape), scores)
+        return cross_entropy(features, projection, labels, weights, **options)
+
+    @override
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        return token_scores(features, projection, labels, **options)
 
     @override
     def through_experts(
