@@ -1,7 +1,6 @@
 """What a run shows: the plan at the start, the progress line, samples, and the report at the end."""
 
 import itertools
-import math
 
 import jax
 import numpy as np
@@ -31,7 +30,7 @@ def make_plan(run: RunConfig, parts: Parts, parallel: Parallelism, step: int) ->
     """What is going to happen from `step` on. Times this machine's matrix products for a moment."""
     groups: dict[str, int] = {}
     for path, info in flatten(parts.infos).items():
-        groups[path[0]] = groups.get(path[0], 0) + math.prod(info.shape)
+        groups[path[0]] = groups.get(path[0], 0) + info.size
     # Later stages may have other rows and masks; the first phase's stand for them.
     rows = sum((phase.end - phase.start) * phase.batch_size for phase in run.phases)
     rows_left = sum(max(phase.end - max(phase.start, step), 0) * phase.batch_size for phase in run.phases)
@@ -102,7 +101,7 @@ def report(run: RunConfig, parts: Parts, folder: RunFolder, *, seconds: float) -
       parts: of the last phase.
       seconds: how long this process has been at it.
     """
-    total = sum(math.prod(info.shape) for info in flatten(parts.infos).values())
+    total = sum(info.size for info in flatten(parts.infos).values())
     seen = parts.loader.seen()
     tokens = sum(entry.tokens for entry in seen.values())
     datasets = {

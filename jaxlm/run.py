@@ -189,9 +189,9 @@ class Parts:
     row_tokens: int
 
 
-def make_model(config: ModelConfig) -> Callable[[jax.Array], nnx.Module]:
-    """key -> model."""
-    return lambda key: build_model(config, key=key)
+def make_model(config: ModelConfig, parallel: Parallelism) -> Callable[[jax.Array], nnx.Module]:
+    """key -> model, as it is stored on `parallel`."""
+    return lambda key: build_model(config, key=key, stages=parallel.stages)
 
 
 def open_loader(run: RunConfig, phase: Phase, **overrides) -> Loader:
@@ -250,7 +250,7 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
     """
     model = run.model_of(phase)
     loader = open_checked(run, phase)
-    definition, abstract, infos = abstract_model(make_model(model))
+    definition, abstract, infos = abstract_model(make_model(model, parallel))
     optimizer = _optimizer(run, phase, model, infos)
     names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(infos))
     step = dataclasses.replace(run.step, seed=run.seed, byte_lengths=np.asarray(loader.vocabulary.byte_lengths()))

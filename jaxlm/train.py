@@ -122,7 +122,7 @@ def begin(
     """
     saved = checkpoints.open()
     if saved is None:
-        state = init_state(make_model(parts.model), parts.optimizer, parallel, seed=run.seed)
+        state = init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)
         if run.warm_start is not None:
             params, _ = warm_start(state.params, run.warm_start, parts.definition.layouts, report=line.print)
             state = start_from(params, parts.optimizer, parallel)

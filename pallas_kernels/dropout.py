@@ -1,6 +1,7 @@
 """Dropout as a hash of where an entry lies, so that every backend, mesh and pass drops the same entries."""
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +42,17 @@ def keep_in_row(rows: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     return _mix(rows ^ (key.astype(jnp.uint32) * _ODD[0])) >= np.uint32(round(rate * 2**32))
 
 
-def keep_entries(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
-    """True where an entry of an array of `shape` is kept, with probability 1 - rate; the same hash over its indices."""
+def keep_entries(seed: jax.Array, indices: Sequence[jax.Array], rate: float) -> jax.Array:
+    """True where an entry of an array is kept, with probability 1 - rate; the same hash over its indices.
+
+    Args:
+      seed: uint32 scalar, see `seed_of`.
+      indices: integers, the entry's place along each axis in the *global* array, broadcastable to the array's shape.
+      rate: share of entries to drop, in [0, 1).
+    """
     x = seed
-    for indices, odd in zip(jnp.indices(shape, sparse=True), itertools.cycle(_ODD)):
-        x = _mix(x ^ (indices.astype(jnp.uint32) * odd))
+    for along_axis, odd in zip(indices, itertools.cycle(_ODD)):
+        x = _mix(x ^ (along_axis.astype(jnp.uint32) * odd))
     return x >= np.uint32(round(rate * 2**32))
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol, override
 import jax
 import jax.numpy as jnp
 
+from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence
 from pallas_kernels import dropout
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
@@ -33,6 +34,14 @@ class Ops(Protocol):
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out as its logical axis names say."""
 
+    def row_numbers(self, count: int) -> jax.Array:
+        """int32 [count]: which rows of the whole batch a layer is given (in a pipeline, those of a microbatch)."""
+
+    def run_layers(
+        self, layer: Layer, layers: StackedLayers, x: jax.Array, rows: Any, shared: Any
+    ) -> tuple[jax.Array, Any]:
+        """The repeats of a stack one after the other; see `jaxlm.parallel.pipeline.run_in_stages`."""
+
 
 class LocalOps(Ops):
     """Operations on one device."""
@@ -52,6 +61,16 @@ class LocalOps(Ops):
     @override
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return x
+
+    @override
+    def row_numbers(self, count: int) -> jax.Array:
+        return jnp.arange(count, dtype=jnp.int32)
+
+    @override
+    def run_layers(
+        self, layer: Layer, layers: StackedLayers, x: jax.Array, rows: Any, shared: Any
+    ) -> tuple[jax.Array, Any]:
+        return run_in_sequence(layer, layers, x, rows, shared, ops=self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +93,12 @@ class Context:
         return dataclasses.replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
 
     def dropout(self, x: jax.Array, rate: float) -> jax.Array:
-        """`x` with a share `rate` of its entries set to 0 and the rest grown by 1 / (1 - rate)."""
+        """`x` [B, ...] with a share `rate` of its entries set to 0 and the rest grown by 1 / (1 - rate)."""
         if self.dropout_key is None or rate == 0.0:
             return x
-        kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), x.shape, rate)
+        indices = list(jnp.indices(x.shape, sparse=True))
+        indices[0] = self.ops.row_numbers(len(x)).reshape(indices[0].shape)
+        kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), indices, rate)
         return jnp.where(kept, x / (1.0 - rate), 0)
 
     def matmul(self, x: jax.Array, kernel: jax.Array, contracted: int, *, result: Any = None) -> jax.Array:

@@ -52,13 +52,17 @@ class ShardedAttention:
         v: jax.Array,
         *,
         mask: Mask,
+        rows: jax.Array,
         bias: Bias | jax.Array | None = None,
         sinks: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         return_lse: bool = False,
         **options: Any,
     ) -> Any:
-        """Of whole rows; the arguments are those of `attention`."""
+        """Of whole rows; the arguments are those of `attention`.
+
+        And rows: int32 [B], which rows of the whole batch these are; neighbours on each device.
+        """
         if bias is not None and not isinstance(bias, Bias):
             bias = DenseBias(bias)
         for part in (mask, bias):
@@ -76,9 +80,9 @@ class ShardedAttention:
         arrays = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, int | float)}
         array_places = {i: PartitionSpec(*(on_mesh[name] for name in axes[i])) for i in arrays}
 
-        def on_one_device(q, k, v, arrays, sinks, dropout_key):
+        def on_one_device(q, k, v, arrays, sinks, dropout_key, rows):
             mask, bias = jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-            origin = Origin(batch=_index(batch) * q.shape[0], head=_index(heads) * q.shape[2])
+            origin = Origin(batch=rows[0], head=_index(heads) * q.shape[2])
             if not split_keys:
                 k, v = (_heads_of(x, origin.head, q.shape[2], group) for x in (k, v))
             special = dict(mask=mask, bias=bias, sinks=sinks, dropout_key=dropout_key, origin=origin)
@@ -88,10 +92,11 @@ class ShardedAttention:
         return jax.shard_map(
             on_one_device,
             mesh=self.parallel.mesh,
-            in_specs=(queries, keys, keys, array_places, PartitionSpec(heads), PartitionSpec()),
+            axis_names=self.parallel.free_axes,
+            in_specs=(queries, keys, keys, array_places, PartitionSpec(heads), PartitionSpec(), PartitionSpec(batch)),
             out_specs=(queries, PartitionSpec(batch, heads)) if return_lse else queries,
             check_vma=False,  # a pallas_call does not say over which axes its results vary
-        )(q, k, v, arrays, sinks, dropout_key)
+        )(q, k, v, arrays, sinks, dropout_key, rows)
 
     def _place(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         places = self.parallel.spec(names, x.shape)
