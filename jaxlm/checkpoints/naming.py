@@ -76,8 +76,8 @@ def sources(tree: Any, layouts: tuple[StackLayout, ...]) -> dict[Path, Source]:
             continue
         if not leaf.shape or leaf.shape[0] != len(layout.rows):
             raise ValueError(
-                f"{show(path)} has shape {leaf.shape}, but its first axis must count {len(layout.rows)} layers; give the "
-                f"layouts of the model that made this state."
+                f"{show(path)} has shape {leaf.shape}, but its first axis must count {len(layout.rows)} layers; give "
+                f"the layouts of the model that made this state."
             )
         for repeat, row in enumerate(layout.places):
             layer = str(repeat * layout.pattern + int(path[at]))

@@ -100,7 +100,7 @@ class Surroundings:
     present: jax.Array | None = None
 
     def split(self) -> tuple[list[jax.Array], list[jax.Array], Callable[[list, list], "Surroundings"]]:
-        """Its arrays: those [B, ...] that belong to rows of the batch, the others, and what makes it of the two again."""
+        """Its arrays: those [B, ...] of the batch's rows, the others, and what makes it of the two again."""
         parts = (self.mask, tuple(self.rotations.values()), self.bias, self.encoded, self.cross_mask, self.present)
         axes = [name for part in parts for name in _first_axes(part)]
         leaves, structure = jax.tree.flatten(parts)

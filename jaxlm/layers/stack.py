@@ -18,7 +18,7 @@ from jaxlm.layers.positions import RelativePositions, RelativeTable, Rope, rotat
 from jaxlm.layers.side_values import NO_SIDE_VALUES, SideValues
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.parallel.pipeline import StackedLayers
-from jaxlm.parallel.stages import Stages
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 from pallas_kernels.masks import Mask
 
 
@@ -110,7 +110,7 @@ class Stack(nnx.Module):
         *,
         dtype: jnp.dtype,
         key: PathKey,
-        stages: Stages = Stages(),
+        stages: Stages = ONE_STAGE,
     ):
         make = dataclasses.replace(make, depth=config.depth)
         layer_key, repeats = key.at("layers"), config.scanned_repeats

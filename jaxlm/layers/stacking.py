@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.parallel.stages import Stages
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StackLayout:
     path: tuple[str, ...]
     pattern: int
     repeats: int
-    stages: Stages = Stages()
+    stages: Stages = ONE_STAGE
 
     @property
     def rows(self) -> tuple[int | None, ...]:

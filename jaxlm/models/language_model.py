@@ -17,7 +17,7 @@ from jaxlm.layers.stack import Stack, remat
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.heads import Pooler, VocabularyHead
-from jaxlm.parallel.stages import Stages
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 from pallas_kernels.cross_entropy import OutputProjection
 from pallas_kernels.masks import Causal, Mask, PrefixLM, Segments
 
@@ -30,7 +30,7 @@ class LanguageModel(nnx.Module):
     Parameters lie under `embedding`, `encoder`, `decoder`, `vocabulary_head`, `future`, `pooler`.
     """
 
-    def __init__(self, config: LanguageModelConfig, *, key: jax.Array, stages: Stages = Stages()):
+    def __init__(self, config: LanguageModelConfig, *, key: jax.Array, stages: Stages = ONE_STAGE):
         """Makes all parameters.
 
         Args:

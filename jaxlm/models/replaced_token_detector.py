@@ -13,13 +13,13 @@ from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import EmbeddingSharing, ReplacedTokenDetectorConfig
 from jaxlm.models.heads import TokenBinaryHead
 from jaxlm.models.language_model import Batch, LanguageModel
-from jaxlm.parallel.stages import Stages
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 
 
 class ReplacedTokenDetector(nnx.Module):
     """Two encoders. `generator` is a LanguageModel, or None for uniform replacements; so is `discriminator`."""
 
-    def __init__(self, config: ReplacedTokenDetectorConfig, *, key: jax.Array, stages: Stages = Stages()):
+    def __init__(self, config: ReplacedTokenDetectorConfig, *, key: jax.Array, stages: Stages = ONE_STAGE):
         """Makes all parameters; see `LanguageModel`."""
         root = PathKey(key)
         self.generator = (

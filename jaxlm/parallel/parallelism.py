@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.rules import DEFAULT_RULES, Rules, mesh_axes, spec
-from jaxlm.parallel.stages import Pipeline, Stages
+from jaxlm.parallel.stages import ONE_STAGE, Pipeline, Stages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +36,11 @@ class ParallelConfig:
                 f"multiple of {stages} microbatches."
             )
         if (microbatches := self.pipeline.microbatches) % stages:
-            more = Stages(stages, self.pipeline.rounds)
+            few, many = 2 * stages, 8 * stages
+            idle = Stages(stages, self.pipeline.rounds).bubble
             raise ValueError(
                 f"Pipeline.microbatches is {microbatches}, but must be a multiple of MeshConfig.stage = {stages}: with "
-                f"{2 * stages} of them stages are idle for {more.bubble(2 * stages):.0%} of the time, with {8 * stages} "
-                f"for {more.bubble(8 * stages):.0%}."
+                f"{few} of them stages are idle for {idle(few):.0%} of the time, with {many} for {idle(many):.0%}."
             )
 
     def on(self, devices: Sequence[jax.Device] | None = None) -> "Parallelism":
@@ -73,7 +73,7 @@ class Parallelism:
     def stages(self) -> Stages:
         """To how many pipeline stages layers are dealt, and how; one stage where there is no pipeline."""
         count = self.mesh.shape["stage"]
-        return Stages(count, self.config.pipeline.rounds) if count > 1 else Stages()
+        return Stages(count, self.config.pipeline.rounds) if count > 1 else ONE_STAGE
 
     @property
     def free_axes(self) -> frozenset[str]:
@@ -124,8 +124,8 @@ class Parallelism:
             each = self.degree([axis for axis in axes if axis != "stage"])
             if batch_size % (microbatches * each):
                 raise ValueError(
-                    f"A batch of {batch_size} examples cannot be cut into {microbatches} microbatches for the pipeline, "
-                    f"each split over {each} devices; make the batch size a multiple of {microbatches * each}, or "
-                    f"change Pipeline.microbatches."
+                    f"A batch of {batch_size} examples cannot be cut into {microbatches} microbatches for the "
+                    f"pipeline, each split over {each} devices; make the batch size a multiple of "
+                    f"{microbatches * each}, or change Pipeline.microbatches."
                 )
         return NamedSharding(self.mesh, splitting)

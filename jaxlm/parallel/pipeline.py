@@ -17,7 +17,6 @@ microbatch and takes the last one's result away. So every transfer is one collec
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.rules import mesh_axes
-from jaxlm.parallel.stages import Recompute, Stages
+from jaxlm.parallel.stages import ONE_STAGE, Recompute, Stages
 
 Layer = Callable[[Any, jax.Array, jax.Array, Any, Any, Any], tuple[jax.Array, Any]]
 """(operations, x [B, T, E], index of the repeat, its parameters, `rows`, `shared`) -> (x, side values)."""
@@ -46,7 +45,7 @@ class StackedLayers:
 
     values: Any
     repeats: int
-    stages: Stages = Stages()
+    stages: Stages = ONE_STAGE
 
 
 def run_in_sequence(
@@ -171,24 +170,23 @@ def _run_stage(
     forward = [(s, (s + 1) % stages.count) for s in range(stages.count)]
     backward = [(t, s) for s, t in forward]
 
-    def repeat(carry: Any, step: Any) -> Any:
-        x, (rows, numbers) = carry
-        index, values = step
-        ops = make_ops(inside, numbers)
-        if not stages.padding(repeats):
-            x, side = layer(ops, x, index, values, rows, shared)
-        else:
-            exists = index < repeats
-            y, side = layer(ops, jnp.where(exists, x, 0), index, values, rows, shared)
-            x, side = jnp.where(exists, y, x), _where(exists, side)
-        return (x, (rows, numbers)), side
-
-    def run(values: Any, microbatch: Any, round_: jax.Array) -> tuple[jax.Array, Any]:
+    def run(values: Any, shared: Any, microbatch: Any, round_: jax.Array) -> tuple[jax.Array, Any]:
         """One run of layers."""
+        x, (rows, numbers) = microbatch
         if stages.rounds > 1:
             values = jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, round_ * length, length), values)
-        first = (round_ * stages.count + me) * length
-        (x, _), sides = jax.lax.scan(repeat, microbatch, (first + jnp.arange(length), values))
+        indices = (round_ * stages.count + me) * length + jnp.arange(length)
+
+        def repeat(x: jax.Array, step: Any) -> tuple[jax.Array, Any]:
+            (index, values), ops = step, make_ops(inside, numbers)
+            if not stages.padding(repeats):
+                return layer(ops, x, index, values, rows, shared)
+            exists = index < repeats
+            inner = _with_gradient_if(exists, (values, rows, shared))
+            y, side = layer(ops, _where(exists, x), index, *inner)
+            return jnp.where(exists, y, x), _where(exists, side)
+
+        x, sides = jax.lax.scan(repeat, x, (indices, values))
         return x, _summed(sides)
 
     if parallel.config.pipeline.recompute is Recompute.STAGE:
@@ -200,9 +198,8 @@ def _run_stage(
         slot, moves = schedule.slot(time)
         waiting = jax.tree.map(lambda a: a[slot], (results, travellers))
         x, others = _select((me == 0) & (round_ == 0), waiting, arriving)
-        x, others = _where(busy, x), jax.tree.map(lambda a: _where(busy, a) if _is_float(a) else a, others)
-        y, side = run(values, (x, others), round_)
-        y, side = _where(busy, y), _where(busy, side)
+        inputs = _with_gradient_if(busy, (values, shared, (_where(busy, x), others)))
+        y, side = _where(busy, run(*inputs, round_))
 
         following = _permute(waiting, backward)
         following = jnp.where(me == stages.count - 1, y, following[0]), following[1]
@@ -297,8 +294,21 @@ def _where(condition: jax.Array, tree: Any) -> Any:
     return jax.tree.map(lambda a: jnp.where(condition, a, jnp.zeros_like(a)), tree)
 
 
-def _is_float(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
+def _with_gradient_if(condition: jax.Array, tree: Any) -> Any:
+    """The tree, whose gradient is 0 unless `condition`: not 0 times what was computed, which may be NaN."""
+    return jax.tree.map(lambda a: _gated(condition, a) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
+
+
+@jax.custom_vjp
+def _gated(condition: jax.Array, x: jax.Array) -> jax.Array:
+    # Not jnp.where(condition, x, stop_gradient(x)), a new array of which the backward pass would keep one for each step.
+    return x
+
+
+_gated.defvjp(
+    lambda condition, x: (x, condition),
+    lambda condition, g: (np.zeros((), jax.dtypes.float0), jnp.where(condition, g, 0)),
+)
 
 
 def _summed(sides: Any) -> Any:

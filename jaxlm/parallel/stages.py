@@ -10,7 +10,8 @@ class Recompute(enum.Enum):
     """What a stage keeps of a microbatch for its backward pass.
 
     BLOCKS: what `StackConfig.remat` says of each block, at least every block's input.
-    STAGE: its own input alone. It runs forward once more before its backward pass, block by block as for BLOCKS.
+    STAGE: its own input alone. The stage runs forward once more before its backward pass, in which blocks keep what
+      `StackConfig.remat` says; with Remat.NONE that costs no more than Remat.FULL and BLOCKS.
     """
 
     BLOCKS = "blocks"
@@ -42,6 +43,11 @@ class Pipeline:
         for name in ("microbatches", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Pipeline.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.rounds > 1 and self.recompute is not Recompute.STAGE:
+            raise ValueError(
+                f"Pipeline.rounds is {self.rounds}, which needs Pipeline.recompute = 'stage': otherwise a stage would "
+                f"keep, for each step's backward pass, a copy of the parameters that the step used."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,3 +98,7 @@ class Stages:
     def bubble(self, microbatches: int) -> float:
         """Share of the steps in which a stage has nothing to do."""
         return (self.count - 1) / self.steps(microbatches)
+
+
+ONE_STAGE = Stages()
+"""No pipeline."""
