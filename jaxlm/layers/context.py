@@ -3,13 +3,17 @@
 import dataclasses
 import math
 import zlib
+from collections.abc import Mapping
 from typing import Any, Protocol, override
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.layers.quantized import Quantization, quantized_matmul
+from jaxlm.layers.remat import name_activation
+from jaxlm.parallel.experts import Apply, Kernels, through_experts
 from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence
-from pallas_kernels import dropout
+from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
 
@@ -19,9 +23,18 @@ class Ops(Protocol):
 
     Attributes:
       splits_length: whether rows are spread over devices along their length (sequence parallelism).
+
+    Such rows may lie on the mesh in another order than they were read in. Hidden states are in the mesh's order;
+    masks, biases, labels and scores of tokens in the rows' own.
     """
 
     splits_length: bool = False
+
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...], of the rows' own order, in the mesh's."""
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The reverse of `arrange`."""
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
         """`pallas_kernels.attention.attention`."""
@@ -30,6 +43,29 @@ class Ops(Protocol):
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
     ) -> tuple[jax.Array, TokenScores]:
         """`pallas_kernels.cross_entropy.cross_entropy` of features [B, T, E], labels and weights [B, T]."""
+
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        """The weighted sum of what its experts make of each token; none is dropped.
+
+        Args:
+          apply: what experts do, see `jaxlm.parallel.experts.Apply`.
+          kernels: matrices by name, each with a leading axis over experts.
+          axes: their logical axes: "experts", "embed" and "mlp" in any order after the first.
+          x: [B, T, E].
+          chosen: int32 [B, T, K], different experts for a token; the number of experts chooses none.
+          weights: float32 [B, T, K].
+
+        Returns:
+          [B, T, E].
+        """
 
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out as its logical axis names say."""
@@ -47,6 +83,14 @@ class LocalOps(Ops):
     """Operations on one device."""
 
     @override
+    def arrange(self, x: jax.Array) -> jax.Array:
+        return x
+
+    @override
+    def restore(self, x: jax.Array) -> jax.Array:
+        return x
+
+    @override
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
         return attention(q, k, v, **options)
 
@@ -57,6 +101,18 @@ class LocalOps(Ops):
         flat = features.reshape(-1, features.shape[-1]), projection, labels.ravel(), weights.ravel()
         total, scores = cross_entropy(*flat, **options)
         return total, jax.tree.map(lambda x: x.reshape(labels.shape), scores)
+
+    @override
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        return through_experts(apply, kernels, x, chosen, weights)
 
     @override
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
@@ -80,10 +136,13 @@ class Context:
     Attributes:
       ops: see `Ops`.
       dropout_key: jax key, or None: deterministic, no dropout.
+      quantization: how products of bfloat16 operands are taken inside the stacks; None takes them as they are. A layer
+        that wants a product in full, such as a router, gives it float32 operands.
     """
 
     ops: Ops = LocalOps()
     dropout_key: jax.Array | None = None
+    quantization: Quantization | None = None
 
     def fold(self, where: int | jax.Array | str) -> "Context":
         """A context for a part of the model, with a key of its own; `where` may be traced (a layer's index)."""
@@ -93,20 +152,23 @@ class Context:
         return dataclasses.replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
 
     def dropout(self, x: jax.Array, rate: float) -> jax.Array:
-        """`x` [B, ...] with a share `rate` of its entries set to 0 and the rest grown by 1 / (1 - rate)."""
+        """`x` [B, T, ...] with a share `rate` of its entries set to 0 and the rest grown by 1 / (1 - rate)."""
         if self.dropout_key is None or rate == 0.0:
             return x
-        indices = list(jnp.indices(x.shape, sparse=True))
-        indices[0] = self.ops.row_numbers(len(x)).reshape(indices[0].shape)
+        batch, length, *rest = jnp.indices(x.shape, sparse=True)
+        batch = self.ops.row_numbers(len(x)).reshape(batch.shape)
+        indices = (batch, self.ops.arrange(length), *rest)
         kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), indices, rate)
         return jnp.where(kept, x / (1.0 - rate), 0)
 
     def matmul(self, x: jax.Array, kernel: jax.Array, contracted: int, *, result: Any = None) -> jax.Array:
         """x times kernel over x's last and kernel's first `contracted` axes.
 
-        All other axes of x become one, tokens, if they can: XLA's CPU backend then takes a third less time for a
-        training step (it transposes operands of more than two axes before it multiplies them for gradients), and
-        accelerators lose nothing. They cannot where rows are spread along their length: tokens would have to move.
+        All other axes of x become one, tokens, if they can. They cannot where rows are spread along their length:
+        tokens would have to move. On a CPU the kernel's axes become two as well: XLA's CPU backend then takes a third
+        less time for a training step, since it transposes operands of more axes before it multiplies them for
+        gradients. Elsewhere they stay: behind a reshape XLA no longer sees that a kernel gathered for the forward
+        pass serves the backward pass too, and gathers it again.
 
         Args:
           x: [*tokens, *inputs].
@@ -117,13 +179,20 @@ class Context:
         Returns:
           [*tokens, *outputs].
         """
+        if self.quantization is not None and x.dtype == kernel.dtype == jnp.bfloat16:
+            return name_activation(quantized_matmul(x, kernel, contracted, self.quantization), "product")
         if self.ops.splits_length:
             axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
             return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)
         tokens, outputs = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
-        x = x.reshape(math.prod(tokens), -1)
-        kernel = kernel.reshape(x.shape[1], math.prod(outputs))
-        return jnp.matmul(x, kernel, preferred_element_type=result).reshape(*tokens, *outputs)
+        if platforms.current().kind == "cpu":
+            x = x.reshape(math.prod(tokens), -1)
+            kernel = kernel.reshape(x.shape[1], math.prod(outputs))
+            return jnp.matmul(x, kernel, preferred_element_type=result).reshape(*tokens, *outputs)
+        x = x.reshape(math.prod(tokens), *kernel.shape[:contracted])
+        axes = (tuple(range(1, 1 + contracted)), tuple(range(contracted)))
+        product = jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)
+        return product.reshape(*tokens, *outputs)
 
 
 LOCAL = Context()  # one device, no dropout

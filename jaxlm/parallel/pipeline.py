@@ -1,13 +1,13 @@
 """The layers of a scanned stack, one after the other: on every device alike, or in pipeline stages.
 
-In stages, every device of the mesh axis `stage` runs the same program (`shard_map` over that axis alone, everything else
-is left to GSPMD and to the layers' own operations, as without a pipeline): at each step it takes a microbatch from the
-stage before it, runs one run of its layers, and hands the result on. What belongs to the microbatch's rows (masks,
+In stages, every device of the mesh axis `stage` runs the same program (`shard_map` over that axis alone, everything
+else is left to GSPMD and to the layers' own operations, as without a pipeline): at each step it takes a microbatch from
+the stage before it, runs one run of its layers, and hands the result on. What belongs to the microbatch's rows (masks,
 rotations, an encoder's output) travels with it, so that nothing is held for more rows than there are.
 
-    step      0    1    2    3    4    5    6          S = 2 stages, V = 2 rounds, M = 3 would not do: M is a multiple
-    stage 0  0.0  1.0  0.1  1.1                        of S, here 2. "m.v" is microbatch m in round v.
-    stage 1       0.0  1.0  0.1  1.1
+    step      0    1    2    3    4    5    6    7    8      S = 2 stages, V = 2 rounds, M = 4 microbatches;
+    stage 0  0.0  1.0  0.1  1.1  2.0  3.0  2.1  3.1          m.v is microbatch m in round v
+    stage 1       0.0  1.0  0.1  1.1  2.0  3.0  2.1  3.1
 
 The microbatches go in groups of S, each group through all its rounds before the next one: what leaves the last stage
 is what the first one needs next, and nothing waits in between. Hidden states of all microbatches lie spread over the
@@ -141,7 +141,7 @@ class _Schedule:
         return (since >= 0) & (since < self.microbatches * rounds), since % (count * rounds) // count
 
     def slot(self, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(the slot whose microbatch the first stage takes if it is in its first round, whether the slot then moves on).
+        """(slot from which the first stage takes a microbatch in its first round, whether the slot then moves on).
 
         The last stage finishes microbatch m of a group at the step in which the first takes m + S - 1 from the slot,
         or holds it: so the result can take the place that becomes free.
@@ -162,7 +162,7 @@ def _run_stage(
     microbatches: Any,
     shared: Any,
 ) -> tuple[jax.Array, Any]:
-    """What one stage does, inside shard_map: its part of `values` [rounds * K, ...] and of `microbatches` [slots, ...]."""
+    """One stage inside shard_map, with its part of `values` [rounds * K, ...] and `microbatches` [slots, ...]."""
     stages, repeats = schedule.stages, layers.repeats
     me, length = jax.lax.axis_index("stage"), stages.run_length(repeats)
     inside = parallel.inside("stage")
@@ -301,7 +301,7 @@ def _with_gradient_if(condition: jax.Array, tree: Any) -> Any:
 
 @jax.custom_vjp
 def _gated(condition: jax.Array, x: jax.Array) -> jax.Array:
-    # Not jnp.where(condition, x, stop_gradient(x)), a new array of which the backward pass would keep one for each step.
+    # Not jnp.where(condition, x, stop_gradient(x)): of a new array the backward pass would keep one for each step.
     return x
 
 

@@ -23,8 +23,10 @@ DEFAULT_RULES: Rules = (
     ("vocab", ("tensor",)),
     ("experts", ("expert",)),
 )
-"""Data parallel, FSDP, tensor parallel (Megatron's split), expert parallel, and layers dealt to pipeline stages, outside
-of which (embedding, head) the stages share the batch out. Names without a rule are replicated."""
+"""Data parallel, FSDP, tensor parallel (Megatron's split), expert parallel, and layers dealt to pipeline stages.
+
+Outside of the layers (embedding, head) a pipeline's stages share the batch out. Names without a rule are replicated.
+"""
 
 
 def spec(

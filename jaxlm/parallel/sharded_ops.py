@@ -1,15 +1,18 @@
-"""What a model needs of the mesh: constraints, attention, cross-entropy."""
+"""What a model needs of the mesh: constraints, attention, experts, cross-entropy."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.parallel.collectives import gather
+from jaxlm.parallel.experts import Apply, Kernels, ShardedExperts, through_experts
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence, run_in_stages
-from jaxlm.parallel.rules import degree
+from jaxlm.parallel.rules import degree, mesh_axes
 from jaxlm.parallel.sharded_attention import ShardedAttention
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
@@ -32,6 +35,16 @@ class ShardedOps:
         """Whether rows are spread over devices along their length (sequence parallelism)."""
         return bool(self.parallel.spec(("length",)))
 
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] in the order in which tokens lie on the mesh; see `jaxlm.parallel.row_order.RowOrder`."""
+        order = self.parallel.row_order(x.shape[1])
+        return x if order is None else order.arrange(x)
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The reverse of `arrange`."""
+        order = self.parallel.row_order(x.shape[1])
+        return x if order is None else order.restore(x)
+
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out on the mesh as its logical axis names say; dimensions that do not divide are replicated."""
         return self._place(x, self.parallel.spec(names, x.shape))
@@ -39,26 +52,23 @@ class ShardedOps:
     def attention(
         self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """`pallas_kernels.attention.attention`, each device on its own examples and heads.
+        """`pallas_kernels.attention.attention`, each device on its own examples, heads and queries.
 
         Args:
           q: [B, T, H, D].
           k, v: [B, S, G, D], G key-value heads.
-          **options: mask, bias, scale, backend, ... passed on.
+          **options: mask, bias, scale, backend, ... passed on. Mask and bias are about rows before `arrange`.
 
         Returns:
           [B, T, H, D], and the log-sum-exp [B, H, T] with `return_lse`.
 
         Raises:
-          UnsupportedAttention: the backend refuses, or is not "xla" where rows are spread along their length.
+          UnsupportedAttention: the backend refuses, or mask or bias cannot be split where rows are.
         """
         with jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh):  # kernels ask it what they will run on
             if self.parallel.mesh.size == 1:
                 return attention(q, k, v, **options)
-            sharded = ShardedAttention(self.parallel)
-            if self.splits_length:
-                return sharded.along_rows(q, k, v, **options)
-            return sharded.by_examples_and_heads(q, k, v, rows=self.row_numbers(len(q)), **options)
+            return ShardedAttention(self.parallel)(q, k, v, rows=self.row_numbers(len(q)), **options)
 
     def row_numbers(self, count: int) -> jax.Array:
         """int32 [count]: which rows of the whole batch a layer is given."""
@@ -72,20 +82,39 @@ class ShardedOps:
             return run_in_sequence(layer, layers, x, rows, shared, ops=self)
         return run_in_stages(layer, layers, x, rows, shared, parallel=self.parallel, ops=ShardedOps)
 
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        """Tokens through their experts, wherever these are; see `jaxlm.layers.context.Ops`."""
+        with jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh):  # kernels ask it what they will run on
+            if self.parallel.mesh.size == 1:
+                return through_experts(apply, kernels, x, chosen, weights)
+            return ShardedExperts(self.parallel)(apply, kernels, axes, x, chosen, weights)
+
     def cross_entropy(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
     ) -> tuple[jax.Array, TokenScores]:
         """`pallas_kernels.cross_entropy.cross_entropy` of tokens spread over the mesh.
 
         Args:
-          features: [B, T, E].
+          features: [B, T, E], in the mesh's order.
           projection: its matrix may be split over either axis.
-          labels, weights: [B, T].
+          labels, weights: [B, T], in the rows' own order.
           **options: z_loss, chunk, ... passed on; a chunk is of each device's tokens.
 
         Returns:
-          The sum, and `TokenScores` [B, T].
+          The sum, and `TokenScores` [B, T], in the rows' own order.
         """
+        labels, weights = self.arrange(labels), self.arrange(weights)
+        if self.parallel.mesh.size > 1 and not self.parallel.spec(("vocab",)):
+            total, scores = self._cross_entropy_by_tokens(features, projection, labels, weights, options)
+            return total, jax.tree.map(self.restore, scores)
         batch, length = labels.shape
         places = self.parallel.spec(("batch", "length"), labels.shape)
         rows, columns = (degree(self.parallel.mesh, places, axis) for axis in (0, 1))
@@ -97,12 +126,49 @@ class ShardedOps:
 
         def from_groups(x):
             x = x.reshape(rows, columns, batch // rows, length // columns)
-            return self._place(jnp.moveaxis(x, 1, 2).reshape(batch, length), places)
+            return self.restore(self._place(jnp.moveaxis(x, 1, 2).reshape(batch, length), places))
 
         if self.parallel.mesh.size > 1:  # GSPMD partitions the plain form, and cannot partition a kernel
             options["backend"] = "xla"
         total, scores = cross_entropy(to_groups(features), projection, to_groups(labels), to_groups(weights), **options)
         return total, jax.tree.map(from_groups, scores)
+
+    def _cross_entropy_by_tokens(
+        self,
+        features: jax.Array,
+        projection: OutputProjection,
+        labels: jax.Array,
+        weights: jax.Array,
+        options: dict[str, Any],
+    ) -> tuple[jax.Array, TokenScores]:
+        """Each device on its own tokens, with the whole vocabulary.
+
+        The matrix is gathered once, in the products' type, and its gradient is scattered as it is summed: left to
+        GSPMD it is gathered for every chunk of tokens, and summed whole on every device.
+        """
+        names = ("embed", "vocab") if projection.vocab_axis == 1 else ("vocab", "embed")
+        tokens = self.parallel.spec(("batch", "length"), labels.shape)
+        split = self.parallel.spec(names, projection.matrix.shape)
+        everywhere = PartitionSpec()
+
+        def on_one_device(features, matrix, bias, labels, weights):
+            matrix = matrix.astype(features.dtype)
+            for axis, entry in enumerate(split):
+                if entry:
+                    matrix = gather(matrix, entry, axis)
+            whole = dataclasses.replace(projection, matrix=matrix, bias=bias)
+            flat = features.reshape(-1, features.shape[-1]), whole, labels.ravel(), weights.ravel()
+            total, scores = cross_entropy(*flat, **options)
+            return total[None], jax.tree.map(lambda x: x.reshape(labels.shape), scores)
+
+        totals, scores = jax.shard_map(
+            on_one_device,
+            mesh=self.parallel.mesh,
+            in_specs=(tokens, split, everywhere, tokens, tokens),
+            out_specs=(PartitionSpec(mesh_axes(tokens)), tokens),
+            check_vma=False,  # a pallas_call does not say over which axes its results vary
+        )(features, projection.matrix, projection.bias, labels, weights)
+        return totals.sum(), scores
 
     def _place(self, x: jax.Array, places: PartitionSpec) -> jax.Array:
         return (
