@@ -2,7 +2,7 @@
 
 python -m jaxlm.train --gin_file=gin_configs/runs/quickstart.gin --gin.MODEL_DIR=runs/mine --gin.TRAIN_STEPS=2000
 
---profile=N-M             record these steps with jax's profiler
+--profile=N-M             records these steps with jax's profiler
 --xla_preset=NAME         compiler flags of a chip, see jaxlm/parallel/xla_flags.py
 --distributed=auto|on|off, --coordinator_address, --process_count, --process_index, --start_timeout
                           one job of several processes, see jaxlm/parallel/multihost.py
