@@ -248,9 +248,9 @@ class Parts:
     row_tokens: int
 
 
-def make_model(config: ModelConfig) -> Callable[[jax.Array], nnx.Module]:
-    """key -> model."""
-    return lambda key: build_model(config, key=key)
+def make_model(config: ModelConfig, parallel: Parallelism) -> Callable[[jax.Array], nnx.Module]:
+    """key -> model, as it is stored on `parallel`."""
+    return lambda key: build_model(config, key=key, stages=parallel.stages)
 
 
 def open_loader(run: RunConfig, phase: Phase, **overrides) -> Loader:
@@ -337,7 +337,7 @@ def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: Ba
       ValueError: the mesh does not cut rows or experts evenly.
     """
     model = run.model_of(phase)
-    definition, abstract, infos = abstract_model(make_model(model))
+    definition, abstract, infos = abstract_model(make_model(model, parallel))
     with_experts = [info for info in flatten(infos).values() if "experts" in info.axes]
     parallel.check_experts({info.shape[info.axes.index("experts")] for info in with_experts})
     optimizer = _optimizer(run, phase, model, infos)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxlm.layers.quantized import Quantization, quantized_matmul
 from jaxlm.layers.remat import name_activation
 from jaxlm.parallel.experts import Apply, Kernels, through_experts
+from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence
 from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
@@ -77,6 +78,14 @@ class Ops(Protocol):
     def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """A layer's parameter `x`, of whose gradient each device is to get the piece that it stores."""
 
+    def row_numbers(self, count: int) -> jax.Array:
+        """int32 [count]: which rows of the whole batch a layer is given (in a pipeline, those of a microbatch)."""
+
+    def run_layers(
+        self, layer: Layer, layers: StackedLayers, x: jax.Array, rows: Any, shared: Any
+    ) -> tuple[jax.Array, Any]:
+        """The repeats of a stack one after the other; see `jaxlm.parallel.pipeline.run_in_stages`."""
+
 
 class LocalOps(Ops):
     """Operations on one device."""
@@ -125,6 +134,16 @@ class LocalOps(Ops):
     def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return x
 
+    @override
+    def row_numbers(self, count: int) -> jax.Array:
+        return jnp.arange(count, dtype=jnp.int32)
+
+    @override
+    def run_layers(
+        self, layer: Layer, layers: StackedLayers, x: jax.Array, rows: Any, shared: Any
+    ) -> tuple[jax.Array, Any]:
+        return run_in_sequence(layer, layers, x, rows, shared, ops=self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -153,6 +172,7 @@ class Context:
         if self.dropout_key is None or rate == 0.0:
             return x
         batch, length, *rest = jnp.indices(x.shape, sparse=True)
+        batch = self.ops.row_numbers(len(x)).reshape(batch.shape)
         indices = (batch, self.ops.arrange(length), *rest)
         kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), indices, rate)
         return jnp.where(kept, x / (1.0 - rate), 0)

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.parallel.experts import Apply, Kernels, ShardedExperts, through_experts
 from jaxlm.parallel.parallelism import Parallelism
+from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence, run_in_stages
 from jaxlm.parallel.sharded_attention import ShardedAttention
 from jaxlm.parallel.sharded_cross_entropy import ShardedCrossEntropy
 from pallas_kernels.attention import attention
@@ -34,9 +36,11 @@ class ShardedOps:
 
     Attributes:
       parallel: the mesh and how arrays lie on it.
+      rows: int32 [B], which rows of the whole batch a layer is given, inside a pipeline; None: it is given all.
     """
 
     parallel: Parallelism
+    rows: jax.Array | None = None
 
     @property
     def splits_length(self) -> bool:
@@ -84,7 +88,19 @@ class ShardedOps:
         with self._platform():
             if self.parallel.mesh.size == 1:
                 return attention(q, k, v, **options)
-            return ShardedAttention(self.parallel)(q, k, v, **options)
+            return ShardedAttention(self.parallel)(q, k, v, rows=self.row_numbers(len(q)), **options)
+
+    def row_numbers(self, count: int) -> jax.Array:
+        """int32 [count]: which rows of the whole batch a layer is given."""
+        return jnp.arange(count, dtype=jnp.int32) if self.rows is None else self.rows
+
+    def run_layers(
+        self, layer: Layer, layers: StackedLayers, x: jax.Array, rows: Any, shared: Any
+    ) -> tuple[jax.Array, Any]:
+        """The repeats of a stack one after the other, in pipeline stages if the mesh has them; see `run_in_stages`."""
+        if self.parallel.mesh.shape["stage"] == 1:
+            return run_in_sequence(layer, layers, x, rows, shared, ops=self)
+        return run_in_stages(layer, layers, x, rows, shared, parallel=self.parallel, ops=ShardedOps)
 
     def through_experts(
         self,
