@@ -51,6 +51,7 @@ CASES = {
     "t5_xxl": Case("t5_xxl", "v5p:4x4x4"),
     "study_causal": Case("study_causal", "v5p:4x4x4"),
     "study_prefix": Case("study_prefix", "v5p:4x4x4"),
+    "mt_nlg_530b": Case("mt_nlg_530b", "v5p:8x8x28", targets={"seconds": 300}),
 }
 
 

@@ -8,6 +8,7 @@ from jaxlm.layers.remat import Remat
 from jaxlm.models.config import LanguageModelConfig, ModelConfig, ReplacedTokenDetectorConfig
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.rules import degree
+from jaxlm.parallel.stages import Recompute
 from jaxlm.planning.memory import bytes_on_a_device
 from jaxlm.run import BatchLayout, Program, RunConfig
 from jaxlm.training.state import abstract_state
@@ -54,8 +55,18 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
             blocks = [_widths(block, model, parallel) for block in stack.all_blocks]
             size = model.compute.dtype.itemsize
             kept = _KEPT.get(stack.remat, "products")
-            saved += tokens * size * sum(block[kept] for block in blocks)
-            working = max(working, tokens * size * max(block["everything"] for block in blocks))
+            inside = tokens * size * sum(block[kept] for block in blocks)
+            at_once = tokens
+            if (stages := parallel.mesh.shape["stage"]) > 1:
+                # Outside the pipeline a stage has its share of the tokens and inside all of them, but of the layers a
+                # share: `inside` is right as it is. All go through it one microbatch at a time.
+                pipeline = run.parallel.pipeline
+                at_once = tokens * stages // pipeline.microbatches
+                if pipeline.recompute is Recompute.STAGE:
+                    inputs = tokens * stages * size * model.width * pipeline.rounds
+                    inside = inputs + inside // pipeline.microbatches
+            saved += inside
+            working = max(working, at_once * size * max(block["everything"] for block in blocks))
         logits = min(tokens, 2048) * model.vocab_size * 4
         working += 2 * logits + 2 * model.vocab_size * model.width * 4 // _split(parallel, "vocab", model.vocab_size)
     return Expected(
