@@ -248,31 +248,29 @@ class Parts:
     row_tokens: int
 
 
-def make_model(config: ModelConfig) -> Callable[[jax.Array], nnx.Module]:
-    """key -> model."""
-    return lambda key: build_model(config, key=key)
+def make_model(config: ModelConfig, parallel: Parallelism) -> Callable[[jax.Array], nnx.Module]:
+    """key -> model, as it is stored on `parallel`."""
+    return lambda key: build_model(config, key=key, stages=parallel.stages)
 
 
 def open_loader(run: RunConfig, phase: Phase, **overrides) -> Loader:
-    """This host's loader of a phase; `overrides` are `build_loader`'s arguments."""
+    """The loader of a phase, of whole batches unless `rows` are given; `overrides` are `build_loader`'s arguments."""
     arguments = {
         "objective": phase.stage.objective,
         "architecture": run.model_of(phase).architecture,
         "batch_size": phase.batch_size,
-        "host_index": jax.process_index(),
-        "host_count": jax.process_count(),
         "start_step": phase.start,
     }
     return build_loader(overrides.pop("config", run.data_of(phase)), **arguments | overrides)
 
 
-def open_checked(run: RunConfig, phase: Phase) -> Loader:
-    """The loader that a phase trains on.
+def open_checked(run: RunConfig, phase: Phase, parallel: Parallelism) -> Loader:
+    """The loader that a phase trains on: this host's rows.
 
     Raises:
       ValueError: data, objective, architecture, lengths and model do not go together; the message says what to do.
     """
-    loader = open_loader(run, phase)
+    loader = open_loader(run, phase, rows=parallel.host_rows(phase.batch_size))
     model = run.model_of(phase)
     whole = model.discriminator if isinstance(model, ReplacedTokenDetectorConfig) else model
     if whole.vocab_size < (size := loader.vocabulary.size):
@@ -296,8 +294,7 @@ def _check_positions(model: ModelConfig, layout: BatchLayout) -> None:
 
 def layout_of(loader: Loader) -> BatchLayout:
     """The layout of a loader's batches."""
-    hosts = jax.process_count()
-    features = {name: ((shape[0] * hosts, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
+    features = {name: ((loader.batch_size, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
     lengths = np.asarray(loader.vocabulary.byte_lengths())
     return BatchLayout(loader.objective, features, loader.dataset_names, lengths)
 
@@ -340,7 +337,7 @@ def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: Ba
       ValueError: the mesh does not cut rows or experts evenly.
     """
     model = run.model_of(phase)
-    definition, abstract, infos = abstract_model(make_model(model))
+    definition, abstract, infos = abstract_model(make_model(model, parallel))
     with_experts = [info for info in flatten(infos).values() if "experts" in info.axes]
     parallel.check_experts({info.shape[info.axes.index("experts")] for info in with_experts})
     optimizer = _optimizer(run, phase, model, infos)
@@ -371,7 +368,7 @@ def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:
-            loader = open_checked(run, phase)
+            loader = open_checked(run, phase, parallel)
             for length in layout_of(loader).row_lengths(run.model_of(phase).architecture):
                 parallel.check_row(length)
             loader.close()
@@ -383,7 +380,7 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
     Raises:
       ValueError: the parts do not fit together; the message says which and what to do.
     """
-    loader = open_checked(run, phase)
+    loader = open_checked(run, phase, parallel)
     program = make_program(run, phase, parallel, layout_of(loader))
     names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(program.infos))
     return Parts(
@@ -429,9 +426,10 @@ def _evaluator(
         return None
     config = run.evaluation
 
-    def make_loader(**overrides) -> Loader:
+    def make_loader() -> Loader:
         data = config.data or run.data_of(phase)
-        return open_loader(run, phase, config=data, split=config.split, one_pass=True, **overrides)
+        rows = parallel.host_rows(phase.batch_size)
+        return open_loader(run, phase, config=data, split=config.split, one_pass=True, rows=rows)
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
     names = dataclasses.replace(names, datasets=loader.dataset_names)

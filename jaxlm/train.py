@@ -2,7 +2,12 @@
 
 python -m jaxlm.train --gin_file=gin_configs/runs/quickstart.gin --gin.MODEL_DIR=runs/mine --gin.TRAIN_STEPS=2000
 
-Exit statuses: `jaxlm.exit_status`. --profile=N-M records these steps with jax's profiler.
+--profile=N-M             records these steps with jax's profiler
+--xla_preset=NAME         compiler flags of a chip, see jaxlm/parallel/xla_flags.py
+--distributed=auto|on|off, --coordinator_address, --process_count, --process_index, --start_timeout
+                          one job of several processes, see jaxlm/parallel/multihost.py
+
+Exit statuses: jaxlm/exit_status.py.
 """
 
 import contextlib
@@ -10,16 +15,14 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
-
-import jax
 
 from jaxlm.checkpoints.manager import CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
 from jaxlm.checkpoints.stored import committed_steps
 from jaxlm.checkpoints.warm_start import warm_start
-from jaxlm.configuration import diff_from_defaults, resolve_or_exit, resolved_text
+from jaxlm.configuration import diff_from_defaults, resolve_or_exit, resolved_text, take_flags
 from jaxlm.exit_status import ExitStatus
+from jaxlm.parallel import multihost, xla_flags
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.reporting import Samples, make_plan, report
 from jaxlm.run import Parts, RunConfig, assemble, check_phases, make_model
@@ -33,23 +36,30 @@ from jaxlm.training.spikes import RollBacks, SpikeRecord
 from jaxlm.training.stages import Phase, carry_over, phase_at
 from jaxlm.training.state import TrainState, abstract_state, init_state, start_from
 from jaxlm.training.watchdog import Watchdog
-from jaxlm.training.writers import make_writers
+from jaxlm.training.writers import Writers, make_writers
 
 
 def main(arguments: list[str] | None = None) -> ExitStatus:
     """The command line; returns the exit status. JAXLM_TRACEBACK=1 shows where an error came from."""
     began = machine.process_began() if arguments is None else time.time()
-    arguments, profile = take_profile(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    flags, arguments = take_flags(arguments, ("profile", "xla_preset", *multihost.FLAGS))
     run = resolve_or_exit(RunConfig, arguments)
     try:
-        if profile is not None:
+        if profile := flags.pop("profile", None):
             run = dataclasses.replace(run, profile=ProfileConfig.parse(profile))
+        xla_flags.use(flags.pop("xla_preset", None))
+        multihost.start(multihost.JobConfig.of(flags))
         outcome = train(run, began=began)
     except (ValueError, CheckpointError, TrainingDiverged, OSError) as error:
         if os.environ.get("JAXLM_TRACEBACK"):
             raise
         print(f"jaxlm.train: {error}", file=sys.stderr)
-        return ExitStatus.DIVERGED if isinstance(error, TrainingDiverged) else ExitStatus.FAILED
+        status = ExitStatus.DIVERGED if isinstance(error, TrainingDiverged) else ExitStatus.FAILED
+        multihost.leave(status)
+        return status
     return _STATUS_OF[outcome]
 
 
@@ -59,12 +69,6 @@ _STATUS_OF = {
     Outcome.STOPPED: ExitStatus.ENDED_EARLY,
     Outcome.PREEMPTED: ExitStatus.PREEMPTED,
 }
-
-
-def take_profile(arguments: Sequence[str]) -> tuple[list[str], str | None]:
-    """The arguments without --profile=N-M, and its value."""
-    values = [argument.partition("=")[2] for argument in arguments if argument.startswith("--profile=")]
-    return [argument for argument in arguments if not argument.startswith("--profile=")], values[-1] if values else None
 
 
 def train(run: RunConfig, *, began: float | None = None) -> Outcome:
@@ -82,30 +86,26 @@ def train(run: RunConfig, *, began: float | None = None) -> Outcome:
       TrainingDiverged: the loss is not finite any more, or the spike guard gave up.
     """
     began = time.time() if began is None else began
-    parallel = run.parallel.on()
-    check_phases(run, parallel)
-    parts = assemble(run, run.phases[0], parallel)
-    folder = RunFolder(run.model_dir)
-    status = folder.open(
-        run.identity | {"vocabulary": parts.loader.vocabulary.fingerprint()},
-        total_steps=run.train_steps,
-        config=resolved_text(run),
-        config_diff=diff_from_defaults(run),
-        facts=machine.facts(),
-    )
+    with multihost.together():
+        parallel = run.parallel.on()
+        check_phases(run, parallel)
+        parts = assemble(run, run.phases[0], parallel)
+        folder = RunFolder(run.model_dir)
+        identity = run.identity | {"vocabulary": parts.loader.vocabulary.fingerprint()}
+    status = claim(run, folder, identity)
     with ProgressLine(run.train_steps) as line:
         if status is Status.FINISHED:
             line.print(f"{folder.path} is finished: its {run.train_steps:,} steps are done; see {folder.report}.")
             return Outcome.FINISHED
-        first = jax.process_index() == 0
         with (
-            contextlib.closing(Ledger(folder.goodput if first else None, began=began)) as ledger,
+            contextlib.closing(Ledger(folder.goodput if multihost.is_first() else None, began=began)) as ledger,
             Watchdog(run.watchdog, folder.hangs) as watchdog,
             CheckpointManager(folder.checkpoints, run.checkpoints, parts.definition.layouts, line.print) as checkpoints,
         ):
             services = Services(folder, checkpoints, ledger, watchdog, RollBacks(run.optimizer.guard), line)
             parts, state = begin(run, parts, parallel, services)
-            folder.forget_spikes(int(state.step))
+            if multihost.is_first():
+                folder.forget_spikes(int(state.step))
             line.print(make_plan(run, parts, parallel, int(state.step)).table())
             while True:
                 try:
@@ -113,18 +113,49 @@ def train(run: RunConfig, *, began: float | None = None) -> Outcome:
                     break
                 except TrainingDiverged as spike:
                     parts, state = go_back(run, parts, parallel, services, spike)
-            if outcome is Outcome.FINISHED:
+            if outcome is Outcome.FINISHED and multihost.is_first():
                 ledger.write()  # the report is about it
                 with ledger.spending(Activity.OTHER):
                     report(run, parts, folder, seconds=time.time() - began)
+                folder.finish(run.train_steps)
         if outcome is Outcome.FINISHED:
-            folder.finish(run.train_steps)
             line.print(f"Finished; the report is {folder.report}.")
         else:
             line.print(f"Ended early ({outcome.value}); the same command continues.")
-        if first:
+        if multihost.is_first():
             line.print(read_ledger(folder.goodput).text())
     return outcome
+
+
+def claim(run: RunConfig, folder: RunFolder, identity: dict[str, str]) -> Status:
+    """The first process claims the run's folder for all; see `RunFolder.open`.
+
+    Raises:
+      RunFolderError: as `RunFolder.open`, or another process has another folder of that name.
+    """
+
+    def open_folder() -> tuple[str, str]:
+        status = folder.open(
+            identity,
+            total_steps=run.train_steps,
+            config=resolved_text(run),
+            config_diff=diff_from_defaults(run),
+            facts=machine.facts(),
+        )
+        return status.value, folder.id
+
+    status, run_id = multihost.from_first(open_folder)
+    with multihost.together():
+        folder.await_claim(run_id)
+    return Status(status)
+
+
+def start_writing(run: RunConfig, folder: RunFolder, step: int) -> Writers:
+    """Where metrics after `step` go: nowhere in processes other than the first."""
+    if not multihost.is_first():
+        return Writers()
+    folder.rewind(step)
+    return make_writers(folder, start_step=step + 1, wandb=run.wandb)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,10 +186,9 @@ def train_phases(
       TrainingDiverged: as `Loop.run`.
     """
     step, folder, line = int(state.step), services.folder, services.line
-    folder.rewind(step)
     services.ledger.resumed(step)
     outcome = Outcome.FINISHED
-    with contextlib.closing(make_writers(folder, start_step=step + 1, wandb=run.wandb)) as writers:
+    with contextlib.closing(start_writing(run, folder, step)) as writers:
         spikes = SpikeRecord(folder.spikes, line.print)
         samples = Samples(run, folder, line, writers) if run.samples is not None else None
         profile = Profile(run.profile, folder.profile, line.print) if run.profile is not None else None
@@ -206,7 +236,7 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     if saved is None:
         if parts.phase != run.phases[0] or parts.loader.state()["step"] > 0:  # it went back
             parts = assemble(run, run.phases[0], parallel)
-        state = init_state(make_model(parts.model), parts.optimizer, parallel, seed=run.seed)
+        state = init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)
         if run.warm_start is not None:
             params, _ = warm_start(state.params, run.warm_start, parts.definition.layouts, report=line.print)
             state = start_from(params, parts.optimizer, parallel)

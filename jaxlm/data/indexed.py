@@ -20,8 +20,8 @@ class IndexedLoader(Loader):
     One pass goes through the data sets one after the other, each row once, without mixing or shuffling.
     """
 
-    def __init__(self, data: DataSets, batch_size: int, host_index: int, host_count: int, start_step: int):
-        super().__init__(data, batch_size, host_index, host_count, start_step)
+    def __init__(self, data: DataSets, batch_size: int, own_rows: np.ndarray, start_step: int):
+        super().__init__(data, batch_size, own_rows, start_step)
         self._counts = np.array([len(rows) for rows in data.rows], np.int64)
         self._ends = np.cumsum(self._counts)
         if data.one_pass:
@@ -48,15 +48,15 @@ class IndexedLoader(Loader):
         return max(-(-(int(self._ends[-1]) - self._clocks[-1].draws_at(step)) // self._batch_size), 0)
 
     def batch(self, step: int, mixer: Mixer) -> Batch:
-        """This host's slice of the batch of a training step."""
+        """This host's rows of the batch of a training step."""
         data = self._data
-        first = self._clocks[-1].draws_at(step) + self._host_index * self._host_rows
+        numbers = self._clocks[-1].draws_at(step) + self._own_rows
         generator = ExampleGenerator(data.config.seed)
         rows = [
             [data.example(generator, d, i, e, step, raw) for i, raw in data.rows[d].row(r)]
-            for d, r, e in self._rows(first + np.arange(self._host_rows), mixer)
+            for d, r, e in self._rows(numbers, mixer)
         ]
-        return data.converter.batch(rows + [[]] * (self._host_rows - len(rows)))
+        return data.converter.batch(rows + [[]] * (len(self._own_rows) - len(rows)))
 
     def _rows(self, numbers: np.ndarray, mixer: Mixer) -> list[tuple[int, int, int]]:
         """(data set, row in it, epoch) of rows of the run by number; without those beyond the end of a pass."""

@@ -52,16 +52,17 @@ class Loader(Iterator[Batch]):
     Attributes:
       vocabulary: of all tasks.
       dataset_names: names of the tasks; `dataset_ids` index them.
+      batch_size: rows of a batch, of all hosts together.
       features: {name: (shape, type)} of a host's batch.
       num_batches: batches of one pass, or None if endless.
       objective: as given, fitted to the row.
       density: share of all columns that hold a token, for data sets with a pack plan, by name.
     """
 
-    def __init__(self, data: DataSets, batch_size: int, host_index: int, host_count: int, start_step: int):
+    def __init__(self, data: DataSets, batch_size: int, own_rows: np.ndarray, start_step: int):
         self._data, self._batch_size = data, batch_size
-        self._host_index, self._host_count = host_index, host_count
-        self._host_rows = batch_size // host_count
+        self._own_rows = own_rows
+        self.batch_size = batch_size
         self._start_step = self._step = start_step
         self._clocks = (Clock(start_step, 0, self._draws_per_step),)
         self._iterator: Iterator | None = None
@@ -69,7 +70,7 @@ class Loader(Iterator[Batch]):
         self.vocabulary = data.vocabulary
         self.dataset_names = tuple(task.name for task in data.tasks)
         self.features = {
-            name: ((self._host_rows, *shape), dtype) for name, (shape, dtype) in data.converter.features.items()
+            name: ((len(own_rows), *shape), dtype) for name, (shape, dtype) in data.converter.features.items()
         }
         self.num_batches: int | None = None
         self.density = {

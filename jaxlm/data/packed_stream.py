@@ -30,27 +30,30 @@ class StreamLoader(Loader):
     (the look-ahead); going to its position means packing that window again.
 
     The batch's rows and the shards are both divided into G = gcd(batch size, V) groups, and the rows of a group come
-    from its shards in turn. Any number of hosts that divides G shares out whole groups.
+    from its shards in turn. Each host reads whole groups.
 
     How many examples a batch takes depends on how they pack, so training steps are assigned to examples by a clock: at
     the mean of the run's first window. It decides the rates and the corruption that change over training.
     """
 
-    def __init__(self, data: DataSets, batch_size: int, host_index: int, host_count: int, start_step: int):
+    def __init__(self, data: DataSets, batch_size: int, own_rows: np.ndarray, start_step: int):
         shards = data.config.virtual_shards
-        if shards % host_count:
+        groups = math.gcd(batch_size, shards)
+        group_rows, group_shards = batch_size // groups, shards // groups
+        self._own_groups, rows = np.unique(own_rows // group_rows, return_counts=True)
+        if (rows < group_rows).any():
             raise ValueError(
-                f"{host_count} hosts cannot share {shards} virtual shards; use a number of hosts that divides "
-                f"DataConfig.virtual_shards, which is fixed for a run."
+                f"A packed stream fills a batch of {batch_size} rows from {shards} virtual shards in groups of "
+                f"{group_rows}, and the devices of one host hold a part of a group; choose a batch size and a "
+                f"DataConfig.virtual_shards (fixed for a run) that both are multiples of the hosts."
             )
         self._data, self._batch_size = data, batch_size
         self._counts = np.array([len(examples) for examples in data.examples], np.int64)
         # The first window as if all of it fell into the first step.
         self._clocks = (Clock(start_step, 0, 2.0**38),)
         self._examples_per_row = data.config.look_ahead / len(self._pack(0, 0, self._mixer()))
-        super().__init__(data, batch_size, host_index, host_count, start_step)
-        own = shards // host_count
-        self._own = range(host_index * own, (host_index + 1) * own)
+        super().__init__(data, batch_size, own_rows, start_step)
+        self._own = [group * group_shards + i for group in self._own_groups.tolist() for i in range(group_shards)]
         self._positions: dict[int, Position] = dict.fromkeys(self._own, (0, 0))
         self._phase = 0
 
@@ -83,14 +86,13 @@ class StreamLoader(Loader):
 
     def _batches(self) -> Iterator[tuple[Batch, dict[int, Position], int]]:
         """Batches from the current position on, each with the position after it."""
-        hosts, groups = self._host_count, math.gcd(self._batch_size, self._data.config.virtual_shards)
-        own_groups = range(self._host_index * groups // hosts, (self._host_index + 1) * groups // hosts)
+        own_groups = self._own_groups.tolist()
         for rows, positions, phase in self._rows(own_groups, dict(self._positions), self._phase, self._mixer()):
             examples = [[example for _, example in row] for row in rows]
             yield self._data.converter.batch(examples), dict(positions), phase
 
     def _rows(
-        self, own_groups: range, positions: dict[int, Position], phase: int, mixer: Mixer
+        self, own_groups: Sequence[int], positions: dict[int, Position], phase: int, mixer: Mixer
     ) -> Iterator[tuple[list[Row], dict[int, Position], int]]:
         """These groups' rows of batch after batch, with the position after each; `positions` is changed in place."""
         shards = self._data.config.virtual_shards
@@ -112,7 +114,7 @@ class StreamLoader(Loader):
         while True:
             rows = [
                 take(group * group_shards + (phase + i) % group_shards)
-                for group in own_groups
+                for group in self._own_groups.tolist()
                 for i in range(group_rows)
             ]
             phase = (phase + group_rows) % group_shards

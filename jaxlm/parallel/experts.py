@@ -156,6 +156,7 @@ class ShardedExperts:
         return jax.shard_map(
             on_one_device,
             mesh=self.parallel.mesh,
+            axis_names=self.parallel.free_axes,
             in_specs=(places, rows, rows, rows),
             out_specs=rows,
             check_vma=False,  # a pallas_call does not say over which axes its results vary

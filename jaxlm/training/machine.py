@@ -9,6 +9,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from jaxlm.parallel import xla_flags
+
 _PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -18,7 +20,8 @@ def facts() -> dict[str, str]:
     kind = processor() if device.platform == "cpu" else device.device_kind
     return {
         "devices": f"{jax.device_count()} x {kind}" + (f", {os.cpu_count()} cores" if device.platform == "cpu" else ""),
-        "hosts": str(jax.process_count()),
+        "processes": str(jax.process_count()),
+        **({"XLA flags": shown} if (shown := xla_flags.in_use()) else {}),
         "python": platform.python_version(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }

@@ -23,6 +23,7 @@ import json
 import os
 import pathlib
 import platform
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -183,6 +184,25 @@ class RunFolder:
         self.config_diff.write_text(config_diff)
         self.samples.mkdir(exist_ok=True)
         return Status.NEW if known is None else Status.CONTINUES
+
+    def await_claim(self, run_id: str, seconds: float = 30.0) -> None:
+        """Returns when this process sees the folder that the job's first process claimed.
+
+        Args:
+          run_id: `id` there.
+          seconds: network storage may show a new file a little later.
+
+        Raises:
+          RunFolderError: it sees another one, or none.
+        """
+        until = time.monotonic() + seconds
+        while (record := self._read()) is None or record["id"] != run_id:
+            if time.monotonic() > until:
+                raise RunFolderError(
+                    f"{self.path} on {platform.node()} is not the folder that the job's first process claimed; "
+                    f"MODEL_DIR must be on storage that all hosts share."
+                )
+            time.sleep(0.5)
 
     @property
     def id(self) -> str:

@@ -81,12 +81,17 @@ def joined(slices):
     return {name: np.concatenate([one[name] for one in slices]) for name in slices[0]}
 
 
+def share(batch_size, host, hosts):
+    """Rows of a host, if the hosts share the batch out in order."""
+    return range(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+
+
 def hosts_of(build, hosts, **options):
-    return [build(host_index=h, host_count=hosts, **options) for h in range(hosts)]
+    return [build(rows=share(8, h, hosts), **options) for h in range(hosts)]
 
 
 def test_batches_have_the_features_they_promise(build):
-    loader = build(host_count=2, host_index=1)
+    loader = build(rows=share(8, 1, 2))
     for batch in take(loader, 2):
         assert {name: (array.shape, array.dtype) for name, array in batch.items()} == loader.features
         weights = batch.get("decoder_loss_weights", batch.get("encoder_loss_weights"))
@@ -101,6 +106,14 @@ def test_hosts_share_out_the_same_batches(build, hosts):
     slices = [take(loader, 6) for loader in hosts_of(build, hosts)]
     for k, batch in enumerate(whole):
         same(joined([one[k] for one in slices]), batch)
+
+
+def test_a_host_reads_the_rows_that_its_devices_hold(build):
+    """On a torus a host's devices may hold rows that are not next to each other, or that other hosts hold too."""
+    whole = take(build(), 4)
+    for rows in ([0, 1, 4, 5], [2, 3, 6, 7], [2, 3]):
+        for batch, part in zip(whole, take(build(rows=rows), 4), strict=True):
+            same(part, {name: x[rows] for name, x in batch.items()})
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (4, 2), (1, 4), (4, 1)])
@@ -300,7 +313,7 @@ def test_noise_differs_between_epochs_hosts_and_data_sets(make_text):
         loader = build_loader(config, objective=MaskedLM(), architecture=Architecture.ENCODER, batch_size=20, **options)
         return joined(take(loader, 8))["encoder_loss_weights"][:, :60]
 
-    one, other = (masks(host_index=h, host_count=2) for h in range(2))
+    one, other = (masks(rows=share(20, h, 2)) for h in range(2))
     everything = np.concatenate([one, other])
     assert len({tuple(mask) for mask in everything}) == len(everything)
     # 9 of 60 are masked: two independent masks share 1.35 on average.
@@ -342,7 +355,7 @@ def test_a_single_short_document_fills_what_it_can(make_text):
 def test_examples_are_named_so_that_their_text_is_found(data):
     """Windows by number, on any number of hosts."""
     config = text_config(data)
-    loaders = [lm_loader(config, host_index=h, host_count=2) for h in range(2)]
+    loaders = [lm_loader(config, rows=share(8, h, 2)) for h in range(2)]
     rows = joined(take(loaders[0], 3)[2:] + take(loaders[1], 3)[2:])
     position = lm_loader(config).state() | {"step": 2}
     for loader in loaders:
@@ -385,7 +398,7 @@ def test_the_streams_state_is_small_and_restored_quickly(data):
 def test_the_streams_examples_are_named_on_any_number_of_hosts(data):
     """A row's inputs and targets are those of the pairs that are named, in order."""
     pairs = {task.name: list(task.source.read(task.source.shards("train")[0])) for task in data["pairs"].tasks()}
-    whole, half = stream_loader(stream_config(data)), stream_loader(stream_config(data), host_index=1, host_count=2)
+    whole, half = stream_loader(stream_config(data)), stream_loader(stream_config(data), rows=share(32, 1, 2))
     take(whole, 1)
     position = whole.state()
     batch = take(whole, 1)[0]
@@ -403,7 +416,7 @@ def test_batch_sizes_that_do_not_divide_the_shards(data):
     """6 rows and 4 shards share gcd 2: two hosts at most, and both see what one sees."""
     config = stream_config(data, virtual_shards=4, look_ahead=16)
     whole = take(stream_loader(config, 6), 5)
-    slices = [take(stream_loader(config, 6, host_index=h, host_count=2), 5) for h in range(2)]
+    slices = [take(stream_loader(config, 6, rows=share(6, h, 2)), 5) for h in range(2)]
     for k, batch in enumerate(whole):
         same(joined([one[k] for one in slices]), batch)
 
@@ -444,9 +457,11 @@ def test_the_stream_has_every_pair_once_an_epoch(make_pairs):
 
 
 def test_what_shards_cannot_share_is_refused(data):
-    with pytest.raises(ValueError, match="3 hosts cannot share 64 virtual shards"):
-        stream_loader(stream_config(data), 33, host_count=3)
-    loaders = [stream_loader(stream_config(data), host_index=h, host_count=2) for h in range(2)]
+    with pytest.raises(
+        ValueError, match="33 rows from 64 virtual shards in groups of 33, and .* hold a part of a group"
+    ):
+        stream_loader(stream_config(data), 33, rows=range(11))
+    loaders = [stream_loader(stream_config(data), rows=share(32, h, 2)) for h in range(2)]
     with pytest.raises(ValueError, match="lacks virtual shard 32, because one host of several saved its own"):
         loaders[1].restore(loaders[0].state())
 
@@ -495,7 +510,7 @@ def test_what_does_not_go_together_is_refused_by_name(data):
     refused("supervised needs examples with inputs", DataConfig(text, LENGTHS, plan), Supervised(), both)
     refused("supervised cannot fill rows", DataConfig(pairs, {"targets": 8}, plan), Supervised(), causal)
     refused("no task or mixture named 'sdtlib'", DataConfig("sdtlib", LENGTHS), FullLM(), causal)
-    refused("cannot be divided among 3 hosts", DataConfig(text, LENGTHS), FullLM(), causal, host_count=3)
+    refused(r"Rows \[2, 4\] of a batch of 4 were asked for", DataConfig(text, LENGTHS), FullLM(), causal, rows=(2, 4))
     masked = DataConfig(text, LENGTHS, document_mask=True)
     refused("cannot keep the documents of a row apart", masked, SpanCorruption(), both)
     random_lengths = "Packing.PLAN needs examples whose length is the same"
