@@ -97,7 +97,7 @@ def exchange(parallel: Parallelism, way: Any) -> Any:
 
 def by_gather(x):
     """All tokens everywhere; summands back."""
-    return scatter_sum(jnp.square(gather(x, "expert", 0)), "expert", 0)
+    return scatter_sum(jnp.square(gather(x, "expert", 0, x.dtype)), "expert", 0, x.dtype)
 
 
 def by_all_to_all(x):
