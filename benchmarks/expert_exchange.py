@@ -1,11 +1,11 @@
 """What expert parallelism sends: the layer as it is, beside other ways to bring tokens to experts that drop none.
 
-    python -m benchmarks.expert_exchange       # writes results/expert_exchange.json
+    python -m benchmarks.expert_exchange       # writes results/expert_exchange.json after each row
 
 A mixture of experts, forward and backward, bfloat16, compiled for chips that are not here: 8,192 tokens of width 4096
 a chip, 8 experts of which a token goes through 2, hidden width 14336 (Mixtral 8x7B), over the mesh axis `expert`. What
-travels is counted from the program, loops multiplied out (`benchmarks.sequence_parallel.moved`): "layer" is all of it.
-The other rows are exchanges alone, there and back, with their gradients:
+travels is counted from the program, loops multiplied out (`benchmarks.sequence_parallel.moved`): "layer" is all of it,
+on the most chips. The others are exchanges alone, there and back, with their gradients:
 
 - "gather": what the layer does. Every chip has all tokens, each gives back its experts' summand.
 - "all_to_all": each chip sends each other what it may need. Shapes are static and any token may want any expert, so
@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.sequence_parallel import moved
@@ -43,8 +44,10 @@ def main() -> None:
     """Compiles everything and writes the table."""
     if reason := ahead_of_time.why_not(TOPOLOGY):
         raise SystemExit(f"Nothing can be measured here: {reason}.")
-    table = []
-    for degree in DEGREES:
+    table: list[dict[str, Any]] = []
+    shape = dict(tokens=TOKENS, width=WIDTH, hidden=HIDDEN, experts=EXPERTS, experts_per_token=CHOICES)
+    results = {"topology": TOPOLOGY, "shape": shape, "table": table, "machine": machine.facts()}
+    for degree in sorted(DEGREES, reverse=True):
         parallel = ParallelConfig(MeshConfig(expert=degree)).on(ahead_of_time.devices(TOPOLOGY)[:degree])
         # There and back, and their gradients: four times what a chip has of others' choices.
         ragged = 4 * TOKENS * CHOICES * (degree - 1) / degree * WIDTH * 2
@@ -53,14 +56,12 @@ def main() -> None:
             "gather": figures(exchange(parallel, by_gather), parallel),
             "all_to_all": figures(exchange(parallel, by_all_to_all), parallel),
             "ragged_all_to_all": {"sent_mib": round(ragged / MIB)},
-            "layer": figures(*layer(parallel)),
         }
+        if degree == max(DEGREES):
+            row["layer"] = figures(*layer(parallel))
         table.append(row)
         print(row, flush=True)
-    shape = dict(tokens=TOKENS, width=WIDTH, hidden=HIDDEN, experts=EXPERTS, experts_per_token=CHOICES)
-    RESULTS.write_text(
-        json.dumps({"topology": TOPOLOGY, "shape": shape, "table": table, "machine": machine.facts()}, indent=2) + "\n"
-    )
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def figures(function: Any, parallel: Parallelism, *more: Any) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def exchange(parallel: Parallelism, way: Any) -> Any:
 
 def by_gather(x):
     """All tokens everywhere; summands back."""
-    return scatter_sum(jnp.square(gather(x, "expert", 0)), "expert", 0)
+    return scatter_sum(jnp.square(gather(x, "expert", 0, x.dtype)), "expert", 0, x.dtype)
 
 
 def by_all_to_all(x):
@@ -116,7 +117,6 @@ def layer(parallel: Parallelism) -> tuple:
     config = MixtureOfExpertsConfig(HIDDEN, num_experts=EXPERTS, experts_per_token=CHOICES)
     make = ParameterMaker(InitConfig(), Parametrization(), width=WIDTH)
     context = Context(ops=ShardedOps(parallel))
-    from flax import nnx
 
     def made():
         key = PathKey(jax.random.key(0))

@@ -143,13 +143,14 @@ class ShardedExperts:
                 for name, kernel in kernels.items()
             }
             if exchanged:
-                x, weights = gather(x, exchanged, 0), gather(weights, exchanged, 0)
+                # Of a token's summands, forward and backward, all but its experts' are 0: a sum in x's type is as good.
+                x, weights = gather(x, exchanged, 0, x.dtype), gather(weights, exchanged, 0)
                 chosen = jax.lax.all_gather(chosen, exchanged, tiled=True)
             out = through_experts(apply, kernels, x, chosen, weights, first=first)
             if summed:
                 out = jax.lax.psum(out, summed)
             if exchanged:
-                out = scatter_sum(out, exchanged, 0)
+                out = scatter_sum(out, exchanged, 0, out.dtype)
             return out
 
         rows = PartitionSpec(*tokens)
