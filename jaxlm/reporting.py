@@ -72,8 +72,8 @@ def pipeline_line(layouts: tuple[StackLayout, ...], parallel: Parallelism) -> st
     for layout in layouts:
         if padding := stages.padding(layout.repeats):
             line += (
-                f"; {padding * layout.pattern} identity layers fill up the {layout.repeats * layout.pattern} of "
-                f"{'/'.join(layout.path)}, which cost as much as others"
+                f"; identity layers ({padding * layout.pattern}) fill up the {layout.repeats * layout.pattern} of "
+                f"{'/'.join(layout.path)}, each at the cost of a layer"
             )
     return line
 

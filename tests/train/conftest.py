@@ -30,7 +30,7 @@ def same_arrays():
 
     def same(a, b, names):
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        layouts = {path: stored.Request((path,), False, x.shape, x.dtype, device) for path, x in a.leaves.items()}
+        layouts = {path: stored.Request((path,), None, x.shape, x.dtype, device) for path, x in a.leaves.items()}
         requests = {path: layouts[path] for path in names}
         first, second = a.read(requests), b.read(requests)
         return all(np.asarray(first[path]).tobytes() == np.asarray(second[path]).tobytes() for path in names)

@@ -153,7 +153,7 @@ def test_parameters_are_those_of_one_process(runs, workshop):
         checkpoint = stored.open_checkpoint(workshop.folder / name / "checkpoints", STEPS)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         paths = {path: x for path, x in checkpoint.leaves.items() if path[0] == "params"}
-        read = {p: stored.Request((p,), False, x.shape, x.dtype, device) for p, x in paths.items()}
+        read = {p: stored.Request((p,), None, x.shape, x.dtype, device) for p, x in paths.items()}
         return {path: np.asarray(x) for path, x in checkpoint.read(read).items()}
 
     expected = params("one")
