@@ -2,7 +2,7 @@
 
 python -m jaxlm.train --gin_file=gin_configs/runs/quickstart.gin --gin.MODEL_DIR=runs/mine --gin.TRAIN_STEPS=2000
 
---profile=N-M             record these steps with jax's profiler
+--profile=N-M             records these steps with jax's profiler
 --xla_preset=NAME         compiler flags of a chip, see jaxlm/parallel/xla_flags.py
 --distributed=auto|on|off, --coordinator_address, --process_count, --process_index, --start_timeout
                           one job of several processes, see jaxlm/parallel/multihost.py
@@ -236,7 +236,7 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     if saved is None:
         if parts.phase != run.phases[0] or parts.loader.state()["step"] > 0:  # it went back
             parts = assemble(run, run.phases[0], parallel)
-        state = init_state(make_model(parts.model), parts.optimizer, parallel, seed=run.seed)
+        state = init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)
         if run.warm_start is not None:
             params, _ = warm_start(state.params, run.warm_start, parts.definition.layouts, report=line.print)
             state = start_from(params, parts.optimizer, parallel)
