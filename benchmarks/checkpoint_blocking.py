@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 
+import jax
+
 from benchmarks.step import RESULTS
 from benchmarks.tiny_runs import ENVIRONMENT, ROOT
 from jaxlm.training import machine
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=POLICY, help="steps between saves")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "checkpoint_blocking.json")
     args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     with tempfile.TemporaryDirectory() as folder:
         row = measure(pathlib.Path(folder) / "run", args.saves, args.period)
     blocked = row["save"] / row["saves"]
