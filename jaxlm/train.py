@@ -243,7 +243,7 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     if saved is None:
         if parts.phase != run.phases[0] or parts.loader.state()["step"] > 0:  # it went back
             parts = assemble(run, run.phases[0], parallel)
-        state = init_state(make_model(parts.model), parts.optimizer, parallel, seed=run.seed)
+        state = init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)
         if run.warm_start is not None:
             params, _ = warm_start(state.params, run.warm_start, parts.definition.layouts, report=line.print)
             state = start_from(params, parts.optimizer, parallel)

@@ -296,14 +296,14 @@ def _unstacked(state: Any, layouts: tuple[StackLayout, ...]) -> dict[naming.Path
     split: dict[naming.Path, tuple[jax.Array, ...]] = {}
     arrays = {}
     for path, source in naming.sources(state, layouts).items():
-        if source.repeat is None:
+        if source.row is None:
             arrays[path] = leaves[source.path]
             continue
         if source.path not in split:
             stack = leaves[source.path]
             layer = stored.layer_sharding(stack.sharding, memory_kind="pinned_host")
             split[source.path] = _splitter(stack.shape[0], layer)(stack)
-        arrays[path] = split[source.path][source.repeat]
+        arrays[path] = split[source.path][source.row]
     return arrays
 
 

@@ -78,7 +78,7 @@ class StoredCheckpoint:
             )
             for name in group:
                 layers = [arrays.pop(path) for path in requests[name].paths]
-                values[name] = stacker(requests[name].sharding)(*layers) if requests[name].stacked else layers[0]
+                values[name] = stacker(requests[name])(*layers) if requests[name].stacked else layers[0]
         return values
 
     def _compare(self, requests: Mapping[naming.Path, "Request"]) -> None:
@@ -116,16 +116,22 @@ class Request:
     """One array wanted from a checkpoint.
 
     Attributes:
-      paths: its path on disk; for a stack, the paths of its layers in order.
-      stacked: whether the array has a leading axis over `paths`.
+      paths: its path on disk; for a stack, the paths of its layers in the order of `rows`.
+      rows: for a stack, the row of each of `paths` along the leading axis, ascending; rows without a path are zeros
+        (identity layers of a pipeline). Otherwise None.
       shape, dtype, sharding: of the array wanted.
     """
 
     paths: tuple[naming.Path, ...]
-    stacked: bool
+    rows: tuple[int, ...] | None
     shape: tuple[int, ...]
     dtype: np.dtype
     sharding: jax.sharding.Sharding
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the array has a leading axis over layers."""
+        return self.rows is not None
 
     @property
     def layer(self) -> jax.ShapeDtypeStruct:
@@ -141,13 +147,14 @@ def requests_for(target: Any, layouts: tuple[StackLayout, ...]) -> dict[naming.P
     found: dict[naming.Path, list[tuple[int, naming.Path]]] = {path: [] for path in leaves}
     stacked = dict.fromkeys(leaves, False)
     for on_disk, source in naming.sources(target, layouts).items():
-        found[source.path].append((source.repeat or 0, on_disk))
-        stacked[source.path] = source.repeat is not None
+        found[source.path].append((source.row or 0, on_disk))
+        stacked[source.path] = source.row is not None
     requests = {}
     for path, leaf in leaves.items():
         sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        paths = tuple(on_disk for _, on_disk in sorted(found[path]))
-        requests[path] = Request(paths, stacked[path], tuple(leaf.shape), np.dtype(leaf.dtype), sharding)
+        rows, paths = zip(*sorted(found[path]))
+        rows = rows if stacked[path] else None
+        requests[path] = Request(paths, rows, tuple(leaf.shape), np.dtype(leaf.dtype), sharding)
     return requests
 
 
@@ -269,10 +276,18 @@ def _groups(requests: Mapping[naming.Path, Request]) -> Iterator[list[naming.Pat
         yield group
 
 
-@functools.cache
-def stacker(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+def stacker(request: Request) -> Callable[..., jax.Array]:
     """Stacks layers on device, each device its own shards."""
-    return jax.jit(lambda *layers: jnp.stack(layers), out_shardings=sharding)
+    return _stacker(request.shape[0], request.rows, request.sharding)
+
+
+@functools.cache
+def _stacker(count: int, rows: tuple[int, ...], sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    def stack(*layers: jax.Array) -> jax.Array:
+        by_row = dict(zip(rows, layers, strict=True))
+        return jnp.stack([by_row.get(row, jnp.zeros_like(layers[0])) for row in range(count)])
+
+    return jax.jit(stack, out_shardings=sharding)
 
 
 def _all_agree(ok: bool) -> bool:

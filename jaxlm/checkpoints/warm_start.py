@@ -216,13 +216,13 @@ def _filled(
         else:  # some layers of a stack: read by themselves, stacked below with the new ones
             layer = request.layer
             for path, source in sources.items():
-                single[path] = stored.Request((source,), False, layer.shape, layer.dtype, layer.sharding)
+                single[path] = stored.Request((source,), None, layer.shape, layer.dtype, layer.sharding)
     values = checkpoint.read(whole)
     layers = checkpoint.read(single)
     for name, request in requests.items():
         if any(path in layers for path in request.paths):
-            stack = [layers.get(path, params[name][i]) for i, path in enumerate(request.paths)]
-            values[name] = stored.stacker(request.sharding)(*stack)
+            stack = [layers.get(path, params[name][row]) for row, path in zip(request.rows, request.paths)]
+            values[name] = stored.stacker(request)(*stack)
     return [values.get(name, value) for name, value in params.items()]
 
 

@@ -18,6 +18,8 @@ from jaxlm.layers.positions import RelativePositions, RelativeTable, Rope, rotat
 from jaxlm.layers.remat import Remat, RematPolicy, SaveNamed, name_activation, rematerialized
 from jaxlm.layers.side_values import NO_SIDE_VALUES, SideValues
 from jaxlm.layers.stacking import StackLayout
+from jaxlm.parallel.pipeline import StackedLayers
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 from pallas_kernels.masks import Mask
 
 
@@ -90,18 +92,40 @@ class StackConfig:
 class Stack(nnx.Module):
     """[B, T, E] -> [B, T, E]."""
 
-    def __init__(self, config: StackConfig, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey):
+    def __init__(
+        self,
+        config: StackConfig,
+        make: ParameterMaker,
+        *,
+        dtype: jnp.dtype,
+        key: PathKey,
+        stages: Stages = ONE_STAGE,
+    ):
         make = dataclasses.replace(make, depth=config.depth)
         layer_key, repeats = key.at("layers"), config.scanned_repeats
+        if stages.count > 1 and repeats is None:
+            raise ValueError(
+                f"{stages.count} pipeline stages need a scanned stack whose pattern repeats, but this one's "
+                f"{config.num_layers} layers are {config.layers.value!r} with a pattern of {len(config.blocks)}; set "
+                f"StackConfig.layers to 'scan' with a shorter pattern, or MeshConfig.stage to 1."
+            )
 
         def block(config: BlockConfig, key: PathKey, make: ParameterMaker = make) -> Block:
             return Block(config, make, dtype=dtype, key=key)
 
         def repeated_block(position: int) -> Block:
             made = functools.partial(block, config.blocks[position], make=dataclasses.replace(make, stacked=True))
-            layers = jnp.arange(repeats) * len(config.blocks) + position
+            order = jnp.asarray(stages.order(repeats))
             graph = nnx.graphdef(nnx.eval_shape(lambda: made(layer_key.layer(0))))
-            return nnx.merge(graph, jax.vmap(lambda layer: nnx.state(made(layer_key.layer(layer))))(layers))
+
+            def values(repeat: jax.Array) -> nnx.State:
+                drawn = nnx.state(made(layer_key.layer(repeat * len(config.blocks) + position)))
+                if not stages.padding(repeats):
+                    return drawn
+                # Identity layers are never read; zeros stay zeros under any optimizer.
+                return jax.tree.map(lambda x: jnp.where(repeat < repeats, x, 0), drawn)
+
+            return nnx.merge(graph, jax.vmap(values)(order))
 
         if repeats:
             layers = [repeated_block(position) for position in range(len(config.blocks))]
@@ -118,12 +142,12 @@ class Stack(nnx.Module):
             if config.relative_positions
             else None
         )
-        self.config = config
+        self.config, self.stages = config, stages
 
     def layouts(self, path: tuple[str, ...]) -> tuple[StackLayout, ...]:
         """How the layers are stacked, for a stack that lies at `path` among the parameters."""
         repeats = self.config.scanned_repeats
-        return (StackLayout(path, len(self.config.blocks), repeats),) if repeats else ()
+        return (StackLayout(path, len(self.config.blocks), repeats, self.stages),) if repeats else ()
 
     def __call__(
         self,
@@ -199,17 +223,20 @@ class Stack(nnx.Module):
         run = remat(self.config.remat, scanned=True)
         pattern = len(self.config.blocks)
 
-        def repeat(x, step):
-            index, values = step
+        rows, shared, around_of = around.split()
+
+        def repeat(ops, x, index, values, rows, shared):
+            shared, key = shared
+            around, inner = around_of(rows, shared), dataclasses.replace(context, ops=ops, dropout_key=key)
             blocks = nnx.merge(graph, values)
             total = NO_SIDE_VALUES
             for position in range(pattern):
-                x, side = run(blocks[str(position)], x, around, context.fold(index * pattern + position))
+                x, side = run(blocks[str(position)], x, around, inner.fold(index * pattern + position))
                 total += side
             return x, total
 
-        x, sides = jax.lax.scan(repeat, x, (jnp.arange(self.config.scanned_repeats), values))
-        return x, jax.tree.map(lambda value: value.sum(0), sides)
+        layers = StackedLayers(values, self.config.scanned_repeats, self.stages)
+        return context.ops.run_layers(repeat, layers, x, rows, (shared, context.dropout_key))
 
 
 def remat(
@@ -219,6 +246,12 @@ def remat(
 
     def run(block: Block, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(block)
+
+        def parameter(variable: nnx.Variable) -> nnx.Variable:
+            value, axes = variable.get_value(), variable.get_metadata()["axes"]
+            return variable.replace(context.ops.parameter(value, axes[len(axes) - value.ndim :]))  # less "layers"
+
+        values = jax.tree.map(parameter, values, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
         def apply(values, x):
             return nnx.merge(graph, values)(name_activation(x, "block_input"), around, context)

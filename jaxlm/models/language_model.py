@@ -17,6 +17,7 @@ from jaxlm.layers.stack import Stack, remat
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.heads import Pooler, VocabularyHead
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 from pallas_kernels.cross_entropy import OutputProjection
 from pallas_kernels.masks import Causal, Mask, PrefixLM, Segments
 
@@ -29,17 +30,22 @@ class LanguageModel(nnx.Module):
     Parameters lie under `embedding`, `encoder`, `decoder`, `vocabulary_head`, `future`, `pooler`.
     """
 
-    def __init__(self, config: LanguageModelConfig, *, key: jax.Array):
+    def __init__(self, config: LanguageModelConfig, *, key: jax.Array, stages: Stages = ONE_STAGE):
         """Makes all parameters.
 
         Args:
           config: the model.
           key: jax key. Each parameter is a function of it and of its path.
+          stages: pipeline stages that the layers of each stack are dealt to, `Parallelism.stages`. They say where
+            layers are stored, and change no number.
         """
         dtype, root = config.compute.dtype, PathKey(key)
         make = ParameterMaker(config.init, config.scaling, config.width)
         self.embedding = Embedding(config.embedding, make, config.vocab_size, dtype=dtype, key=root.at("embedding"))
-        stacks = {name: Stack(stack, make, dtype=dtype, key=root.at(name)) for name, stack in config.stacks.items()}
+        stacks = {
+            name: Stack(stack, make, dtype=dtype, key=root.at(name), stages=stages)
+            for name, stack in config.stacks.items()
+        }
         self.encoder, self.decoder = stacks.get("encoder"), stacks.get("decoder")
         self.vocabulary_head = VocabularyHead(
             config.head,

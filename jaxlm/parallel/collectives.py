@@ -14,9 +14,7 @@ AxisName = str | tuple[str, ...]
 def gather(x: jax.Array, name: AxisName, dimension: int) -> jax.Array:
     """The whole array, of which each device along the mesh axis `name` holds a part of `dimension`.
 
-    The gradient's parts are summed in float32, each on the device that holds it: by the platform's reduce-scatter, or
-    on TPUs by a ring. libtpu (0.0.51) makes of a reduce-scatter an all-reduce of the whole array, which sends twice as
-    much and which nothing else can run beside.
+    The gradient is that of `scatter_sum`.
     """
     return jax.lax.all_gather(x, name, axis=dimension, tiled=True)
 
@@ -26,13 +24,38 @@ def _gather_forward(x, name, dimension):
 
 
 def _gather_backward(name, dimension, _, gradient):
-    if platforms.current().kind == "tpu":
-        return (ring_sum(gradient, name, dimension).astype(gradient.dtype),)
-    total = jax.lax.psum_scatter(gradient.astype(jnp.float32), name, scatter_dimension=dimension, tiled=True)
-    return (total.astype(gradient.dtype),)
+    return (_scatter_sum(gradient, name, dimension),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def scatter_sum(x: jax.Array, name: AxisName, dimension: int) -> jax.Array:
+    """The sum over the devices along `name`, in float32; each keeps its own part of `dimension`.
+
+    By the platform's reduce-scatter, or on TPUs by a ring. libtpu (0.0.51) makes of a reduce-scatter an all-reduce of
+    the whole array, which sends twice as much and which nothing else can run beside. The gradient is that of `gather`.
+    """
+    return _scatter_sum(x, name, dimension)
+
+
+def _scatter_sum(x, name, dimension):
+    if platforms.current().kind == "tpu":
+        return ring_sum(x, name, dimension).astype(x.dtype)
+    total = jax.lax.psum_scatter(x.astype(jnp.float32), name, scatter_dimension=dimension, tiled=True)
+    return total.astype(x.dtype)
+
+
+def _scatter_sum_forward(x, name, dimension):
+    return _scatter_sum(x, name, dimension), None
+
+
+def _scatter_sum_backward(name, dimension, _, gradient):
+    return (jax.lax.all_gather(gradient, name, axis=dimension, tiled=True),)
+
+
+scatter_sum.defvjp(_scatter_sum_forward, _scatter_sum_backward)
 
 
 def ring_sum(x: jax.Array, name: AxisName, dimension: int) -> jax.Array:

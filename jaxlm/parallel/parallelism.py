@@ -2,15 +2,17 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.row_order import RowOrder
 from jaxlm.parallel.rules import DEFAULT_RULES, Rules, degree, mesh_axes, spec
+from jaxlm.parallel.stages import ONE_STAGE, Pipeline, Stages
 
 
 class KeysMove(enum.Enum):
@@ -66,14 +68,16 @@ class ParallelConfig:
         uses, and ends its backward pass with scattering their gradients. (("embed", ("fsdp", "data")),) is stage 1
         (ZeRO-1, Rajbhandari et al. 2020, arXiv 1910.02054, 5.1) on top of what `rules` do. () stores as `rules` say.
       moments: where the optimizer's moments lie between steps.
-      sequence: what is done where rows are split along their length.
+      sequence: what is done where rows are split along their length; None is its defaults.
+      pipeline: how microbatches go through the stages; of no account with one stage.
     """
 
     mesh: MeshConfig
     rules: Rules = DEFAULT_RULES
     state_rules: Rules = ()
     moments: Memory = Memory.DEVICE
-    sequence: SequenceParallel = SequenceParallel()
+    sequence: SequenceParallel | None = None
+    pipeline: Pipeline | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "moments", Memory(self.moments))
@@ -81,6 +85,21 @@ class ParallelConfig:
             raise ValueError(
                 f"ParallelConfig.state_rules has rules for {unknown}, which are not among those it replaces; "
                 f"ParallelConfig.rules has {[name for name, _ in self.rules]}."
+            )
+        stages = self.mesh.stage
+        if stages == 1:
+            return
+        if self.pipeline is None:
+            raise ValueError(
+                f"MeshConfig.stage is {stages}, but ParallelConfig.pipeline is None; set it to a Pipeline with a "
+                f"multiple of {stages} microbatches."
+            )
+        if (microbatches := self.pipeline.microbatches) % stages:
+            few, many = 2 * stages, 8 * stages
+            idle = Stages(stages, self.pipeline.rounds).bubble
+            raise ValueError(
+                f"Pipeline.microbatches is {microbatches}, but must be a multiple of MeshConfig.stage = {stages}: with "
+                f"{few} of them stages are idle for {idle(few):.0%} of the time, with {many} for {idle(many):.0%}."
             )
 
     def on(self, devices: Sequence[jax.Device] | None = None) -> "Parallelism":
@@ -100,17 +119,41 @@ class Parallelism:
     """A `ParallelConfig` on devices; whatever lays out arrays or splits work is given one.
 
     Attributes:
-      mesh: the device mesh.
+      mesh: the device mesh; abstract inside shard_map, see `inside`.
       config: what was asked for.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     config: ParallelConfig
 
     @property
     def rules(self) -> Rules:
         """Which mesh axes split which logical axis."""
         return self.config.rules
+
+    @property
+    def stages(self) -> Stages:
+        """To how many pipeline stages layers are dealt, and how; one stage where there is no pipeline."""
+        count = self.mesh.shape["stage"]
+        return Stages(count, self.config.pipeline.rounds) if count > 1 else ONE_STAGE
+
+    @property
+    def free_axes(self) -> frozenset[str]:
+        """The mesh axes that arrays can be split over: all, but inside shard_map those that it has not taken.
+
+        They are the `axis_names` of every shard_map over this mesh, since it may lie within another.
+        """
+        taken = (name for name, kind in zip(self.mesh.axis_names, self.mesh.axis_types) if kind is AxisType.Manual)
+        return frozenset(self.mesh.axis_names) - frozenset(taken)
+
+    def inside(self, axis: str) -> "Parallelism":
+        """What a function sees of the mesh that runs inside shard_map over `axis`: no array is split over it."""
+        rules = tuple((name, tuple(a for a in axes if a != axis)) for name, axes in self.rules)
+        return Parallelism(jax.sharding.get_abstract_mesh(), dataclasses.replace(self.config, rules=rules))
+
+    def degree(self, axes: Sequence[str]) -> int:
+        """Into how many parts these mesh axes split together."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
     @property
     def state_rules(self) -> Rules:
@@ -121,6 +164,11 @@ class Parallelism:
     def gathers(self) -> bool:
         """Whether parameters are stored in other pieces than they are used in."""
         return self.state_rules != self.rules
+
+    @property
+    def sequence(self) -> SequenceParallel:
+        """What is done where rows are split along their length."""
+        return self.config.sequence or SequenceParallel()
 
     def spec(
         self, axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None, *, reasons: list[str] | None = None
@@ -152,6 +200,15 @@ class Parallelism:
                 f"A batch of {batch_size} examples cannot be split over {self.batch_parts} devices "
                 f"({' x '.join(mesh_axes(splitting))}); make the batch size a multiple of {self.batch_parts}."
             )
+        if self.mesh.shape["stage"] > 1:
+            microbatches = self.config.pipeline.microbatches
+            each = self.degree([axis for axis in mesh_axes(splitting) if axis != "stage"])
+            if batch_size % (microbatches * each):
+                raise ValueError(
+                    f"A batch of {batch_size} examples cannot be cut into {microbatches} microbatches for the "
+                    f"pipeline, each split over {each} devices; make the batch size a multiple of "
+                    f"{microbatches * each}, or change Pipeline.microbatches."
+                )
         return NamedSharding(self.mesh, splitting)
 
     @property
@@ -181,7 +238,26 @@ class Parallelism:
         devices = degree(self.mesh, self.spec(("length",), (length,)), 0)
         if devices == 1:
             return None
-        return RowOrder(length, devices, self.config.sequence.balanced and length % (2 * devices) == 0)
+        return RowOrder(length, devices, self.sequence.balanced and length % (2 * devices) == 0)
+
+    def check_experts(self, counts: set[int]) -> None:
+        """Refuses layers of so many experts each if the mesh axis for experts has no use for them.
+
+        Raises:
+          ValueError: there are none, or the degree of `expert` does not divide them.
+        """
+        devices = degree(self.mesh, self.spec(("experts",)), 0)
+        if devices > 1 and not counts:
+            raise ValueError(
+                f"MeshConfig.expert splits experts over {devices} devices, but the model has none; use data or fsdp, "
+                f"or a model with MixtureOfExpertsConfig."
+            )
+        for count in counts:
+            if count % devices:
+                raise ValueError(
+                    f"The {count} experts of a layer cannot be split over {devices} devices (MeshConfig.expert); make "
+                    f"MixtureOfExpertsConfig.num_experts a multiple of {devices}."
+                )
 
     def check_row(self, length: int) -> None:
         """Refuses rows to train on that the mesh does not cut evenly.
@@ -195,7 +271,7 @@ class Parallelism:
                 f"Rows of {length} tokens cannot be split over {devices} devices (MeshConfig.sequence); make their "
                 f"length a multiple of {devices}."
             )
-        if self.config.sequence.balanced and devices > 1 and length % (2 * devices):
+        if self.sequence.balanced and devices > 1 and length % (2 * devices):
             raise ValueError(
                 f"Rows of {length} tokens cannot be split over {devices} devices in balanced order, which takes two "
                 f"runs of each; make their length a multiple of {2 * devices}, or set SequenceParallel.balanced = "

@@ -7,6 +7,7 @@ is taken over a whole parameter (a norm, a factored moment) treats those layers 
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -38,9 +39,11 @@ class ParameterInfo:
       axes: logical name of each dimension; a scanned stack's arrays begin with "layers".
       role: how width enters: "input", "hidden", "output" or "vector".
       names: the path written with slashes for each layer in the array, in order of its leading dimension; one name
-        where the array is not stacked. Layers are counted as in an unrolled stack.
+        where the array is not stacked. Layers are counted as in an unrolled stack. An identity layer, which fills a
+        pipeline's stages, has the name of the stack's last layer.
       width: model width around this parameter: its own "embed" dimension, or the model's largest where it has none.
       depth: number of layers of its stack; None outside stacks.
+      identities: which rows of the leading dimension are identity layers: zeros, and no parameters of the model.
       used_as: the type to which the model casts it before any use, where there is one.
     """
 
@@ -52,7 +55,14 @@ class ParameterInfo:
     names: tuple[str, ...]
     width: int = 1
     depth: int | None = None
+    identities: tuple[int, ...] = ()
     used_as: Any = None
+
+    @property
+    def size(self) -> int:
+        """Number of parameters of the model in the array."""
+        whole = math.prod(self.shape)
+        return whole - len(self.identities) * (whole // self.shape[0]) if self.identities else whole
 
     @property
     def stacked(self) -> bool:
@@ -148,7 +158,8 @@ def split_model(model: nnx.Module) -> tuple[ModelDefinition, Tree, Tree]:
             path, tuple(value.shape), value.dtype, tuple(axes), str(role), (where,), used_as=metadata.get("used_as")
         )
         if info.stacked:
-            info = dataclasses.replace(info, names=_layer_names(path, info.shape[0], stacks))
+            names, identities = _layer_names(path, info.shape[0], stacks)
+            info = dataclasses.replace(info, names=names, identities=identities)
         keys.append((path, key))
         infos[path] = info
         _insert(params, path, value)
@@ -231,14 +242,16 @@ def _insert(tree: dict, path: tuple, leaf: Any) -> None:
     tree[path[-1]] = leaf
 
 
-def _layer_names(path: tuple[str, ...], repeats: int, layouts: dict) -> tuple[str, ...]:
-    """Names of the layers in one array of a scanned stack: layer = repeat * pattern + position."""
+def _layer_names(path: tuple[str, ...], rows: int, layouts: dict) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names of the layers in one array of a scanned stack, layer = repeat * pattern + position, and its identities."""
     for depth in range(len(path), 0, -1):
         layout = layouts.get(path[:depth])
         if layout is None:
             continue
         prefix, position, rest = path[:depth], int(path[depth]), path[depth + 1 :]
-        if layout.repeats != repeats:
-            raise ValueError(f"{'/'.join(path)} holds {repeats} layers, but its layout says {layout.repeats}.")
-        return tuple("/".join((*prefix, str(r * layout.pattern + position), *rest)) for r in range(repeats))
+        if len(layout.rows) != rows:
+            raise ValueError(f"{'/'.join(path)} holds {rows} layers, but its layout says {len(layout.rows)}.")
+        repeats = (layout.repeats - 1 if repeat is None else repeat for repeat in layout.rows)
+        names = tuple("/".join((*prefix, str(r * layout.pattern + position), *rest)) for r in repeats)
+        return names, tuple(row for row, repeat in enumerate(layout.rows) if repeat is None)
     raise ValueError(f"{'/'.join(path)} has a 'layers' axis, but the model's `layouts` name no stack that holds it.")

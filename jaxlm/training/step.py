@@ -188,6 +188,8 @@ def counts(batch: Batch, byte_lengths: np.ndarray | None, num_datasets: int) -> 
 def layer_norms(due: jax.Array, infos: Tree, trees: dict[str, Tree]) -> Metrics:
     """Norm of each layer of each tree, as metrics "norms/<tree>/<layer>" with weight 1 where `due`, else 0.
 
+    Identity layers of a pipeline have weight 0.
+
     A layer is what lies under ".../layers/<i>"; other parameters are grouped by the module that holds them. In a
     scanned stack a metric has one entry for each of the layers in it ([repeats]).
     """
@@ -208,8 +210,14 @@ def layer_norms(due: jax.Array, infos: Tree, trees: dict[str, Tree]) -> Metrics:
 
     shapes = jax.eval_shape(norms)
     values = jax.lax.cond(due, norms, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    weight = due.astype(jnp.float32)
-    return {name: (value, jnp.broadcast_to(weight, value.shape)) for name, value in values.items()}
+    identities = {group: list(flat_infos[paths[0]].identities) for group, paths in groups.items()}
+
+    def weight(name: str, value: jax.Array) -> jax.Array:
+        everywhere = jnp.broadcast_to(due.astype(jnp.float32), value.shape)
+        rows = identities[name.split("/", 2)[2]]
+        return everywhere.at[np.array(rows)].set(0.0) if rows else everywhere
+
+    return {name: (value, weight(name, value)) for name, value in values.items()}
 
 
 def layer_names(infos: Tree) -> dict[str, tuple[str, ...]]:

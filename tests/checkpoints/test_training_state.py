@@ -61,7 +61,7 @@ def make_state(layers, algorithm, freeze=(), moments=None):
     on_disk = naming.sources(state, model.layouts)
     parts = {}
     for i, path in enumerate(sorted(on_disk)):  # the names on disk give both forms the same numbers
-        parts.setdefault(on_disk[path].path, []).append((on_disk[path].repeat, i))
+        parts.setdefault(on_disk[path].path, []).append((on_disk[path].row, i))
 
     def fill(path, leaf):
         def numbers(i, shape):
@@ -110,5 +110,5 @@ def test_names_on_disk_are_those_of_unstack():
     assert set(naming.sources(state, layouts)) == set(by_unstack)
     for path, source in naming.sources(state, layouts).items():
         leaf = naming.flatten(state)[source.path]
-        leaf = leaf if source.repeat is None else leaf[source.repeat]
+        leaf = leaf if source.row is None else leaf[source.row]
         assert np.array_equal(leaf, by_unstack[path])
