@@ -15,6 +15,7 @@ import dataclasses
 import os
 import sys
 import time
+import traceback
 
 from jaxlm.checkpoints.manager import CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
@@ -60,6 +61,12 @@ def main(arguments: list[str] | None = None) -> ExitStatus:
         status = ExitStatus.DIVERGED if isinstance(error, TrainingDiverged) else ExitStatus.FAILED
         multihost.leave(status)
         return status
+    except Exception:
+        if not multihost.in_job():
+            raise
+        traceback.print_exc()  # of this process, or because another one is gone
+        multihost.leave(ExitStatus.FAILED)
+        return ExitStatus.FAILED
     return _STATUS_OF[outcome]
 
 

@@ -142,6 +142,11 @@ def start(config: JobConfig) -> None:
         waiting.cancel()
 
 
+def in_job() -> bool:
+    """Whether this process has joined a job; touches no device."""
+    return jax.distributed.is_initialized()
+
+
 def is_first() -> bool:
     """Whether this is the process that writes what the job writes once."""
     return jax.process_index() == 0
@@ -194,7 +199,7 @@ def leave(status: int, seconds: float = 10.0) -> None:
     A process that ends alone would wait at its exit for minutes for others, which wait for it in the next step. It
     ends at once instead, with this exit status; they notice that it is gone, and end.
     """
-    if not jax.distributed.is_initialized():
+    if not in_job():
         return
     parting = threading.Thread(target=_shut_down, daemon=True)
     parting.start()
