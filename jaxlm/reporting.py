@@ -11,6 +11,7 @@ from jaxlm.decoding.previews import Prompt, preview, prompts_of
 from jaxlm.evaluation.ngram import ngram_baseline, xz_baselines
 from jaxlm.layers.context import Context
 from jaxlm.objectives.full_lm import FullLM
+from jaxlm.parallel import multihost
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.run import Parts, RunConfig, open_loader
@@ -44,7 +45,7 @@ def make_plan(run: RunConfig, parts: Parts, parallel: Parallelism, step: int) ->
         "model": f"{parts.model.architecture.value}, trained by {loader.objective.name}",
         "data": f"{', '.join(loader.dataset_names[:5])}{', ...' if len(loader.dataset_names) > 5 else ''}; "
         f"{parts.phase.batch_size} rows of {parts.row_tokens} tokens a step",
-        "devices": machine.facts()["devices"],
+        **{name: text for name, text in machine.facts().items() if name in ("devices", "processes", "XLA flags")},
         "folder": str(run.model_dir),
     }
     if len(run.phases) > 1:
@@ -90,7 +91,8 @@ class Samples(Callback):
             params = parts.optimizer.evaluation_params(state.params, state.opt_state)
         model = parts.definition.merge(params)
         text = preview(model, self._prompts, parts.loader.vocabulary, self._run.samples, context=self._context)
-        self._folder.write_samples(step, text + "\n")
+        if multihost.is_first():
+            self._folder.write_samples(step, text + "\n")
         self._writer.write_text(step, "samples", text)
         self._line.print(f"step {step:,} samples:\n{text}\n")
 

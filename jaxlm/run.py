@@ -25,10 +25,12 @@ from jaxlm.training.evaluation import Evaluator, make_eval_step
 from jaxlm.training.loop import LoopConfig
 from jaxlm.training.optimizers import Optimizer, OptimizerConfig, build_optimizer
 from jaxlm.training.parameters import ModelDefinition, Tree
+from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Phase, Stage, phases
 from jaxlm.training.state import TrainState, abstract_model
 from jaxlm.training.step import StepConfig, layer_names, make_train_step
+from jaxlm.training.watchdog import WatchdogConfig
 from jaxlm.training.writers import WandbConfig
 
 
@@ -70,6 +72,8 @@ class RunConfig:
         to train_steps.
       warm_start: parameters to begin with; None initialises afresh.
       wandb: also log to Weights & Biases.
+      watchdog: when a run counts as hung; None never.
+      profile: steps to record with jax's profiler; None records nothing.
       baselines: also score n-gram models and xz on the same text at the end, for the report. Of full language modelling
         only: what other objectives predict is not the whole text.
       seed: of initialisation, dropout and sampling inside the loss. (The data has its own.)
@@ -92,6 +96,8 @@ class RunConfig:
     stages: tuple[Stage, ...] = ()
     warm_start: WarmStart | None = None
     wandb: WandbConfig | None = None
+    watchdog: WatchdogConfig | None = None
+    profile: ProfileConfig | None = None
     baselines: bool = False
     seed: int = 0
 
@@ -248,25 +254,23 @@ def make_model(config: ModelConfig) -> Callable[[jax.Array], nnx.Module]:
 
 
 def open_loader(run: RunConfig, phase: Phase, **overrides) -> Loader:
-    """This host's loader of a phase; `overrides` are `build_loader`'s arguments."""
+    """The loader of a phase, of whole batches unless `rows` are given; `overrides` are `build_loader`'s arguments."""
     arguments = {
         "objective": phase.stage.objective,
         "architecture": run.model_of(phase).architecture,
         "batch_size": phase.batch_size,
-        "host_index": jax.process_index(),
-        "host_count": jax.process_count(),
         "start_step": phase.start,
     }
     return build_loader(overrides.pop("config", run.data_of(phase)), **arguments | overrides)
 
 
-def open_checked(run: RunConfig, phase: Phase) -> Loader:
-    """The loader that a phase trains on.
+def open_checked(run: RunConfig, phase: Phase, parallel: Parallelism) -> Loader:
+    """The loader that a phase trains on: this host's rows.
 
     Raises:
       ValueError: data, objective, architecture, lengths and model do not go together; the message says what to do.
     """
-    loader = open_loader(run, phase)
+    loader = open_loader(run, phase, rows=parallel.host_rows(phase.batch_size))
     model = run.model_of(phase)
     whole = model.discriminator if isinstance(model, ReplacedTokenDetectorConfig) else model
     if whole.vocab_size < (size := loader.vocabulary.size):
@@ -328,13 +332,19 @@ def _dataset_names(data: DataConfig) -> tuple[str, ...]:
 
 
 def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: BatchLayout) -> Program:
-    """What the devices run in a phase; nothing is compiled or put on a device yet."""
+    """What the devices run in a phase; nothing is compiled or put on a device yet.
+
+    Raises:
+      ValueError: the mesh does not cut rows evenly.
+    """
     model = run.model_of(phase)
     definition, abstract, infos = abstract_model(make_model(model))
     optimizer = _optimizer(run, phase, model, infos)
     config = dataclasses.replace(run.step, seed=run.seed, byte_lengths=layout.byte_lengths)
     loss = dataclasses.replace(run.loss, num_datasets=len(layout.datasets))
     lengths = layout.row_lengths(model.architecture)
+    for length in lengths:
+        parallel.check_row(length)
     return Program(
         model=model,
         definition=definition,
@@ -352,12 +362,15 @@ def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     """Tries what every phase needs of data and mesh, so that a mistake in the last one is found before the first step.
 
     Raises:
-      ValueError: as `open_checked`, or a batch leaves devices idle.
+      ValueError: as `open_checked`, or a batch leaves devices idle, or the mesh does not cut rows evenly.
     """
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:
-            open_checked(run, phase).close()
+            loader = open_checked(run, phase, parallel)
+            for length in layout_of(loader).row_lengths(run.model_of(phase).architecture):
+                parallel.check_row(length)
+            loader.close()
 
 
 def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
@@ -366,7 +379,7 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
     Raises:
       ValueError: the parts do not fit together; the message says which and what to do.
     """
-    loader = open_checked(run, phase)
+    loader = open_checked(run, phase, parallel)
     program = make_program(run, phase, parallel, layout_of(loader))
     names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(program.infos))
     return Parts(
@@ -412,9 +425,10 @@ def _evaluator(
         return None
     config = run.evaluation
 
-    def make_loader(**overrides) -> Loader:
+    def make_loader() -> Loader:
         data = config.data or run.data_of(phase)
-        return open_loader(run, phase, config=data, split=config.split, one_pass=True, **overrides)
+        rows = parallel.host_rows(phase.batch_size)
+        return open_loader(run, phase, config=data, split=config.split, one_pass=True, rows=rows)
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
     names = dataclasses.replace(names, datasets=loader.dataset_names)

@@ -9,6 +9,8 @@ from typing import Any, Protocol, override
 import jax
 import jax.numpy as jnp
 
+from jaxlm.layers.quantized import Quantization, quantized_matmul
+from jaxlm.layers.remat import name_activation
 from jaxlm.parallel.experts import Apply, Kernels, through_experts
 from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
@@ -20,9 +22,18 @@ class Ops(Protocol):
 
     Attributes:
       splits_length: whether rows are spread over devices along their length (sequence parallelism).
+
+    Such rows may lie on the mesh in another order than they were read in. Hidden states are in the mesh's order;
+    masks, biases, labels and scores of tokens in the rows' own.
     """
 
     splits_length: bool = False
+
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...], of the rows' own order, in the mesh's."""
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The reverse of `arrange`."""
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
         """`pallas_kernels.attention.attention`."""
@@ -68,6 +79,14 @@ class LocalOps(Ops):
     """Operations on one device."""
 
     @override
+    def arrange(self, x: jax.Array) -> jax.Array:
+        return x
+
+    @override
+    def restore(self, x: jax.Array) -> jax.Array:
+        return x
+
+    @override
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
         return attention(q, k, v, **options)
 
@@ -107,10 +126,13 @@ class Context:
     Attributes:
       ops: see `Ops`.
       dropout_key: jax key, or None: deterministic, no dropout.
+      quantization: how products of bfloat16 operands are taken inside the stacks; None takes them as they are. A layer
+        that wants a product in full, such as a router, gives it float32 operands.
     """
 
     ops: Ops = LocalOps()
     dropout_key: jax.Array | None = None
+    quantization: Quantization | None = None
 
     def fold(self, where: int | jax.Array | str) -> "Context":
         """A context for a part of the model, with a key of its own; `where` may be traced (a layer's index)."""
@@ -120,10 +142,12 @@ class Context:
         return dataclasses.replace(self, dropout_key=jax.random.fold_in(self.dropout_key, index))
 
     def dropout(self, x: jax.Array, rate: float) -> jax.Array:
-        """`x` with a share `rate` of its entries set to 0 and the rest grown by 1 / (1 - rate)."""
+        """`x` [B, T, ...] with a share `rate` of its entries set to 0 and the rest grown by 1 / (1 - rate)."""
         if self.dropout_key is None or rate == 0.0:
             return x
-        kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), x.shape, rate)
+        batch, length, *rest = jnp.indices(x.shape, sparse=True)
+        indices = (batch, self.ops.arrange(length), *rest)
+        kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), indices, rate)
         return jnp.where(kept, x / (1.0 - rate), 0)
 
     def matmul(self, x: jax.Array, kernel: jax.Array, contracted: int, *, result: Any = None) -> jax.Array:
@@ -144,6 +168,8 @@ class Context:
         Returns:
           [*tokens, *outputs].
         """
+        if self.quantization is not None and x.dtype == kernel.dtype == jnp.bfloat16:
+            return name_activation(quantized_matmul(x, kernel, contracted, self.quantization), "product")
         if self.ops.splits_length:
             axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
             return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)

@@ -15,22 +15,10 @@ from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.positions import RelativePositions, RelativeTable, Rope, rotation
+from jaxlm.layers.remat import Remat, RematPolicy, SaveNamed, name_activation, rematerialized
 from jaxlm.layers.side_values import NO_SIDE_VALUES, SideValues
 from jaxlm.layers.stacking import StackLayout
 from pallas_kernels.masks import Mask
-
-
-class Remat(enum.Enum):
-    """What the backward pass recomputes.
-
-    NONE: nothing. FULL: everything inside a block, from its input. DOTS: all but the results of matrix products.
-    DOTS_NO_BATCH: all but products with parameters (attention's scores are recomputed): T5X's "minimal".
-    """
-
-    NONE = "none"
-    FULL = "full"
-    DOTS = "dots"
-    DOTS_NO_BATCH = "dots_no_batch"
 
 
 class Layers(enum.Enum):
@@ -51,7 +39,7 @@ class StackConfig:
       final_norm: norm of the stack's output; None where the blocks end with one (post-norm).
       relative_positions: T5's biases from one table that all blocks share.
       layers: scanned or unrolled; see `Layers`.
-      remat: see `Remat`.
+      remat: what the backward pass computes again: a `Remat` by name, or `SaveNamed` with lists of activations.
       dropout: rate on the stack's output (T5).
     """
 
@@ -61,14 +49,15 @@ class StackConfig:
     final_norm: NormConfig | None = None
     relative_positions: RelativePositions | None = None
     layers: Layers = Layers.SCAN
-    remat: Remat = Remat.NONE
+    remat: RematPolicy = Remat.NONE
     dropout: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
         object.__setattr__(self, "prologue", tuple(self.prologue))
         object.__setattr__(self, "layers", Layers(self.layers))
-        object.__setattr__(self, "remat", Remat(self.remat))
+        if not isinstance(self.remat, SaveNamed):
+            object.__setattr__(self, "remat", Remat(self.remat))
         if not self.blocks or self.num_layers < 1 or self.num_layers % len(self.blocks):
             raise ValueError(
                 f"StackConfig.num_layers={self.num_layers} must be a positive multiple of the pattern's "
@@ -224,25 +213,16 @@ class Stack(nnx.Module):
 
 
 def remat(
-    policy: Remat, *, scanned: bool
+    policy: RematPolicy, *, scanned: bool
 ) -> Callable[[Block, jax.Array, Surroundings, Context], tuple[jax.Array, SideValues]]:
     """A function that runs a block, recomputing in the backward pass what `policy` says."""
-    if policy is Remat.NONE:
-        return lambda block, x, around, context: block(x, around, context)
-    saved = {
-        Remat.FULL: None,
-        Remat.DOTS: jax.checkpoint_policies.dots_saveable,
-        Remat.DOTS_NO_BATCH: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }[policy]
 
     def run(block: Block, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(block)
 
-        # In a scan the forward and backward passes are loops of their own, which XLA cannot merge back into one.
-        @functools.partial(jax.checkpoint, policy=saved, prevent_cse=not scanned)
         def apply(values, x):
-            return nnx.merge(graph, values)(x, around, context)
+            return nnx.merge(graph, values)(name_activation(x, "block_input"), around, context)
 
-        return apply(values, x)
+        return rematerialized(apply, policy, scanned=scanned)(values, x)
 
     return run

@@ -56,6 +56,6 @@ class ReplacedTokenDetector(nnx.Module):
         added = None
         if self.config.sharing is EmbeddingSharing.GRADIENT_DISENTANGLED:
             table = jax.lax.stop_gradient(self.generator.embedding.tokens[...])
-            added = table[batch["encoder_input_tokens"]]
+            added = table[context.ops.arrange(batch["encoder_input_tokens"])]
         hidden, side = self.discriminator.hidden_states(batch, context=context, added_embeddings=added)
-        return self.verdict(hidden, context), side
+        return context.ops.restore(self.verdict(hidden, context)), side

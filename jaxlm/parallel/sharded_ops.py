@@ -31,6 +31,16 @@ class ShardedOps:
         """Whether rows are spread over devices along their length (sequence parallelism)."""
         return bool(self.parallel.spec(("length",)))
 
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] in the order in which tokens lie on the mesh; see `jaxlm.parallel.row_order.RowOrder`."""
+        order = self.parallel.row_order(x.shape[1])
+        return x if order is None else order.arrange(x)
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The reverse of `arrange`."""
+        order = self.parallel.row_order(x.shape[1])
+        return x if order is None else order.restore(x)
+
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out on the mesh as its logical axis names say; dimensions that do not divide are replicated."""
         return self._place(x, self.parallel.spec(names, x.shape))
@@ -38,26 +48,23 @@ class ShardedOps:
     def attention(
         self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """`pallas_kernels.attention.attention`, each device on its own examples and heads.
+        """`pallas_kernels.attention.attention`, each device on its own examples, heads and queries.
 
         Args:
           q: [B, T, H, D].
           k, v: [B, S, G, D], G key-value heads.
-          **options: mask, bias, scale, backend, ... passed on.
+          **options: mask, bias, scale, backend, ... passed on. Mask and bias are about rows before `arrange`.
 
         Returns:
           [B, T, H, D], and the log-sum-exp [B, H, T] with `return_lse`.
 
         Raises:
-          UnsupportedAttention: the backend refuses, or is not "xla" where rows are spread along their length.
+          UnsupportedAttention: the backend refuses, or mask or bias cannot be split where rows are.
         """
         with self._platform():
             if self.parallel.mesh.size == 1:
                 return attention(q, k, v, **options)
-            sharded = ShardedAttention(self.parallel)
-            if self.splits_length:
-                return sharded.along_rows(q, k, v, **options)
-            return sharded.by_examples_and_heads(q, k, v, **options)
+            return ShardedAttention(self.parallel)(q, k, v, **options)
 
     def through_experts(
         self,
@@ -80,18 +87,20 @@ class ShardedOps:
         """`pallas_kernels.cross_entropy.cross_entropy` of tokens spread over the mesh.
 
         Args:
-          features: [B, T, E].
+          features: [B, T, E], in the mesh's order.
           projection: its matrix and bias lie on the mesh as "embed" and "vocab" say.
-          labels, weights: [B, T].
+          labels, weights: [B, T], in the rows' own order.
           **options: z_loss, recompute, backend, ... passed on; a chunk is of each device's tokens or ids.
 
         Returns:
-          The sum, and `TokenScores` [B, T].
+          The sum, and `TokenScores` [B, T], in the rows' own order.
         """
         with self._platform():
             if self.parallel.mesh.size == 1:
                 return cross_entropy(features, projection, labels, weights, **options)
-            return ShardedCrossEntropy(self.parallel).summed(features, projection, labels, weights, **options)
+            labels, weights = self.arrange(labels), self.arrange(weights)
+            total, scores = ShardedCrossEntropy(self.parallel).summed(features, projection, labels, weights, **options)
+            return total, jax.tree.map(self.restore, scores)
 
     def token_scores(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
@@ -100,7 +109,8 @@ class ShardedOps:
         with self._platform():
             if self.parallel.mesh.size == 1:
                 return token_scores(features, projection, labels, **options)
-            return ShardedCrossEntropy(self.parallel).scores(features, projection, labels, **options)
+            scores = ShardedCrossEntropy(self.parallel).scores(features, projection, self.arrange(labels), **options)
+            return jax.tree.map(self.restore, scores)
 
     def _platform(self) -> contextlib.AbstractContextManager[Any]:
         """Kernels ask the mesh in use what they will run on."""

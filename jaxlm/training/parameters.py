@@ -41,6 +41,7 @@ class ParameterInfo:
         where the array is not stacked. Layers are counted as in an unrolled stack.
       width: model width around this parameter: its own "embed" dimension, or the model's largest where it has none.
       depth: number of layers of its stack; None outside stacks.
+      used_as: the type to which the model casts it before any use, where there is one.
     """
 
     path: tuple[str, ...]
@@ -51,6 +52,7 @@ class ParameterInfo:
     names: tuple[str, ...]
     width: int = 1
     depth: int | None = None
+    used_as: Any = None
 
     @property
     def stacked(self) -> bool:
@@ -142,7 +144,9 @@ def split_model(model: nnx.Module) -> tuple[ModelDefinition, Tree, Tree]:
                 f"{where} has axes {axes} and role {role} for shape {value.shape}; give nnx.Param an axes= name for "
                 f"each dimension and a role=."
             )
-        info = ParameterInfo(path, tuple(value.shape), value.dtype, tuple(axes), str(role), (where,))
+        info = ParameterInfo(
+            path, tuple(value.shape), value.dtype, tuple(axes), str(role), (where,), used_as=metadata.get("used_as")
+        )
         if info.stacked:
             info = dataclasses.replace(info, names=_layer_names(path, info.shape[0], stacks))
         keys.append((path, key))
@@ -203,6 +207,17 @@ def select(tree: Tree, like: Tree) -> Tree:
 def update(tree: Tree, changed: Tree) -> Tree:
     """`tree` with the leaves of `changed` in place of its own."""
     return unflatten({**flatten(tree), **flatten(changed)})
+
+
+def info_of(path: tuple, by_path: dict[tuple[str, ...], ParameterInfo]) -> ParameterInfo | None:
+    """The parameter that a leaf belongs to, if it lies at that parameter's path inside a larger tree.
+
+    Args:
+      path: of the leaf, jax's keys: those of a training state, an optimizer's state, or the parameters themselves.
+      by_path: a `ParameterInfo` for each path, `flatten(infos)`.
+    """
+    names = tuple(entry.key if isinstance(entry, jax.tree_util.DictKey) else "" for entry in path)
+    return next((by_path[names[start:]] for start in range(len(names)) if names[start:] in by_path), None)
 
 
 def map_infos(function: Callable[..., Any], infos: Tree, *trees: Any) -> Tree:

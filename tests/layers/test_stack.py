@@ -15,8 +15,9 @@ from jaxlm.layers.feed_forward import FeedForward, FeedForwardConfig
 from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, ParameterMaker, Parametrization, PathKey, ResidualInit
 from jaxlm.layers.positions import RelativePositions, Rope
+from jaxlm.layers.remat import Remat
 from jaxlm.layers.side_values import SideValues
-from jaxlm.layers.stack import Layers, Remat, Stack, StackConfig
+from jaxlm.layers.stack import Layers, Stack, StackConfig
 from jaxlm.layers.stacking import StackLayout, stack, unstack
 from pallas_kernels.masks import Causal
 
