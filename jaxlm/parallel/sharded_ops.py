@@ -135,8 +135,7 @@ class ShardedOps:
             if self.parallel.mesh.size == 1:
                 return cross_entropy(features, projection, labels, weights, **options)
             labels, weights = self.arrange(labels), self.arrange(weights)
-            sharded = ShardedCrossEntropy(self.parallel)
-            total, scores = sharded.summed(features, projection, labels, weights, **options)
+            total, scores = ShardedCrossEntropy(self.parallel).summed(features, projection, labels, weights, **options)
             return total, jax.tree.map(self.restore, scores)
 
     def token_scores(

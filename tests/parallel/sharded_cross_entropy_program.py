@@ -45,11 +45,13 @@ def loss_of(ops, form, vocab_axis, options):
 
     def summed(features, matrix, bias):
         projection = OutputProjection(matrix, bias, vocab_axis, soft_cap=5.0)
-        return ops.cross_entropy(features, projection, labels, weights, z_loss=0.01, label_smoothing=0.1, **options)
+        return ops.cross_entropy(
+            ops.arrange(features), projection, labels, weights, z_loss=0.01, label_smoothing=0.1, **options
+        )
 
     def scored(features, matrix, bias):
         projection = OutputProjection(matrix, bias, vocab_axis, scale=0.5)
-        scores = ops.token_scores(features, projection, jnp.maximum(labels, 0), mean_logit=True, **options)
+        scores = ops.token_scores(ops.arrange(features), projection, jnp.maximum(labels, 0), mean_logit=True, **options)
         return sum((c * x).sum() for c, x in zip(coefficients, scores[:3])), scores
 
     return jax.value_and_grad({"sum": summed, "scores": scored}[form], (0, 1, 2), has_aux=True)

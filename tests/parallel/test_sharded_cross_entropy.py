@@ -38,4 +38,5 @@ def test_under_fsdp_a_device_gathers_its_part_alone(answer):
 
 def test_data_parallel_devices_add_up_gradients_of_their_part(answer):
     carried = answer["sum, rows and length"]["collectives"]
-    assert set(carried) == {"all-reduce"} and carried["all-reduce"] == WIDTH * VOCABULARY // 2, carried
+    assert carried.pop("all-reduce") == WIDTH * VOCABULARY // 2
+    assert max(carried.values(), default=0) <= TOKENS * WIDTH, carried  # rows brought into the mesh's order
