@@ -13,9 +13,9 @@ from pallas_kernels import ahead_of_time
 X = jax.random.normal(jax.random.key(0), (3, 5, 64)).astype(jnp.bfloat16)
 W = jax.random.normal(jax.random.key(1), (64, 4, 8)).astype(jnp.bfloat16)
 
-# Relative rounding errors of one operand: int8 keeps the largest entry of 64 normal ones, about 2.4 deviations, as 127, so
-# that steps are 0.019 deviations and their error 0.019 / sqrt(12) = 0.55%; e4m3 has 3 bits of mantissa, errors of 2.5%, and
-# e5m2 2 bits, 5%. A product has both operands' errors, and the output's rounding to bfloat16, 0.2%.
+# Relative rounding errors of one operand: int8 keeps the largest entry of 64 normal ones, about 2.4 deviations, as 127,
+# so that steps are 0.019 deviations and their error 0.019 / sqrt(12) = 0.55%; e4m3 has 3 bits of mantissa, errors of
+# 2.5%, and e5m2 2 bits, 5%. A product has both operands' errors, and the output's rounding to bfloat16, 0.2%.
 ERRORS = {
     Quantization.INT8: {"y": 0.01, "dx": 0.01, "dw": 0.003},
     Quantization.FP8: {"y": 0.045, "dx": 0.07, "dw": 0.07},

@@ -17,7 +17,7 @@ from jaxlm.training.state import abstract_model
 
 
 def products(jaxpr):
-    """(type of the left operand, type of the right one, whether one has the vocabulary as an axis), of every product."""
+    """(left operand's type, right operand's, whether one has the vocabulary as an axis) of every product."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             left, right = (variable.aval for variable in equation.invars)
@@ -52,8 +52,8 @@ def test_the_stacks_linear_layers_and_nothing_else_multiply_in_8_bits(compute):
 
 
 def test_the_loss_follows_that_of_bfloat16():
-    """benchmarks/precision.py goes further. Rounding alone moves the loss: float32 and bfloat16 are about 0.004 nats apart
-    when it has fallen from 4.2 to 0.7; products in 8 bits are to be no further than three times that.
+    """benchmarks/precision.py goes further. Rounding alone moves the loss: float32 and bfloat16 are about 0.004
+    nats apart when it has fallen from 4.2 to 0.7; products in 8 bits are to be no further than three times that.
     """
     means = {compute: losses(compute, steps=100)[-30:].mean() for compute in ("bfloat16", "int8", "fp8")}
     assert abs(means["int8"] - means["bfloat16"]) < 0.012
