@@ -1,4 +1,4 @@
-"""Which activations a policy keeps: what runs twice, what lies on the host, what is refused (numbers: test_stack.py)."""
+"""Which activations a policy keeps: what runs twice, what lies on the host, what is refused (values: test_stack.py)."""
 
 import jax
 import jax.numpy as jnp
