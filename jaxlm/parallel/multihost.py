@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 _MESSAGE_BYTES = 4096
 _NOTHING_FOUND = "should be defined"  # jax's words for: no cluster detected
+_DEVICES_IN_USE = "must be called before any JAX"
 
 
 class Distributed(enum.Enum):
@@ -104,6 +105,8 @@ FLAGS = tuple(field.name for field in dataclasses.fields(JobConfig))
 def start(config: JobConfig) -> None:
     """Joins this process to its job; to be called before anything touches a device.
 
+    A program that uses devices already has joined its job or is alone: unless told otherwise it is left as it is.
+
     Ends the process with a sentence and status 1 if the others do not come within the time: jax itself would abort.
 
     Raises:
@@ -137,6 +140,8 @@ def start(config: JobConfig) -> None:
                 "--coordinator_address, --process_count and --process_index, or --distributed=off."
             ) from None
     except RuntimeError as error:
+        if not told and config.distributed is Distributed.AUTO and _DEVICES_IN_USE in str(error):
+            return
         raise JobError(f"The job's other processes cannot be reached: {_sentence(error)}.") from error
     finally:
         waiting.cancel()

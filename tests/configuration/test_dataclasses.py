@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 LEFT_OUT = {"jaxlm.data.seqio_bridge", "jaxlm.configuration.__main__"}
 
 # Made by models, never by a file.
-NOT_CONFIGURED = {"jaxlm.layers.stacking.StackLayout"}
+NOT_CONFIGURED = {"jaxlm.layers.stacking.StackLayout", "jaxlm.parallel.pipeline.StackedLayers"}
 
 
 def frozen_dataclasses() -> dict[str, type]:
