@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 
 _MESSAGE_BYTES = 4096
 _NOTHING_FOUND = "should be defined"  # jax's words for: no cluster detected
-_DEVICES_IN_USE = "must be called before any JAX"
+_IN_USE = "must be called before"  # for: this process computes already, so it is too late to join others
 
 
 class Distributed(enum.Enum):
@@ -105,14 +105,12 @@ FLAGS = tuple(field.name for field in dataclasses.fields(JobConfig))
 def start(config: JobConfig) -> None:
     """Joins this process to its job; to be called before anything touches a device.
 
-    A program that uses devices already has joined its job or is alone: unless told otherwise it is left as it is.
-
     Ends the process with a sentence and status 1 if the others do not come within the time: jax itself would abort.
 
     Raises:
       JobError: nothing says where the others are.
     """
-    if config.distributed is Distributed.OFF:
+    if config.distributed is Distributed.OFF or in_job():
         return
     told = config.process_count is not None
     alone = config.process_count == 1 if told else _only_task()
@@ -140,8 +138,8 @@ def start(config: JobConfig) -> None:
                 "--coordinator_address, --process_count and --process_index, or --distributed=off."
             ) from None
     except RuntimeError as error:
-        if not told and config.distributed is Distributed.AUTO and _DEVICES_IN_USE in str(error):
-            return
+        if _IN_USE in str(error) and not told and config.distributed is Distributed.AUTO:
+            return  # called from a program that uses its devices, such as a notebook
         raise JobError(f"The job's other processes cannot be reached: {_sentence(error)}.") from error
     finally:
         waiting.cancel()
