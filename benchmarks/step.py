@@ -31,7 +31,8 @@ from jaxlm.layers.feed_forward import FeedForwardConfig
 from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig
 from jaxlm.layers.positions import Rope
-from jaxlm.layers.stack import Remat, StackConfig
+from jaxlm.layers.remat import Remat
+from jaxlm.layers.stack import StackConfig
 from jaxlm.models import LanguageModel
 from jaxlm.models.config import HeadConfig, LanguageModelConfig
 from jaxlm.objectives.base import LossConfig

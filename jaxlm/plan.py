@@ -7,6 +7,7 @@ python -m jaxlm.plan --gin_file=... --topology=cpu:8 --save=plans/mine
 --topology=NAME           v5e:4x4, v6e:16x16, v5p:8x8x8, tpu7x:4x4x4, 2x v5e:16x16 (slices), h200:8, cpu:8
 --search[=N]              compiles up to N candidates (8) and prints them, the best first
 --save=FOLDER             also writes plan.json and plan.md there
+--xla_preset=NAME         compiles with these compiler flags, as jaxlm.train does
 --gin_file, --gin.NAME    as of jaxlm.train; the run's data need not exist
 
 TPUs need the package libtpu; an H200 needs what pallas_kernels/ahead_of_time.py says. Exits with status 4 where the
@@ -16,6 +17,9 @@ plan does not fit.
 import os
 import pathlib
 import sys
+
+from jaxlm.configuration import take_flags
+from jaxlm.parallel import xla_flags
 
 DOES_NOT_FIT = 4
 _CANDIDATES = 8
@@ -27,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    flags, rest = _own_flags(arguments)
+    flags, rest = take_flags(arguments, ("topology", "save", "xla_preset"), switches=("search",))
     # Programs are compiled for the machine planned; what runs here is a CPU, whatever else there is.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxlm.planning.topology import ask_for_cpu_devices, topology
@@ -36,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "topology" not in flags:
             raise ValueError("For which machine? Give --topology, such as --topology=v5e:4x4 (see --help).")
         machine = topology(flags["topology"])
+        xla_flags.use(flags.get("xla_preset"))
         tries = int(flags.get("search") or _CANDIDATES)
     except ValueError as error:
         print(f"jaxlm.plan: {error}", file=sys.stderr)
@@ -87,18 +92,6 @@ def _plan(run, machine, tries: int, folder: pathlib.Path | None) -> int:
         report.save(folder, plan, advised, search)
         console.print(f"Saved in {folder}.")
     return 0 if plan.fits else DOES_NOT_FIT
-
-
-def _own_flags(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """({"topology": ..., "search": ..., "save": ...} as far as given, the other arguments)."""
-    flags, rest, waiting = {}, [], iter(arguments)
-    for argument in waiting:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and name in ("topology", "save", "search"):
-            flags[name] = value if equals or name == "search" else next(waiting, "")
-        else:
-            rest.append(argument)
-    return flags, rest
 
 
 if __name__ == "__main__":

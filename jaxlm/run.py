@@ -24,11 +24,13 @@ from jaxlm.training import metrics
 from jaxlm.training.evaluation import Evaluator, make_eval_step
 from jaxlm.training.loop import LoopConfig
 from jaxlm.training.optimizers import Optimizer, OptimizerConfig, build_optimizer
-from jaxlm.training.parameters import ModelDefinition, Tree
+from jaxlm.training.parameters import ModelDefinition, Tree, flatten
+from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Phase, Stage, phases
 from jaxlm.training.state import TrainState, abstract_model
 from jaxlm.training.step import StepConfig, layer_names, make_train_step
+from jaxlm.training.watchdog import WatchdogConfig
 from jaxlm.training.writers import WandbConfig
 
 
@@ -70,6 +72,8 @@ class RunConfig:
         to train_steps.
       warm_start: parameters to begin with; None initialises afresh.
       wandb: also log to Weights & Biases.
+      watchdog: when a run counts as hung; None never.
+      profile: steps to record with jax's profiler; None records nothing.
       baselines: also score n-gram models and xz on the same text at the end, for the report. Of full language modelling
         only: what other objectives predict is not the whole text.
       seed: of initialisation, dropout and sampling inside the loss. (The data has its own.)
@@ -92,6 +96,8 @@ class RunConfig:
     stages: tuple[Stage, ...] = ()
     warm_start: WarmStart | None = None
     wandb: WandbConfig | None = None
+    watchdog: WatchdogConfig | None = None
+    profile: ProfileConfig | None = None
     baselines: bool = False
     seed: int = 0
 
@@ -242,31 +248,29 @@ class Parts:
     row_tokens: int
 
 
-def make_model(config: ModelConfig) -> Callable[[jax.Array], nnx.Module]:
-    """key -> model."""
-    return lambda key: build_model(config, key=key)
+def make_model(config: ModelConfig, parallel: Parallelism) -> Callable[[jax.Array], nnx.Module]:
+    """key -> model, as it is stored on `parallel`."""
+    return lambda key: build_model(config, key=key, stages=parallel.stages)
 
 
 def open_loader(run: RunConfig, phase: Phase, **overrides) -> Loader:
-    """This host's loader of a phase; `overrides` are `build_loader`'s arguments."""
+    """The loader of a phase, of whole batches unless `rows` are given; `overrides` are `build_loader`'s arguments."""
     arguments = {
         "objective": phase.stage.objective,
         "architecture": run.model_of(phase).architecture,
         "batch_size": phase.batch_size,
-        "host_index": jax.process_index(),
-        "host_count": jax.process_count(),
         "start_step": phase.start,
     }
     return build_loader(overrides.pop("config", run.data_of(phase)), **arguments | overrides)
 
 
-def open_checked(run: RunConfig, phase: Phase) -> Loader:
-    """The loader that a phase trains on.
+def open_checked(run: RunConfig, phase: Phase, parallel: Parallelism) -> Loader:
+    """The loader that a phase trains on: this host's rows.
 
     Raises:
       ValueError: data, objective, architecture, lengths and model do not go together; the message says what to do.
     """
-    loader = open_loader(run, phase)
+    loader = open_loader(run, phase, rows=parallel.host_rows(phase.batch_size))
     model = run.model_of(phase)
     whole = model.discriminator if isinstance(model, ReplacedTokenDetectorConfig) else model
     if whole.vocab_size < (size := loader.vocabulary.size):
@@ -290,8 +294,7 @@ def _check_positions(model: ModelConfig, layout: BatchLayout) -> None:
 
 def layout_of(loader: Loader) -> BatchLayout:
     """The layout of a loader's batches."""
-    hosts = jax.process_count()
-    features = {name: ((shape[0] * hosts, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
+    features = {name: ((loader.batch_size, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
     lengths = np.asarray(loader.vocabulary.byte_lengths())
     return BatchLayout(loader.objective, features, loader.dataset_names, lengths)
 
@@ -331,10 +334,12 @@ def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: Ba
     """What the devices run in a phase; nothing is compiled or put on a device yet.
 
     Raises:
-      ValueError: the mesh does not cut rows evenly.
+      ValueError: the mesh does not cut rows or experts evenly.
     """
     model = run.model_of(phase)
-    definition, abstract, infos = abstract_model(make_model(model))
+    definition, abstract, infos = abstract_model(make_model(model, parallel))
+    with_experts = [info for info in flatten(infos).values() if "experts" in info.axes]
+    parallel.check_experts({info.shape[info.axes.index("experts")] for info in with_experts})
     optimizer = _optimizer(run, phase, model, infos)
     config = dataclasses.replace(run.step, seed=run.seed, byte_lengths=layout.byte_lengths)
     loss = dataclasses.replace(run.loss, num_datasets=len(layout.datasets))
@@ -363,7 +368,7 @@ def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:
-            loader = open_checked(run, phase)
+            loader = open_checked(run, phase, parallel)
             for length in layout_of(loader).row_lengths(run.model_of(phase).architecture):
                 parallel.check_row(length)
             loader.close()
@@ -375,7 +380,7 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
     Raises:
       ValueError: the parts do not fit together; the message says which and what to do.
     """
-    loader = open_checked(run, phase)
+    loader = open_checked(run, phase, parallel)
     program = make_program(run, phase, parallel, layout_of(loader))
     names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(program.infos))
     return Parts(
@@ -421,9 +426,10 @@ def _evaluator(
         return None
     config = run.evaluation
 
-    def make_loader(**overrides) -> Loader:
+    def make_loader() -> Loader:
         data = config.data or run.data_of(phase)
-        return open_loader(run, phase, config=data, split=config.split, one_pass=True, **overrides)
+        rows = parallel.host_rows(phase.batch_size)
+        return open_loader(run, phase, config=data, split=config.split, one_pass=True, rows=rows)
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
     names = dataclasses.replace(names, datasets=loader.dataset_names)

@@ -50,10 +50,20 @@ def keep_entries(seed: jax.Array, indices: Iterable[jax.Array], rate: float) -> 
       indices: along each axis, integers that broadcast against each other (`jnp.indices(shape, sparse=True)`).
       rate: share of entries to drop, in [0, 1).
     """
+    return entry_bits(seed, indices) >= np.uint32(round(rate * 2**32))
+
+
+def entry_bits(seed: jax.Array, indices: Iterable[jax.Array]) -> jax.Array:
+    """uint32: the hash of the indices of each entry of an array.
+
+    Args:
+      seed: uint32, a scalar, or [N, 1, ...] with as many ones as there are indices: then for N such arrays.
+      indices: as for `keep_entries`.
+    """
     x = seed
     for index, odd in zip(indices, itertools.cycle(_ODD)):
         x = _mix(x ^ (index.astype(jnp.uint32) * odd))
-    return x >= np.uint32(round(rate * 2**32))
+    return x
 
 
 def _mix(x: jax.Array) -> jax.Array:

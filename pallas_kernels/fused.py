@@ -16,6 +16,7 @@ from pallas_kernels.biases import AlibiBias, Bias, DenseBias, DiagonalBias, Rela
 from pallas_kernels.masks import And, BlockSparse, Full, IntervalMask, Mask
 from pallas_kernels.plans import Rows
 from pallas_kernels.requests import Origin, Request
+from pallas_kernels.residuals import named
 
 
 @jax.tree_util.register_dataclass
@@ -160,7 +161,7 @@ def fused_gradients(
 
 
 def _forward(kernels, q, k, v, inputs):
-    out, lse = kernels.forward(q, k, v, inputs)
+    out, lse = named(*kernels.forward(q, k, v, inputs))
     return (out, lse), (q, k, v, inputs, out, lse)
 
 

@@ -22,7 +22,8 @@ from jaxlm.layers.positions import (
     SinusoidalPositions,
     YarnScaling,
 )
-from jaxlm.layers.stack import Layers, Remat, StackConfig
+from jaxlm.layers.remat import Remat, SaveNamed
+from jaxlm.layers.stack import Layers, StackConfig
 from jaxlm.layers.stacking import StackLayout
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "Remat",
     "ResidualInit",
     "Rope",
+    "SaveNamed",
     "Scaling",
     "Scoring",
     "SinusoidalPositions",

@@ -9,10 +9,13 @@ from typing import Any, Protocol, override
 import jax
 import jax.numpy as jnp
 
+from jaxlm.layers.quantized import Quantization, quantized_matmul
+from jaxlm.layers.remat import name_activation
 from jaxlm.parallel.experts import Apply, Kernels, through_experts
+from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence
 from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
-from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
+from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
 
 
 class Ops(Protocol):
@@ -41,6 +44,11 @@ class Ops(Protocol):
     ) -> tuple[jax.Array, TokenScores]:
         """`pallas_kernels.cross_entropy.cross_entropy` of features [B, T, E], labels and weights [B, T]."""
 
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        """`pallas_kernels.cross_entropy.token_scores` of features [B, T, E], labels [B, T]."""
+
     def through_experts(
         self,
         apply: Apply,
@@ -67,6 +75,17 @@ class Ops(Protocol):
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out as its logical axis names say."""
 
+    def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """A layer's parameter `x`, of whose gradient each device is to get the piece that it stores."""
+
+    def row_numbers(self, count: int) -> jax.Array:
+        """int32 [count]: which rows of the whole batch a layer is given (in a pipeline, those of a microbatch)."""
+
+    def run_layers(
+        self, layer: Layer, layers: StackedLayers, x: jax.Array, rows: Any, shared: Any
+    ) -> tuple[jax.Array, Any]:
+        """The repeats of a stack one after the other; see `jaxlm.parallel.pipeline.run_in_stages`."""
+
 
 class LocalOps(Ops):
     """Operations on one device."""
@@ -87,9 +106,13 @@ class LocalOps(Ops):
     def cross_entropy(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
     ) -> tuple[jax.Array, TokenScores]:
-        flat = features.reshape(-1, features.shape[-1]), projection, labels.ravel(), weights.ravel()
-        total, scores = cross_entropy(*flat, **options)
-        return total, jax.tree.map(lambda x: x.reshape(labels.shape), scores)
+        return cross_entropy(features, projection, labels, weights, **options)
+
+    @override
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        return token_scores(features, projection, labels, **options)
 
     @override
     def through_experts(
@@ -107,6 +130,20 @@ class LocalOps(Ops):
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return x
 
+    @override
+    def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        return x
+
+    @override
+    def row_numbers(self, count: int) -> jax.Array:
+        return jnp.arange(count, dtype=jnp.int32)
+
+    @override
+    def run_layers(
+        self, layer: Layer, layers: StackedLayers, x: jax.Array, rows: Any, shared: Any
+    ) -> tuple[jax.Array, Any]:
+        return run_in_sequence(layer, layers, x, rows, shared, ops=self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
@@ -115,10 +152,13 @@ class Context:
     Attributes:
       ops: see `Ops`.
       dropout_key: jax key, or None: deterministic, no dropout.
+      quantization: how products of bfloat16 operands are taken inside the stacks; None takes them as they are. A layer
+        that wants a product in full, such as a router, gives it float32 operands.
     """
 
     ops: Ops = LocalOps()
     dropout_key: jax.Array | None = None
+    quantization: Quantization | None = None
 
     def fold(self, where: int | jax.Array | str) -> "Context":
         """A context for a part of the model, with a key of its own; `where` may be traced (a layer's index)."""
@@ -132,6 +172,7 @@ class Context:
         if self.dropout_key is None or rate == 0.0:
             return x
         batch, length, *rest = jnp.indices(x.shape, sparse=True)
+        batch = self.ops.row_numbers(len(x)).reshape(batch.shape)
         indices = (batch, self.ops.arrange(length), *rest)
         kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), indices, rate)
         return jnp.where(kept, x / (1.0 - rate), 0)
@@ -154,6 +195,8 @@ class Context:
         Returns:
           [*tokens, *outputs].
         """
+        if self.quantization is not None and x.dtype == kernel.dtype == jnp.bfloat16:
+            return name_activation(quantized_matmul(x, kernel, contracted, self.quantization), "product")
         if self.ops.splits_length:
             axes = (tuple(range(x.ndim - contracted, x.ndim)), tuple(range(contracted)))
             return jax.lax.dot_general(x, kernel, (axes, ((), ())), preferred_element_type=result)

@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -198,6 +199,7 @@ class ParameterMaker:
         gain: float = 1.0,
         count: Dims = (),
         share: float = 1.0,
+        used_as: jnp.dtype | None = None,
     ) -> nnx.Param:
         """A matrix within the model, or several in one array.
 
@@ -206,13 +208,15 @@ class ParameterMaker:
           inputs, outputs: its two sides; the shape is count + inputs + outputs.
           gain: factor on its standard deviation.
           count: how many there are, e.g. (("experts", 8),).
-          share: of the matrices, how many each token is multiplied with.
+          share: of the matrices, how many each token is multiplied with, as a fraction.
+          used_as: the type to which it is cast before any use. Where parameters travel between devices once a step,
+            they do so in this type.
         """
         if self.init.scheme is InitScheme.FIXED:
             std = self.init.std / math.sqrt(self.parametrization.width_ratio(self.width))
         else:
             std = self.init.std / math.sqrt(math.prod(size for _, size in inputs))
-        return self._random(key, count + inputs + outputs, std * gain, "hidden", share)
+        return self._random(key, count + inputs + outputs, std * gain, "hidden", share=share, used_as=used_as)
 
     @property
     def residual_gain(self) -> float:
@@ -245,17 +249,17 @@ class ParameterMaker:
         """A small random table whose size does not follow the width, such as relative position biases."""
         return self._random(key, dims, std, "vector")
 
-    def _random(self, key: PathKey, dims: Dims, std: float, role: str, share: float = 1.0) -> nnx.Param:
+    def _random(self, key: PathKey, dims: Dims, std: float, role: str, **facts: Any) -> nnx.Param:
         shape = tuple(size for _, size in dims)
         if self.init.cut is None:
             values = jax.random.normal(key.key, shape, jnp.float32)
         else:
             values = jax.random.truncated_normal(key.key, -self.init.cut, self.init.cut, shape, jnp.float32)
-        return self._param(values * std, dims, role, share)
+        return self._param(values * std, dims, role, **facts)
 
-    def _param(self, values: jax.Array, dims: Dims, role: str, share: float = 1.0) -> nnx.Param:
+    def _param(self, values: jax.Array, dims: Dims, role: str, **facts: Any) -> nnx.Param:
         axes = tuple(name for name, _ in dims)
-        return nnx.Param(values, axes=("layers", *axes) if self.stacked else axes, role=role, share=share)
+        return nnx.Param(values, axes=("layers", *axes) if self.stacked else axes, role=role, **facts)
 
 
 class Linear(nnx.Module):
@@ -272,7 +276,7 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         key: PathKey,
     ):
-        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain)
+        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain, used_as=dtype)
         self.bias = make.vector(outputs, 0.0) if bias else None
         self.contracted = len(inputs)
         self.dtype = dtype

@@ -30,7 +30,7 @@ def count_parameters(config: ModelConfig, *, where: Callable[[Path], bool] | Non
 
 
 def _active_size(parameter: nnx.Param) -> int:
-    return round(math.prod(parameter.shape) * parameter.get_metadata()["share"])
+    return round(math.prod(parameter.shape) * parameter.get_metadata().get("share", 1.0))
 
 
 def parameters(config: ModelConfig) -> Iterator[tuple[Path, nnx.Param]]:

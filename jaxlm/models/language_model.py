@@ -17,6 +17,7 @@ from jaxlm.layers.stack import Stack, remat
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.heads import Pooler, VocabularyHead
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 from pallas_kernels.cross_entropy import OutputProjection
 from pallas_kernels.masks import Causal, Mask, PrefixLM, Segments
 
@@ -29,17 +30,22 @@ class LanguageModel(nnx.Module):
     Parameters lie under `embedding`, `encoder`, `decoder`, `vocabulary_head`, `future`, `pooler`.
     """
 
-    def __init__(self, config: LanguageModelConfig, *, key: jax.Array):
+    def __init__(self, config: LanguageModelConfig, *, key: jax.Array, stages: Stages = ONE_STAGE):
         """Makes all parameters.
 
         Args:
           config: the model.
           key: jax key. Each parameter is a function of it and of its path.
+          stages: pipeline stages that the layers of each stack are dealt to, `Parallelism.stages`. They say where
+            layers are stored, and change no number.
         """
         dtype, root = config.compute.dtype, PathKey(key)
         make = ParameterMaker(config.init, config.scaling, config.width)
         self.embedding = Embedding(config.embedding, make, config.vocab_size, dtype=dtype, key=root.at("embedding"))
-        stacks = {name: Stack(stack, make, dtype=dtype, key=root.at(name)) for name, stack in config.stacks.items()}
+        stacks = {
+            name: Stack(stack, make, dtype=dtype, key=root.at(name), stages=stages)
+            for name, stack in config.stacks.items()
+        }
         self.encoder, self.decoder = stacks.get("encoder"), stacks.get("decoder")
         self.vocabulary_head = VocabularyHead(
             config.head,
@@ -134,20 +140,20 @@ class LanguageModel(nnx.Module):
                 x,
                 self_mask(batch, architecture),
                 **_tokens(batch, side, context),
-                context=context.fold("stack"),
+                context=self._in_stack(context, "stack"),
                 normalize=normalize,
             )
         encoded, encoder_side = self.encoder(
             self._embed(batch, "encoder", context, None),
             self_mask(batch, Architecture.ENCODER),
             **_tokens(batch, "encoder", context),
-            context=context.fold("encoder_stack"),
+            context=self._in_stack(context, "encoder_stack"),
         )
         hidden, decoder_side = self.decoder(
             self._embed(batch, "decoder", context, None),
             self_mask(batch, architecture),
             **_tokens(batch, "decoder", context),
-            context=context.fold("stack"),
+            context=self._in_stack(context, "stack"),
             encoded=encoded,
             cross_mask=Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"]),
             normalize=normalize,
@@ -161,13 +167,16 @@ class LanguageModel(nnx.Module):
         mask = self_mask(batch, self.config.architecture)
         around = stack.surroundings(mask, **_tokens(batch, "decoder", context), more_blocks=(self.config.future_block,))
         run = remat(stack.config.remat, scanned=False)
-        inner = context.fold("future")
+        inner = self._in_stack(context, "future")
         hidden = []
         for i in range(count):
             x, side = run(self.future[str(i)], trunk, around, inner.fold(i))
             hidden.append(stack.finish(x, inner.fold(i)))
             total += side
         return tuple(hidden), total
+
+    def _in_stack(self, context: Context, name: str) -> Context:
+        return dataclasses.replace(context.fold(name), quantization=self.config.compute.quantization)
 
     def _embed(self, batch: Batch, side: str, context: Context, added: jax.Array | None) -> jax.Array:
         arrange, types = context.ops.arrange, batch.get(f"{side}_type_ids")

@@ -32,7 +32,10 @@ class ShardedAttention:
     parallel: Parallelism
 
     def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> Any:
-        """Arguments and results are those of `attention`, the tokens of q, k and v in the mesh's order."""
+        """Arguments and results are those of `attention`, the tokens of q, k and v in the mesh's order.
+
+        And rows: int32 [B], which rows of the whole batch these are; neighbours on each device.
+        """
         whole = self.parallel.row_order(q.shape[1]) is None
         return (self.by_examples_and_heads if whole else self.along_rows)(q, k, v, **options)
 
@@ -43,6 +46,7 @@ class ShardedAttention:
         v: jax.Array,
         *,
         mask: Mask,
+        rows: jax.Array,
         bias: Bias | jax.Array | None = None,
         scale: float | None = None,
         soft_cap: float | None = None,
@@ -60,7 +64,7 @@ class ShardedAttention:
         mesh, axes, sizes = self.parallel.mesh, ("batch", "length", "heads"), (q.shape[1], k.shape[1])
         queries, keys = (self.parallel.row_order(size) for size in sizes)
         mask.check(q.shape[0], q.shape[2], *sizes)
-        rows, sparse = mask.rows(*sizes), mask.block_sparse
+        seen, sparse = mask.rows(*sizes), mask.block_sparse
         if reason := _not_splittable(mask, bias, queries, keys):
             raise UnsupportedAttention(
                 f"{reason} cannot be split along rows (sequence parallelism, MeshConfig.sequence = {queries.devices})."
@@ -74,18 +78,18 @@ class ShardedAttention:
         route = self._route(q, k, mask, queries, keys, length)
         options = Options(scale, soft_cap, dropout_rate, backend, None if sparse is None else sparse.block)
 
-        rows = jax.tree.map(lambda x: queries.arrange(x, axis=2), rows)
+        seen = jax.tree.map(lambda x: queries.arrange(x, axis=2), seen)
         blocks = None
         if sparse is not None:
             blocks = sparse.map(*sizes, *sparse.block)
             blocks = dataclasses.replace(queries, length=blocks.shape[2]).arrange(blocks, axis=2)
-        around = Surroundings(rows, blocks, dropout_key, 0, 0)
+        around = Surroundings(seen, blocks, dropout_key, 0, 0)
 
         def part(x, *names):  # along an axis of size 1 an array serves all
             return PartitionSpec(*(name if size > 1 else None for name, size in zip(names, x.shape)))
 
         around_places = Surroundings(
-            jax.tree.map(lambda x: part(x, batch, None, length), rows),
+            jax.tree.map(lambda x: part(x, batch, None, length), seen),
             None if blocks is None else part(blocks, batch, heads, length),
             PartitionSpec(),
             PartitionSpec(),
@@ -95,12 +99,12 @@ class ShardedAttention:
         bias_axes = () if bias is None else bias.axes
         bias_places = [PartitionSpec(*(heads if name == "heads" else None for name in names)) for names in bias_axes]
 
-        def on_one_device(q, k, v, bias_leaves, around):
-            first, head = _index(batch) * q.shape[0], _index(heads) * q.shape[2]
+        def on_one_device(q, k, v, bias_leaves, around, rows):
+            head = _index(heads) * q.shape[2]
             if not split_keys:
                 k, v = (_heads_of(x, head, q.shape[2], group) for x in (k, v))
             bias = jax.tree.unflatten(bias_structure, bias_leaves)
-            around = dataclasses.replace(around, batch=first, head=head)
+            around = dataclasses.replace(around, batch=rows[0], head=head)
             return split_attention(route, options, q, k, v, bias, around)
 
         group = q.shape[2] // k.shape[2]
@@ -109,10 +113,11 @@ class ShardedAttention:
         out, lse = jax.shard_map(
             on_one_device,
             mesh=mesh,
-            in_specs=(q_places, k_places, k_places, bias_places, around_places),
+            axis_names=self.parallel.free_axes,
+            in_specs=(q_places, k_places, k_places, bias_places, around_places, PartitionSpec(batch)),
             out_specs=(q_places, PartitionSpec(batch, heads, length)),
             check_vma=False,
-        )(q, k, v, bias_leaves, around)
+        )(q, k, v, bias_leaves, around, rows)
         if sinks is not None:
             out, lse = with_sinks(out, lse, sinks)
         return (out, lse) if return_lse else out
@@ -121,7 +126,7 @@ class ShardedAttention:
         if keys is None:
             return Route(axis, queries, None)
         ring = Route.ring(axis, queries, keys, mask)
-        wanted = self.parallel.config.sequence.keys
+        wanted = self.parallel.sequence.keys
         if wanted is KeysMove.AUTO:
             all_keys, own_queries = k.shape[1] * k.shape[2], q.shape[1] // queries.devices * q.shape[2]
             short_way = ring.forward + ring.backward < keys.devices - 1
@@ -135,13 +140,14 @@ class ShardedAttention:
         v: jax.Array,
         *,
         mask: Mask,
+        rows: jax.Array,
         bias: Bias | jax.Array | None = None,
         sinks: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         return_lse: bool = False,
         **options: Any,
     ) -> Any:
-        """Of whole rows; the arguments are those of `attention`."""
+        """Of whole rows."""
         if bias is not None and not isinstance(bias, Bias):
             bias = DenseBias(bias)
         for part in (mask, bias):
@@ -159,9 +165,9 @@ class ShardedAttention:
         arrays = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, int | float)}
         array_places = {i: PartitionSpec(*(on_mesh[name] for name in axes[i])) for i in arrays}
 
-        def on_one_device(q, k, v, arrays, sinks, dropout_key):
+        def on_one_device(q, k, v, arrays, sinks, dropout_key, rows):
             mask, bias = jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
-            origin = Origin(batch=_index(batch) * q.shape[0], head=_index(heads) * q.shape[2])
+            origin = Origin(batch=rows[0], head=_index(heads) * q.shape[2])
             if not split_keys:
                 k, v = (_heads_of(x, origin.head, q.shape[2], group) for x in (k, v))
             special = dict(mask=mask, bias=bias, sinks=sinks, dropout_key=dropout_key, origin=origin)
@@ -171,10 +177,11 @@ class ShardedAttention:
         return jax.shard_map(
             on_one_device,
             mesh=self.parallel.mesh,
-            in_specs=(queries, keys, keys, array_places, PartitionSpec(heads), PartitionSpec()),
+            axis_names=self.parallel.free_axes,
+            in_specs=(queries, keys, keys, array_places, PartitionSpec(heads), PartitionSpec(), PartitionSpec(batch)),
             out_specs=(queries, PartitionSpec(batch, heads)) if return_lse else queries,
             check_vma=False,  # a pallas_call does not say over which axes its results vary
-        )(q, k, v, arrays, sinks, dropout_key)
+        )(q, k, v, arrays, sinks, dropout_key, rows)
 
 
 def _index(axes: str | tuple[str, ...] | None) -> jax.Array | int:

@@ -41,15 +41,24 @@ def add(totals: Totals, metrics: Metrics, step: jax.Array | int) -> Totals:
 def zero(metrics: Metrics) -> Totals:
     """Totals of no steps, for metrics of these shapes; laid out as they are, so that `add` compiles once."""
     everywhere = jax.tree.leaves(metrics)[0].sharding
-    return jax.device_put(
-        Totals(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics), np.int32(_NO_STEP)), everywhere
-    )
+
+    def filled(value: int, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+        # Not device_put, which makes several processes compare what they put there, array by array.
+        return jax.make_array_from_callback(shape, everywhere, lambda _: np.full(shape, value, dtype))
+
+    zeros = jax.tree.map(lambda x: filled(0, x.shape, x.dtype), metrics)
+    return Totals(zeros, filled(_NO_STEP, (), np.dtype(np.int32)))
 
 
 def bad_step(totals: Totals) -> int | None:
     """The first step of the interval that diverged, if one did. Waits for the device."""
     step = int(totals.first_bad_step)
     return None if step == _NO_STEP else step
+
+
+def any_skipped(totals: Totals) -> bool:
+    """Whether the spike guard, if there is one, skipped a step of the interval. Waits for the device."""
+    return "skipped" in totals.metrics and float(totals.metrics["skipped"][0]) > 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ from jaxlm.layers.parameters import Parametrization, Scaling
 from jaxlm.layers.stacking import StackLayout, stack, unstack
 from jaxlm.training import optimizers
 from jaxlm.training.adafactor import scale_by_adafactor
-from jaxlm.training.guard import SpikeGuard
+from jaxlm.training.guard import Skip, SpikeGuard
+from jaxlm.training.moments import MomentStorage
 from jaxlm.training.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimizerConfig, ParameterGroup, ScheduleFree
 from jaxlm.training.parameters import ParameterInfo, flatten
 from jaxlm.training.parameters import update as put
@@ -53,7 +54,8 @@ def tree_of(model_infos, seed, scale=0.1):
 
 
 ALGORITHMS = {
-    "adamw": (AdamW(mu_dtype="bfloat16"), {}),
+    "adamw": (AdamW(), {}),
+    "adamw_bfloat16": (AdamW(), {"moments": MomentStorage()}),
     "adafactor": (Adafactor(min_dim_size_to_factor=8), {}),
     "adafactor_whole": (Adafactor(multiply_by_parameter_scale=False), {}),
     "lion": (Lion(), {}),
@@ -331,7 +333,7 @@ class TestGuard:
     def test_a_skipped_step_changes_nothing(self, tiny):
         _, _, infos = abstract_model(lambda key: tiny.Model(key))
         params, grads = tree_of(infos, 0), tree_of(infos, 1)
-        config = OptimizerConfig(AdamW(), Constant(0.1), weight_decay=0.1, guard=SpikeGuard(patience=2))
+        config = OptimizerConfig(AdamW(), Constant(0.1), weight_decay=0.1, guard=SpikeGuard(policy=Skip(patience=2)))
         optimizer = build(config, infos)
         bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads)
         new, state, scalars = run(optimizer, params, [bad])
