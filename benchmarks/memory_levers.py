@@ -4,7 +4,7 @@
     python -m benchmarks.memory_levers --only full block     # these; others keep the results they have
 
 A causal decoder of 1.1 billion parameters (22 layers, width 2048, 16 heads of 128, 4 key heads, SwiGLU 5632, vocabulary
-32,000) in bfloat16, rows of 2,048 tokens, 4 rows a chip, AdamW, on 8 chips of v6e: jaxlm's own step, by libtpu.
+32,000) in bfloat16, rows of 2,048 tokens, 4 rows a chip, AdamW, on 8 chips of v6e: the real step, compiled by libtpu.
 One lever at a time is moved. Bytes are of one chip. Writes results/memory_levers.json.
 """
 

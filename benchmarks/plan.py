@@ -47,6 +47,7 @@ CASES = {
     "llama3_8b_v6e": Case("llama3_8b", "v6e:8x8"),
     "llama3_70b": Case("llama3_70b", "v5p:4x4x4", targets={"seconds": 200, "peak_gb": 4}),
     "llama3_70b_v6e": Case("llama3_70b", "v6e:16x16", ("--gin.FSDP=256", "--gin.BATCH_SIZE=256")),
+    "mixtral_8x7b": Case("mixtral_8x7b", "v5p:4x4x4"),
     "t5_xxl": Case("t5_xxl", "v5p:4x4x4"),
     "study_causal": Case("study_causal", "v5p:4x4x4"),
     "study_prefix": Case("study_prefix", "v5p:4x4x4"),

@@ -24,7 +24,7 @@ from jaxlm.training import metrics
 from jaxlm.training.evaluation import Evaluator, make_eval_step
 from jaxlm.training.loop import LoopConfig
 from jaxlm.training.optimizers import Optimizer, OptimizerConfig, build_optimizer
-from jaxlm.training.parameters import ModelDefinition, Tree
+from jaxlm.training.parameters import ModelDefinition, Tree, flatten
 from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Phase, Stage, phases
@@ -294,8 +294,7 @@ def _check_positions(model: ModelConfig, layout: BatchLayout) -> None:
 
 def layout_of(loader: Loader) -> BatchLayout:
     """The layout of a loader's batches."""
-    hosts = jax.process_count()
-    features = {name: ((shape[0] * hosts, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
+    features = {name: ((loader.batch_size, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
     lengths = np.asarray(loader.vocabulary.byte_lengths())
     return BatchLayout(loader.objective, features, loader.dataset_names, lengths)
 
@@ -335,10 +334,12 @@ def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: Ba
     """What the devices run in a phase; nothing is compiled or put on a device yet.
 
     Raises:
-      ValueError: the mesh does not cut rows evenly.
+      ValueError: the mesh does not cut rows or experts evenly.
     """
     model = run.model_of(phase)
     definition, abstract, infos = abstract_model(make_model(model, parallel))
+    with_experts = [info for info in flatten(infos).values() if "experts" in info.axes]
+    parallel.check_experts({info.shape[info.axes.index("experts")] for info in with_experts})
     optimizer = _optimizer(run, phase, model, infos)
     config = dataclasses.replace(run.step, seed=run.seed, byte_lengths=layout.byte_lengths)
     loss = dataclasses.replace(run.loss, num_datasets=len(layout.datasets))

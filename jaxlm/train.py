@@ -2,7 +2,7 @@
 
 python -m jaxlm.train --gin_file=gin_configs/runs/quickstart.gin --gin.MODEL_DIR=runs/mine --gin.TRAIN_STEPS=2000
 
---profile=N-M             record these steps with jax's profiler
+--profile=N-M             records these steps with jax's profiler
 --xla_preset=NAME         compiler flags of a chip, see jaxlm/parallel/xla_flags.py
 --distributed=auto|on|off, --coordinator_address, --process_count, --process_index, --start_timeout
                           one job of several processes, see jaxlm/parallel/multihost.py
@@ -15,6 +15,7 @@ import dataclasses
 import os
 import sys
 import time
+import traceback
 
 from jaxlm.checkpoints.manager import CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
@@ -60,6 +61,12 @@ def main(arguments: list[str] | None = None) -> ExitStatus:
         status = ExitStatus.DIVERGED if isinstance(error, TrainingDiverged) else ExitStatus.FAILED
         multihost.leave(status)
         return status
+    except Exception:
+        if not multihost.in_job():
+            raise
+        traceback.print_exc()  # of this process, or because another one is gone
+        multihost.leave(ExitStatus.FAILED)
+        return ExitStatus.FAILED
     return _STATUS_OF[outcome]
 
 

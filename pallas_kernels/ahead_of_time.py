@@ -129,6 +129,30 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
 
 
 @dataclasses.dataclass(frozen=True)
+class DeclaredCost:
+    """What a TPU kernel says of its work, from its static grid: blocks that a mask hides at run time count as visited.
+
+    Attributes:
+      flops: a multiplication and an addition are two.
+      transcendentals: exponentials and their like.
+      bytes: moved between the chip and its main memory.
+    """
+
+    flops: int
+    transcendentals: int
+    bytes: int
+
+
+def declared_costs(compiled: jax.stages.Compiled) -> list[tuple[str, DeclaredCost]]:
+    """The kernels of a program compiled for a TPU, by name, in the program's order; one in a loop is there once."""
+    kernel = re.compile(
+        r"%([\w.]+?)(?:\.\d+)? = .*tpu_custom_call.*\"cost_estimate\":"
+        r'\{"flops":"(\d+)","transcendentals":"(\d+)","bytes_accessed":"(\d+)"'
+    )
+    return [(name, DeclaredCost(*map(int, cost))) for name, *cost in kernel.findall(compiled.as_text())]
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """A program to compile in another process.
 

@@ -286,6 +286,23 @@ class Chunked(IntervalMask):
 
 
 @_mask
+class Complete(IntervalMask):
+    """Query q sees the keys that sum up tokens which are all at q or before it (NSA, arXiv 2502.11089, 3.3.1).
+
+    Attributes:
+      size: tokens that a key sums up.
+      stride: key i begins at token i * stride.
+    """
+
+    size: int = _static()
+    stride: int = _static()
+
+    @override
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        return 0, (queries + 1 - self.size) // self.stride + 1
+
+
+@_mask
 class KVLength(IntervalMask):
     """Every query sees the first `length` keys.
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "jaxlm.exit_status": set(),
     "jaxlm.piecewise": set(),
     "jaxlm.configuration": set(),
-    "jaxlm.parallel": {"pallas_kernels"} | GROUND,
+    "jaxlm.parallel": {"pallas_kernels"},
     "jaxlm.layers": {"pallas_kernels", "jaxlm.parallel"} | GROUND,
     "jaxlm.models": {"pallas_kernels", "jaxlm.parallel", "jaxlm.layers"} | GROUND,
     "jaxlm.objectives": {"pallas_kernels"} | GROUND,

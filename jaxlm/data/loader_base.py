@@ -52,6 +52,7 @@ class Loader(Iterator[Batch]):
     Attributes:
       vocabulary: of all tasks.
       dataset_names: names of the tasks; `dataset_ids` index them.
+      batch_size: rows of a batch, of all hosts together.
       features: {name: (shape, type)} of a host's batch.
       num_batches: batches of one pass, or None if endless.
       objective: as given, fitted to the row.
@@ -61,6 +62,7 @@ class Loader(Iterator[Batch]):
     def __init__(self, data: DataSets, batch_size: int, own_rows: np.ndarray, start_step: int):
         self._data, self._batch_size = data, batch_size
         self._own_rows = own_rows
+        self.batch_size = batch_size
         self._start_step = self._step = start_step
         self._clocks = (Clock(start_step, 0, self._draws_per_step),)
         self._iterator: Iterator | None = None

@@ -15,7 +15,7 @@ from jaxlm.parallel.experts import Apply, Kernels, through_experts
 from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence
 from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
-from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
+from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
 
 
 class Ops(Protocol):
@@ -44,6 +44,11 @@ class Ops(Protocol):
     ) -> tuple[jax.Array, TokenScores]:
         """`pallas_kernels.cross_entropy.cross_entropy` of features [B, T, E], labels and weights [B, T]."""
 
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        """`pallas_kernels.cross_entropy.token_scores` of features [B, T, E], labels [B, T]."""
+
     def through_experts(
         self,
         apply: Apply,
@@ -69,6 +74,9 @@ class Ops(Protocol):
 
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out as its logical axis names say."""
+
+    def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """A layer's parameter `x`, of whose gradient each device is to get the piece that it stores."""
 
     def row_numbers(self, count: int) -> jax.Array:
         """int32 [count]: which rows of the whole batch a layer is given (in a pipeline, those of a microbatch)."""
@@ -98,9 +106,13 @@ class LocalOps(Ops):
     def cross_entropy(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
     ) -> tuple[jax.Array, TokenScores]:
-        flat = features.reshape(-1, features.shape[-1]), projection, labels.ravel(), weights.ravel()
-        total, scores = cross_entropy(*flat, **options)
-        return total, jax.tree.map(lambda x: x.reshape(labels.shape), scores)
+        return cross_entropy(features, projection, labels, weights, **options)
+
+    @override
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        return token_scores(features, projection, labels, **options)
 
     @override
     def through_experts(
@@ -116,6 +128,10 @@ class LocalOps(Ops):
 
     @override
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        return x
+
+    @override
+    def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return x
 
     @override

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxlm.layers.context import Context
 from jaxlm.layers.feed_forward import FeedForwardConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
+from jaxlm.layers.remat import name_activation
 from jaxlm.layers.side_values import SideValues
 from pallas_kernels.grouped_matmul import GROUPED_MATMUL, grouped_matmul
 
@@ -110,7 +111,7 @@ class MixtureOfExperts(nnx.Module):
         def kernel(name: str, gain: float = 1.0) -> nnx.Param:
             count, inputs, outputs = (((axis, sizes[axis]),) for axis in KERNEL_AXES[name])
             share = config.experts_per_token / config.num_experts
-            return make.matrix(key.at(name), inputs, outputs, gain=gain, count=count, share=share)
+            return make.matrix(key.at(name), inputs, outputs, gain=gain, count=count, share=share, used_as=dtype)
 
         gate = {"gate": kernel("gate")} if config.gated else {}
         self.experts = nnx.Dict(gate | {"up": kernel("up"), "down": kernel("down", residual_gain)})
@@ -161,8 +162,11 @@ class MixtureOfExperts(nnx.Module):
         def times(y: jax.Array, name: str) -> jax.Array:
             return grouped_matmul(y, kernels[name], group_sizes, backend=self.config.backend)
 
-        hidden, activation = times(rows, "up"), self.config.activation
-        hidden = activation(times(rows, "gate")) * hidden if self.config.gated else activation(hidden)
+        hidden, activation = name_activation(times(rows, "up"), "up"), self.config.activation
+        if self.config.gated:
+            hidden = activation(name_activation(times(rows, "gate"), "gate")) * hidden
+        else:
+            hidden = activation(hidden)
         return times(hidden, "down")
 
     def _side_values(self, logits: jax.Array, shares: jax.Array, chosen: jax.Array, present: jax.Array) -> SideValues:

@@ -208,7 +208,7 @@ class ParameterMaker:
           inputs, outputs: its two sides; the shape is count + inputs + outputs.
           gain: factor on its standard deviation.
           count: how many there are, e.g. (("experts", 8),).
-          share: of the matrices, how many each token is multiplied with.
+          share: of the matrices, how many each token is multiplied with, as a fraction.
           used_as: the type to which it is cast before any use. Where parameters travel between devices once a step,
             they do so in this type.
         """

@@ -23,7 +23,7 @@ ACTIVATIONS = {
     ATTENTION_OUT: "[B, T, H, D], before the output projection",
     ATTENTION_LSE: "[B, H, T] float32, log-sum-exp of the scores: with attention_out, all that a kernel's backward "
     "pass needs of its forward pass",
-    "gate": "[B, T, F], the feed-forward layer's product before its activation",
+    "gate": "[B, T, F], the feed-forward layer's product before its activation; of experts [rows, F], as is up",
     "up": "[B, T, F], the feed-forward layer's other product, or its only one",
     "product": "the result of a product in 8 bits, in the type of activations",
 }

@@ -247,6 +247,12 @@ def remat(
     def run(block: Block, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(block)
 
+        def parameter(variable: nnx.Variable) -> nnx.Variable:
+            value, axes = variable.get_value(), variable.get_metadata()["axes"]
+            return variable.replace(context.ops.parameter(value, axes[len(axes) - value.ndim :]))  # less "layers"
+
+        values = jax.tree.map(parameter, values, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
         def apply(values, x):
             return nnx.merge(graph, values)(name_activation(x, "block_input"), around, context)
 

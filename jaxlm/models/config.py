@@ -19,7 +19,7 @@ class ComputeType(enum.Enum):
     """Type of activations and of matrix products. Parameters, softmax, norms and logits are float32 in all.
 
     INT8 and FP8: activations are bfloat16, and the linear layers of the stacks multiply in 8 bits, see `Quantization`.
-    Embeddings, the head, routers and attention itself do as in BFLOAT16.
+    Embeddings, the head, routers, experts (whose products are grouped) and attention itself do as in BFLOAT16.
     """
 
     FLOAT32 = "float32"

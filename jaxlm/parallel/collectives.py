@@ -10,33 +10,58 @@ from pallas_kernels import platforms
 AxisName = str | tuple[str, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather(x: jax.Array, name: AxisName, dimension: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather(x: jax.Array, name: AxisName, dimension: int, sum_type: jnp.dtype = jnp.float32) -> jax.Array:
     """The whole array, of which each device along the mesh axis `name` holds a part of `dimension`.
 
-    The gradient's parts are summed in float32, each on the device that holds it: by the platform's reduce-scatter, or
-    on TPUs by a ring. libtpu (0.0.51) makes of a reduce-scatter an all-reduce of the whole array, which sends twice as
-    much and which nothing else can run beside.
+    The gradient is that of `scatter_sum`.
     """
     return jax.lax.all_gather(x, name, axis=dimension, tiled=True)
 
 
-def _gather_forward(x, name, dimension):
-    return gather(x, name, dimension), None
+def _gather_forward(x, name, dimension, sum_type):
+    return gather(x, name, dimension, sum_type), None
 
 
-def _gather_backward(name, dimension, _, gradient):
-    if platforms.current().kind == "tpu":
-        return (ring_sum(gradient, name, dimension).astype(gradient.dtype),)
-    total = jax.lax.psum_scatter(gradient.astype(jnp.float32), name, scatter_dimension=dimension, tiled=True)
-    return (total.astype(gradient.dtype),)
+def _gather_backward(name, dimension, sum_type, _, gradient):
+    return (_scatter_sum(gradient, name, dimension, sum_type),)
 
 
 gather.defvjp(_gather_forward, _gather_backward)
 
 
-def ring_sum(x: jax.Array, name: AxisName, dimension: int) -> jax.Array:
-    """Sum over the devices along `name`, in float32; each keeps its own part of `dimension`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def scatter_sum(x: jax.Array, name: AxisName, dimension: int, sum_type: jnp.dtype = jnp.float32) -> jax.Array:
+    """The sum over the devices along `name`; each keeps its own part of `dimension`.
+
+    The sum is taken, and travels, in `sum_type`: float32 unless few of the summands are not 0.
+
+    By the platform's reduce-scatter, or on TPUs by a ring. libtpu (0.0.51) makes of a reduce-scatter an all-reduce of
+    the whole array, which sends twice as much and which nothing else can run beside. The gradient is that of `gather`.
+    """
+    return _scatter_sum(x, name, dimension, sum_type)
+
+
+def _scatter_sum(x, name, dimension, sum_type):
+    if platforms.current().kind == "tpu":
+        return ring_sum(x, name, dimension, sum_type).astype(x.dtype)
+    total = jax.lax.psum_scatter(x.astype(sum_type), name, scatter_dimension=dimension, tiled=True)
+    return total.astype(x.dtype)
+
+
+def _scatter_sum_forward(x, name, dimension, sum_type):
+    return _scatter_sum(x, name, dimension, sum_type), None
+
+
+def _scatter_sum_backward(name, dimension, sum_type, _, gradient):
+    return (jax.lax.all_gather(gradient, name, axis=dimension, tiled=True),)
+
+
+scatter_sum.defvjp(_scatter_sum_forward, _scatter_sum_backward)
+
+
+def ring_sum(x: jax.Array, name: AxisName, dimension: int, sum_type: jnp.dtype = jnp.float32) -> jax.Array:
+    """Sum over the devices along `name`, in `sum_type`; each keeps its own part of `dimension`.
 
     Two rings at a time, one in each direction: a part goes round from the device after (before) its owner to its owner
     and grows by what each has of it. Of an array of n parts a device sends n - 1.
@@ -45,6 +70,7 @@ def ring_sum(x: jax.Array, name: AxisName, dimension: int) -> jax.Array:
       x: on each device the whole array; `dimension` is a multiple of the devices.
       name: mesh axis, or several.
       dimension: that is split.
+      sum_type: of the result, and of what travels.
     """
     count, own = jax.lax.axis_size(name), jax.lax.axis_index(name)
     size = x.shape[dimension] // count
@@ -53,7 +79,7 @@ def ring_sum(x: jax.Array, name: AxisName, dimension: int) -> jax.Array:
 
     def travel(half: jax.Array, direction: int) -> jax.Array:
         def part(index):
-            return jax.lax.dynamic_slice_in_dim(half, index % count * size, size, dimension).astype(jnp.float32)
+            return jax.lax.dynamic_slice_in_dim(half, index % count * size, size, dimension).astype(sum_type)
 
         def hop(step, total):
             total = jax.lax.ppermute(total, name, [(i, (i + direction) % count) for i in range(count)])

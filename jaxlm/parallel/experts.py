@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxlm.parallel.collectives import gather, scatter_sum
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.rules import mesh_axes
 
@@ -136,15 +137,20 @@ class ShardedExperts:
             here = len(next(iter(kernels.values())))
             first = jax.lax.axis_index(over_experts) * here if over_experts else 0
             kernels = {
-                name: _gathered(kernel, splitting(name, "embed"), axes[name].index("embed"))
+                name: gather(kernel, stored, axes[name].index("embed"))
+                if (stored := splitting(name, "embed"))
+                else kernel
                 for name, kernel in kernels.items()
             }
-            x, chosen, weights = (_gathered(a, exchanged, 0) for a in (x, chosen, weights))
+            if exchanged:
+                # Of a token's summands, forward and backward, all but its experts' are 0: a sum in x's type is as good.
+                x, weights = gather(x, exchanged, 0, x.dtype), gather(weights, exchanged, 0)
+                chosen = jax.lax.all_gather(chosen, exchanged, tiled=True)
             out = through_experts(apply, kernels, x, chosen, weights, first=first)
             if summed:
                 out = jax.lax.psum(out, summed)
             if exchanged:
-                out = jax.lax.psum_scatter(out, exchanged, tiled=True)
+                out = scatter_sum(out, exchanged, 0, out.dtype)
             return out
 
         rows = PartitionSpec(*tokens)
@@ -156,11 +162,6 @@ class ShardedExperts:
             out_specs=rows,
             check_vma=False,  # a pallas_call does not say over which axes its results vary
         )(dict(kernels), x, chosen, weights)
-
-
-def _gathered(x: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
-    """The parts of x that devices along `axes` have, along a dimension."""
-    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
 
 
 def _entry(partition: PartitionSpec, dimension: int) -> tuple[str, ...]:

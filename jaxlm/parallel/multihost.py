@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 
 _MESSAGE_BYTES = 4096
 _NOTHING_FOUND = "should be defined"  # jax's words for: no cluster detected
+_IN_USE = "must be called before"  # for: this process computes already, so it is too late to join others
 
 
 class Distributed(enum.Enum):
@@ -109,7 +110,7 @@ def start(config: JobConfig) -> None:
     Raises:
       JobError: nothing says where the others are.
     """
-    if config.distributed is Distributed.OFF:
+    if config.distributed is Distributed.OFF or in_job():
         return
     told = config.process_count is not None
     alone = config.process_count == 1 if told else _only_task()
@@ -137,9 +138,16 @@ def start(config: JobConfig) -> None:
                 "--coordinator_address, --process_count and --process_index, or --distributed=off."
             ) from None
     except RuntimeError as error:
+        if _IN_USE in str(error) and not told and config.distributed is Distributed.AUTO:
+            return  # called from a program that uses its devices, such as a notebook
         raise JobError(f"The job's other processes cannot be reached: {_sentence(error)}.") from error
     finally:
         waiting.cancel()
+
+
+def in_job() -> bool:
+    """Whether this process has joined a job; touches no device."""
+    return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
@@ -194,7 +202,7 @@ def leave(status: int, seconds: float = 10.0) -> None:
     A process that ends alone would wait at its exit for minutes for others, which wait for it in the next step. It
     ends at once instead, with this exit status; they notice that it is gone, and end.
     """
-    if not jax.distributed.is_initialized():
+    if not in_job():
         return
     parting = threading.Thread(target=_shut_down, daemon=True)
     parting.start()

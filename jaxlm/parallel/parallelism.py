@@ -68,7 +68,7 @@ class ParallelConfig:
         uses, and ends its backward pass with scattering their gradients. (("embed", ("fsdp", "data")),) is stage 1
         (ZeRO-1, Rajbhandari et al. 2020, arXiv 1910.02054, 5.1) on top of what `rules` do. () stores as `rules` say.
       moments: where the optimizer's moments lie between steps.
-      sequence: what is done where rows are split along their length.
+      sequence: what is done where rows are split along their length; None is its defaults.
       pipeline: how microbatches go through the stages; of no account with one stage.
     """
 
@@ -76,7 +76,7 @@ class ParallelConfig:
     rules: Rules = DEFAULT_RULES
     state_rules: Rules = ()
     moments: Memory = Memory.DEVICE
-    sequence: SequenceParallel = SequenceParallel()
+    sequence: SequenceParallel | None = None
     pipeline: Pipeline | None = None
 
     def __post_init__(self):
@@ -165,6 +165,11 @@ class Parallelism:
         """Whether parameters are stored in other pieces than they are used in."""
         return self.state_rules != self.rules
 
+    @property
+    def sequence(self) -> SequenceParallel:
+        """What is done where rows are split along their length."""
+        return self.config.sequence or SequenceParallel()
+
     def spec(
         self, axes: tuple[str | None, ...], shape: tuple[int, ...] | None = None, *, reasons: list[str] | None = None
     ) -> PartitionSpec:
@@ -233,7 +238,26 @@ class Parallelism:
         devices = degree(self.mesh, self.spec(("length",), (length,)), 0)
         if devices == 1:
             return None
-        return RowOrder(length, devices, self.config.sequence.balanced and length % (2 * devices) == 0)
+        return RowOrder(length, devices, self.sequence.balanced and length % (2 * devices) == 0)
+
+    def check_experts(self, counts: set[int]) -> None:
+        """Refuses layers of so many experts each if the mesh axis for experts has no use for them.
+
+        Raises:
+          ValueError: there are none, or the degree of `expert` does not divide them.
+        """
+        devices = degree(self.mesh, self.spec(("experts",)), 0)
+        if devices > 1 and not counts:
+            raise ValueError(
+                f"MeshConfig.expert splits experts over {devices} devices, but the model has none; use data or fsdp, "
+                f"or a model with MixtureOfExpertsConfig."
+            )
+        for count in counts:
+            if count % devices:
+                raise ValueError(
+                    f"The {count} experts of a layer cannot be split over {devices} devices (MeshConfig.expert); make "
+                    f"MixtureOfExpertsConfig.num_experts a multiple of {devices}."
+                )
 
     def check_row(self, length: int) -> None:
         """Refuses rows to train on that the mesh does not cut evenly.
@@ -247,7 +271,7 @@ class Parallelism:
                 f"Rows of {length} tokens cannot be split over {devices} devices (MeshConfig.sequence); make their "
                 f"length a multiple of {devices}."
             )
-        if self.config.sequence.balanced and devices > 1 and length % (2 * devices):
+        if self.sequence.balanced and devices > 1 and length % (2 * devices):
             raise ValueError(
                 f"Rows of {length} tokens cannot be split over {devices} devices in balanced order, which takes two "
                 f"runs of each; make their length a multiple of {2 * devices}, or set SequenceParallel.balanced = "

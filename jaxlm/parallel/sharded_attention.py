@@ -126,7 +126,7 @@ class ShardedAttention:
         if keys is None:
             return Route(axis, queries, None)
         ring = Route.ring(axis, queries, keys, mask)
-        wanted = self.parallel.config.sequence.keys
+        wanted = self.parallel.sequence.keys
         if wanted is KeysMove.AUTO:
             all_keys, own_queries = k.shape[1] * k.shape[2], q.shape[1] // queries.devices * q.shape[2]
             short_way = ring.forward + ring.backward < keys.devices - 1

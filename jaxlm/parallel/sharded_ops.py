@@ -1,6 +1,8 @@
 """What a model needs of the mesh: constraints, attention, experts, cross-entropy."""
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,14 +10,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.parallel.collectives import gather
 from jaxlm.parallel.experts import Apply, Kernels, ShardedExperts, through_experts
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence, run_in_stages
-from jaxlm.parallel.rules import degree, mesh_axes
 from jaxlm.parallel.sharded_attention import ShardedAttention
+from jaxlm.parallel.sharded_cross_entropy import ShardedCrossEntropy
 from pallas_kernels.attention import attention
-from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
+from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gradient_placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`x`, whose gradient lies as `sharding` says."""
+    return x
+
+
+_gradient_placed.defvjp(
+    lambda x, sharding: (x, None), lambda sharding, _, gradient: (jax.lax.with_sharding_constraint(gradient, sharding),)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +61,14 @@ class ShardedOps:
         """`x`, laid out on the mesh as its logical axis names say; dimensions that do not divide are replicated."""
         return self._place(x, self.parallel.spec(names, x.shape))
 
+    def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """A layer's parameter `x`, of whose gradient each device is to get the piece that it stores.
+
+        Said here, in the loop over layers, gradients are scattered layer by layer; said of the gradients of all layers
+        after the loop, each would first be summed as a whole on every device.
+        """
+        return _gradient_placed(x, self.parallel.stored(names, x.shape)) if self.parallel.gathers else x
+
     def attention(
         self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -65,7 +85,7 @@ class ShardedOps:
         Raises:
           UnsupportedAttention: the backend refuses, or mask or bias cannot be split where rows are.
         """
-        with jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh):  # kernels ask it what they will run on
+        with self._platform():
             if self.parallel.mesh.size == 1:
                 return attention(q, k, v, **options)
             return ShardedAttention(self.parallel)(q, k, v, rows=self.row_numbers(len(q)), **options)
@@ -92,7 +112,7 @@ class ShardedOps:
         weights: jax.Array,
     ) -> jax.Array:
         """Tokens through their experts, wherever these are; see `jaxlm.layers.context.Ops`."""
-        with jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh):  # kernels ask it what they will run on
+        with self._platform():
             if self.parallel.mesh.size == 1:
                 return through_experts(apply, kernels, x, chosen, weights)
             return ShardedExperts(self.parallel)(apply, kernels, axes, x, chosen, weights)
@@ -104,71 +124,33 @@ class ShardedOps:
 
         Args:
           features: [B, T, E], in the mesh's order.
-          projection: its matrix may be split over either axis.
+          projection: its matrix and bias lie on the mesh as "embed" and "vocab" say.
           labels, weights: [B, T], in the rows' own order.
-          **options: z_loss, chunk, ... passed on; a chunk is of each device's tokens.
+          **options: z_loss, recompute, backend, ... passed on; a chunk is of each device's tokens or ids.
 
         Returns:
           The sum, and `TokenScores` [B, T], in the rows' own order.
         """
-        labels, weights = self.arrange(labels), self.arrange(weights)
-        if self.parallel.mesh.size > 1 and not self.parallel.spec(("vocab",)):
-            total, scores = self._cross_entropy_by_tokens(features, projection, labels, weights, options)
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return cross_entropy(features, projection, labels, weights, **options)
+            labels, weights = self.arrange(labels), self.arrange(weights)
+            total, scores = ShardedCrossEntropy(self.parallel).summed(features, projection, labels, weights, **options)
             return total, jax.tree.map(self.restore, scores)
-        batch, length = labels.shape
-        places = self.parallel.spec(("batch", "length"), labels.shape)
-        rows, columns = (degree(self.parallel.mesh, places, axis) for axis in (0, 1))
 
-        def to_groups(x):  # [B, T, ...] -> [row groups, column groups, tokens of a group, ...]
-            x = x.reshape(rows, batch // rows, columns, length // columns, *x.shape[2:])
-            x = jnp.moveaxis(x, 2, 1).reshape(rows, columns, -1, *x.shape[4:])
-            return self._place(x, places)
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        """`pallas_kernels.cross_entropy.token_scores`, [B, T], of tokens spread over the mesh; see `cross_entropy`."""
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return token_scores(features, projection, labels, **options)
+            scores = ShardedCrossEntropy(self.parallel).scores(features, projection, self.arrange(labels), **options)
+            return jax.tree.map(self.restore, scores)
 
-        def from_groups(x):
-            x = x.reshape(rows, columns, batch // rows, length // columns)
-            return self.restore(self._place(jnp.moveaxis(x, 1, 2).reshape(batch, length), places))
-
-        if self.parallel.mesh.size > 1:  # GSPMD partitions the plain form, and cannot partition a kernel
-            options["backend"] = "xla"
-        total, scores = cross_entropy(to_groups(features), projection, to_groups(labels), to_groups(weights), **options)
-        return total, jax.tree.map(from_groups, scores)
-
-    def _cross_entropy_by_tokens(
-        self,
-        features: jax.Array,
-        projection: OutputProjection,
-        labels: jax.Array,
-        weights: jax.Array,
-        options: dict[str, Any],
-    ) -> tuple[jax.Array, TokenScores]:
-        """Each device on its own tokens, with the whole vocabulary.
-
-        The matrix is gathered once, in the products' type, and its gradient is scattered as it is summed: left to
-        GSPMD it is gathered for every chunk of tokens, and summed whole on every device.
-        """
-        names = ("embed", "vocab") if projection.vocab_axis == 1 else ("vocab", "embed")
-        tokens = self.parallel.spec(("batch", "length"), labels.shape)
-        split = self.parallel.spec(names, projection.matrix.shape)
-        everywhere = PartitionSpec()
-
-        def on_one_device(features, matrix, bias, labels, weights):
-            matrix = matrix.astype(features.dtype)
-            for axis, entry in enumerate(split):
-                if entry:
-                    matrix = gather(matrix, entry, axis)
-            whole = dataclasses.replace(projection, matrix=matrix, bias=bias)
-            flat = features.reshape(-1, features.shape[-1]), whole, labels.ravel(), weights.ravel()
-            total, scores = cross_entropy(*flat, **options)
-            return total[None], jax.tree.map(lambda x: x.reshape(labels.shape), scores)
-
-        totals, scores = jax.shard_map(
-            on_one_device,
-            mesh=self.parallel.mesh,
-            in_specs=(tokens, split, everywhere, tokens, tokens),
-            out_specs=(PartitionSpec(mesh_axes(tokens)), tokens),
-            check_vma=False,  # a pallas_call does not say over which axes its results vary
-        )(features, projection.matrix, projection.bias, labels, weights)
-        return totals.sum(), scores
+    def _platform(self) -> contextlib.AbstractContextManager[Any]:
+        """Kernels ask the mesh in use what they will run on."""
+        return jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh)
 
     def _place(self, x: jax.Array, places: PartitionSpec) -> jax.Array:
         return (

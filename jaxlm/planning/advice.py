@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from jaxlm.layers.stack import Remat
+from jaxlm.layers.remat import Remat
 from jaxlm.planning.memory import gib
-from jaxlm.planning.program import Plan, Prepared, prepare
+from jaxlm.planning.program import Plan, Prepared, policy_name, prepare
 from jaxlm.planning.variants import Levers, levers_of
 
 _SPARE = 0.08
@@ -57,7 +57,9 @@ def _changes(own: Levers) -> list[tuple[str, Levers]]:
         change = f"MeshConfig.tensor {mesh.tensor} -> {tensor.tensor} with fsdp {mesh.fsdp} -> {tensor.fsdp}"
         found.append((change, dataclasses.replace(own, mesh=tensor)))
     if own.remat is not Remat.FULL:
-        found.append((f"StackConfig.remat {own.remat.value!r} -> 'full'", dataclasses.replace(own, remat=Remat.FULL)))
+        found.append(
+            (f"StackConfig.remat {policy_name(own.remat)!r} -> 'full'", dataclasses.replace(own, remat=Remat.FULL))
+        )
     for factor in (2, 4):
         microbatches = own.microbatches * factor
         change = f"StepConfig.microbatches {own.microbatches} -> {microbatches}"

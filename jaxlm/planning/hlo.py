@@ -154,7 +154,7 @@ def parse(text: str) -> Module:
             header = _HEADER.match(line)
             if header and not line.startswith("HloModule"):
                 lines = []
-        elif line == "}":
+        elif line == "}" or line.startswith("}, execution_thread"):
             computation = _computation(header[2], lines)
             computations[computation.name] = computation
             entry = computation if header[1] else entry

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import jax
 
-from jaxlm.layers.stack import Remat
+from jaxlm.layers.remat import Remat, RematPolicy
 from jaxlm.models.config import ReplacedTokenDetectorConfig
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.planning.costs import Costs, costs
@@ -217,8 +217,15 @@ def compile_plan(prepared: Prepared) -> Plan:
 
 def remat_of(run: RunConfig) -> str:
     """Names of the rematerialisation of the model's stacks, the different ones."""
-    names = {stack.remat.value for model in whole_models(run.model) for stack in model.stacks.values()}
-    return ", ".join(sorted(names))
+    policies = [stack.remat for model in whole_models(run.model) for stack in model.stacks.values()]
+    return ", ".join(dict.fromkeys(policy_name(policy) for policy in policies))
+
+
+def policy_name(policy: RematPolicy) -> str:
+    """ "full", or what a policy of one's own keeps."""
+    if isinstance(policy, Remat):
+        return policy.value
+    return f"of {', '.join(policy.on_device + policy.on_host)}"
 
 
 def whole_models(model) -> list:
@@ -228,7 +235,7 @@ def whole_models(model) -> list:
     return [model]
 
 
-def with_remat(run: RunConfig, policy: Remat) -> RunConfig:
+def with_remat(run: RunConfig, policy: RematPolicy) -> RunConfig:
     """The same run with another rematerialisation in all stacks."""
 
     def changed(model):

@@ -4,13 +4,21 @@ import dataclasses
 import math
 
 from jaxlm.layers.block import BlockConfig
-from jaxlm.layers.stack import Remat
+from jaxlm.layers.remat import Remat
 from jaxlm.models.config import LanguageModelConfig, ModelConfig, ReplacedTokenDetectorConfig
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.rules import degree
+from jaxlm.parallel.stages import Recompute
 from jaxlm.planning.memory import bytes_on_a_device
 from jaxlm.run import BatchLayout, Program, RunConfig
 from jaxlm.training.state import abstract_state
+
+_KEPT = {
+    Remat.NONE: "everything",
+    Remat.BLOCK: "inputs and attention",
+    Remat.FULL: "inputs",
+    Remat.OFFLOAD: "nothing",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +54,19 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
             tokens = _tokens(rows, length, run.step.microbatches, parallel)
             blocks = [_widths(block, model, parallel) for block in stack.all_blocks]
             size = model.compute.dtype.itemsize
-            kept = {Remat.FULL: "inputs", Remat.NONE: "everything"}.get(stack.remat, "products")
-            saved += tokens * size * sum(block[kept] for block in blocks)
-            working = max(working, tokens * size * max(block["everything"] for block in blocks))
+            kept = _KEPT.get(stack.remat, "products")
+            inside = tokens * size * sum(block[kept] for block in blocks)
+            at_once = tokens
+            if (stages := parallel.mesh.shape["stage"]) > 1:
+                # Outside the pipeline a stage has its share of the tokens and inside all of them, but of the layers a
+                # share: `inside` is right as it is. All go through it one microbatch at a time.
+                pipeline = run.parallel.pipeline
+                at_once = tokens * stages // pipeline.microbatches
+                if pipeline.recompute is Recompute.STAGE:
+                    inputs = tokens * stages * size * model.width * pipeline.rounds
+                    inside = inputs + inside // pipeline.microbatches
+            saved += inside
+            working = max(working, at_once * size * max(block["everything"] for block in blocks))
         logits = min(tokens, 2048) * model.vocab_size * 4
         working += 2 * logits + 2 * model.vocab_size * model.width * 4 // _split(parallel, "vocab", model.vocab_size)
     return Expected(
@@ -83,8 +101,15 @@ def _widths(block: BlockConfig, model: LanguageModelConfig, parallel: Parallelis
     heads = sum((2 * a.num_heads) * a.head_dim // _split(parallel, "heads", a.num_heads) for a in attentions)
     keys = sum(2 * a.kv_heads * a.head_dim // _split(parallel, "kv_heads", a.kv_heads) for a in attentions)
     hidden = getattr(block.feed_forward, "hidden", 0)
+    hidden *= getattr(block.feed_forward, "experts_per_token", 1)  # of a mixture of experts
     hidden = hidden // _split(parallel, "mlp", hidden) if hidden else 0
     gated = 2 if getattr(block.feed_forward, "gated", False) else 1
     products = heads + keys + gated * hidden + model.width * (1 + len(attentions))
     everything = products + hidden + model.width * (1 + len(attentions))
-    return {"inputs": model.width, "products": products + model.width, "everything": everything}
+    return {
+        "nothing": 0,
+        "inputs": model.width,
+        "inputs and attention": model.width + heads // 2,
+        "products": products + model.width,
+        "everything": everything,
+    }

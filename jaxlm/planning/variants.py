@@ -4,9 +4,9 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-from jaxlm.layers.stack import Remat
+from jaxlm.layers.remat import Remat, RematPolicy
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.planning.program import Prepared, prepare, whole_models, with_remat
+from jaxlm.planning.program import Prepared, policy_name, prepare, whole_models, with_remat
 from jaxlm.planning.topology import Topology
 from jaxlm.run import RunConfig
 
@@ -15,7 +15,7 @@ _HOPELESS = 1.5
 """How far above the memory there is the expectation from shapes may be, before a candidate is not even compiled."""
 
 # What is recomputed in the backward pass, as a share of the forward pass, for the order of trying.
-_RECOMPUTED = {Remat.NONE: 0.0, Remat.DOTS: 0.1, Remat.DOTS_NO_BATCH: 0.2}
+_RECOMPUTED = {Remat.NONE: 0.0, Remat.DOTS: 0.05, Remat.DOTS_NO_BATCH: 0.1, Remat.BLOCK: 0.3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Levers:
     """
 
     mesh: MeshConfig
-    remat: Remat
+    remat: RematPolicy
     microbatches: int
 
     @property
@@ -37,7 +37,7 @@ class Levers:
         """The gin bindings that set it, shortened: "fsdp 16, tensor 2, remat full, microbatches 2"."""
         degrees = {axis: getattr(self.mesh, axis) for axis in ("slices", "stage", "data", "fsdp", "expert", "tensor")}
         parts = [f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1] or ["one device"]
-        return ", ".join([*parts, f"remat {self.remat.value}", f"microbatches {self.microbatches}"])
+        return ", ".join([*parts, f"remat {policy_name(self.remat)}", f"microbatches {self.microbatches}"])
 
     def on(self, run: RunConfig) -> RunConfig:
         """`run` with these.
@@ -69,8 +69,8 @@ def candidates(run: RunConfig, machine: Topology) -> Iterator[Levers]:
                 yield Levers(mesh, remat, microbatches)
 
 
-def _policies(own: Remat) -> list[Remat]:
-    return list(dict.fromkeys((own, Remat.FULL, Remat.DOTS_NO_BATCH, Remat.NONE)))
+def _policies(own: RematPolicy) -> list[RematPolicy]:
+    return list(dict.fromkeys((own, Remat.FULL, Remat.BLOCK, Remat.DOTS_NO_BATCH, Remat.NONE)))
 
 
 def _divisors(most: int, of: int) -> list[int]:

@@ -79,12 +79,12 @@ class SpikeGuard:
       sigma: a loss or gradient norm above mean + sigma standard deviations is a spike. So is one that isn't finite.
       window: number of earlier steps that mean and deviation are taken over. The guard only watches until half of
         them have been seen (steps that are not finite are spikes from the start).
-      policy: `Skip`, `RollBack` or `Stop`.
+      policy: `Skip` (also if None), `RollBack` or `Stop`.
     """
 
     sigma: float = 6.0
     window: int = 128
-    policy: Policy = Skip()
+    policy: Policy | None = None
 
     def __post_init__(self):
         if self.window < 4:

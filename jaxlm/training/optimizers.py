@@ -25,7 +25,7 @@ import optax
 
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.training.adafactor import scale_by_adafactor
-from jaxlm.training.guard import SpikeGuard
+from jaxlm.training.guard import Skip, SpikeGuard
 from jaxlm.training.moments import MomentStorage, stored
 from jaxlm.training.parameters import ParameterInfo, Tree, flatten, map_infos, select, unflatten, update
 from jaxlm.training.schedules import Schedule
@@ -407,7 +407,7 @@ class Optimizer:
             updates = jax.tree.map(lambda u: jnp.where(skip, 0.0, u), updates)
             new_state[name] = jax.tree.map(lambda old, fresh: jnp.where(skip, old, fresh), state[name], new)
             scalars["skipped"] = skip.astype(jnp.float32)
-            diverged = self.config.guard.policy.gives_up(skip, new_state["guard"].in_a_row)
+            diverged = (self.config.guard.policy or Skip()).gives_up(skip, new_state["guard"].in_a_row)
         return updates, new_state, scalars | {"diverged": diverged.astype(jnp.float32)}
 
     def evaluation_params(self, params: Tree, state: dict[str, Any]) -> Tree:

@@ -355,7 +355,7 @@ def test_a_single_short_document_fills_what_it_can(make_text):
 def test_examples_are_named_so_that_their_text_is_found(data):
     """Windows by number, on any number of hosts."""
     config = text_config(data)
-    loaders = [lm_loader(config, host_index=h, host_count=2) for h in range(2)]
+    loaders = [lm_loader(config, rows=share(8, h, 2)) for h in range(2)]
     rows = joined(take(loaders[0], 3)[2:] + take(loaders[1], 3)[2:])
     position = lm_loader(config).state() | {"step": 2}
     for loader in loaders:
@@ -398,7 +398,7 @@ def test_the_streams_state_is_small_and_restored_quickly(data):
 def test_the_streams_examples_are_named_on_any_number_of_hosts(data):
     """A row's inputs and targets are those of the pairs that are named, in order."""
     pairs = {task.name: list(task.source.read(task.source.shards("train")[0])) for task in data["pairs"].tasks()}
-    whole, half = stream_loader(stream_config(data)), stream_loader(stream_config(data), host_index=1, host_count=2)
+    whole, half = stream_loader(stream_config(data)), stream_loader(stream_config(data), rows=share(32, 1, 2))
     take(whole, 1)
     position = whole.state()
     batch = take(whole, 1)[0]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxlm.parallel.collectives import gather, ring_sum
+from jaxlm.parallel.collectives import gather, ring_sum, scatter_sum
 from jaxlm.parallel.mesh import MeshConfig
 
 mesh = MeshConfig(data=2, fsdp=4).make()
@@ -43,4 +43,20 @@ def total(x):
 x = rng.standard_normal((16, 6)).astype(np.float32)
 answer["gather"] = abs(float(jax.jit(total)(x)) - float((x * weights.sum(0)).sum())) / 100
 answer["gradient"] = float(np.abs(np.asarray(jax.jit(jax.grad(total))(x)) - weights.sum(0)).max())
+
+
+def scattered(x, weights):  # each device gives a sum another array, and weighs its own part
+    split = PartitionSpec(("data", "fsdp")), PartitionSpec("fsdp")
+    return jax.shard_map(
+        lambda x, w: (scatter_sum(x[0], "fsdp", 0) * w).sum()[None],
+        mesh=mesh,
+        in_specs=split,
+        out_specs=split[0],
+        check_vma=False,
+    )(x, weights).sum()
+
+
+gradient = np.asarray(jax.jit(jax.grad(scattered))(weights, x))
+answer["scatter_sum"] = abs(float(jax.jit(scattered)(weights, x)) - float((x * weights.sum(0)).sum())) / 100
+answer["gradient of scatter_sum"] = float(np.abs(gradient - x).max())
 print(json.dumps(answer))

@@ -43,15 +43,31 @@ def test_what_cannot_be_a_job_is_one_sentence(flags, message):
     assert "\n" not in str(raised.value)
 
 
-def test_on_without_a_cluster_is_an_error(monkeypatch):
+def test_on_without_a_cluster_is_an_error(run_python, monkeypatch):
     """Hosts that do not find each other must not each train alone; without `on`, one process is the usual case."""
     for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_"))]:
         monkeypatch.delenv(name)
-    with pytest.raises(JobError, match="jax detects no cluster; give --coordinator_address, --process_count"):
-        start(JobConfig(Distributed.ON))
-    start(JobConfig(Distributed.AUTO))
-    start(JobConfig(Distributed.OFF, "10.0.0.1:8476", 4, 3))
-    start(JobConfig(Distributed.AUTO, "10.0.0.1:8476", 1, 0))
+    code = """
+import jax
+from jaxlm.parallel.multihost import *
+
+def refusal(config):
+    try:
+        start(config)
+    except JobError as error:
+        return str(error)
+
+told = JobConfig(Distributed.AUTO, "10.0.0.1:8476", 2, 0)
+assert "jax detects no cluster; give --coordinator_address, --process_count" in refusal(JobConfig(Distributed.ON))
+start(JobConfig(Distributed.AUTO))
+start(JobConfig(Distributed.OFF, "10.0.0.1:8476", 4, 3))
+start(JobConfig(Distributed.AUTO, "10.0.0.1:8476", 1, 0))
+assert not in_job()
+jax.devices()  # as in a notebook
+start(JobConfig(Distributed.AUTO))
+assert "must be called before" in refusal(told) and "must be called before" in refusal(JobConfig(Distributed.ON))
+"""
+    run_python(code)
 
 
 def test_slurm_with_fewer_tasks_than_gpus(monkeypatch):

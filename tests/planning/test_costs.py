@@ -112,6 +112,23 @@ def test_a_fusion_reads_the_slice_it_takes_and_writes_the_update_it_makes():
     assert found.bytes < 100 * 100 * row / 10
 
 
+def test_attributes_may_break_lines_and_computations_have_threads():
+    hlo = """HloModule m
+
+%other (q: f32[8,4]) -> f32[8,4] {
+  %q = f32[8,4]{1,0} parameter(0)
+  ROOT %s = f32[8,4]{1,0} sine(%q), frontend_attributes={kernel_metadata={
+}}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  ROOT %f = f32[8,4]{1,0} fusion(%p), kind=kLoop, calls=%other
+}
+"""
+    assert costs(hlo).bytes == 2 * 8 * 4 * 4
+
+
 def test_padding_is_not_multiplied():
     """TPUs write a sharded product as a convolution whose window is mostly padding."""
     hlo = module(

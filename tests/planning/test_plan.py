@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxlm.configuration import resolve
-from jaxlm.layers.stack import Remat
+from jaxlm.layers.remat import Remat
 from jaxlm.planning.advice import advice
 from jaxlm.planning.memory import refused
 from jaxlm.planning.program import Memory, compile_plan, prepare, with_remat

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 from jaxlm.checkpoints import stored
+from jaxlm.exit_status import ExitStatus
 from jaxlm.training.loop import Outcome
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = pathlib.Path(__file__).with_name("process_program.py")
 STEPS = 12
-PREEMPTED = 3
 # What is compared is the same program on each number of processes; unoptimised it compiles in half the time.
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -84,7 +84,9 @@ def runs(workshop):
         return workshop.arguments(name, gin, *sizes, *periods, *samples)
 
     found = {"one": job(workshop, 1, arguments("one"))[0]}
-    found["two"], said = job(workshop, 2, arguments("two"), environments={1: {"SIGTERM_AT": "2"}}, expected=PREEMPTED)
+    found["two"], said = job(
+        workshop, 2, arguments("two"), environments={1: {"SIGTERM_AT": "2"}}, expected=ExitStatus.PREEMPTED
+    )
     assert f"Ended early ({Outcome.PREEMPTED.value}); the same command continues." in said[0]
     for name, count in (("four", 4), ("back", 1)):
         shutil.copytree(workshop.folder / "two", workshop.folder / name, ignore=shutil.ignore_patterns("run.lock"))

@@ -25,10 +25,9 @@ dense = decoder(remat=Remat.NONE)
 block = dataclasses.replace(dense.decoder.blocks[0], feed_forward=EXPERTS)
 config = dataclasses.replace(dense, decoder=dataclasses.replace(dense.decoder, blocks=(block,)))
 meshes = {
-    "expert 2": (MeshConfig(expert=2), 2),
-    "expert 4": (MeshConfig(expert=4), 4),
+    "expert": (MeshConfig(expert=2), 2),
+    "expert x sequence": (MeshConfig(expert=4, sequence=2), 8),
     "expert x fsdp x tensor": (MeshConfig(expert=2, fsdp=2, tensor=2), 8),
-    "data x expert x sequence": (MeshConfig(data=2, expert=2, sequence=2), 8),
 }
 answer = agreement(config, packed_batch(0), meshes)
 

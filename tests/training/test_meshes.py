@@ -17,10 +17,10 @@ def test_meshes_agree_in_loss_and_gradients_leaf_by_leaf(run_python):
 
 def test_experts_agree_across_meshes_and_drop_nothing(run_python):
     """Two of four experts and a shared one, with router losses, packed rows and padding; and all tokens at two."""
-    output = run_python(["tests/training/experts_program.py"], devices=8).stdout
+    output = run_python(["tests/training/experts_program.py"], devices=8, timeout=600).stdout
     answer = json.loads(output.strip().splitlines()[-1])
     crowded = answer.pop("crowded")
-    assert len(answer) == 4
+    assert len(answer) == 3
     for name, found in answer.items():
         assert found["start"] <= 2e-8, (name, found)
         assert found["loss"] <= 1e-6, (name, found)
