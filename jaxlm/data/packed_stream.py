@@ -114,7 +114,7 @@ class StreamLoader(Loader):
         while True:
             rows = [
                 take(group * group_shards + (phase + i) % group_shards)
-                for group in self._own_groups.tolist()
+                for group in own_groups
                 for i in range(group_rows)
             ]
             phase = (phase + group_rows) % group_shards

@@ -81,7 +81,7 @@ def test_the_expected_batch_is_what_the_loader_gives(model, objective, lengths, 
     flags.insert(2, "--gin_file=gin_configs/data/files.gin")
     flags += [f"--gin.TASK_FEATURE_LENGTHS={lengths}", f"--gin.FILES='{tmp_path}/*.txt'"]
     run = resolve(RunConfig, [*flags, f"--gin.DataConfig.cache_directory='{tmp_path}/cache'"])
-    loader = open_checked(run, run.phases[0])
+    loader = open_checked(run, run.phases[0], run.parallel.on(jax.devices()[:1]))
     real, expected = layout_of(loader), expected_layout(run, run.phases[0])
     batch = next(loader)
     loader.close()
