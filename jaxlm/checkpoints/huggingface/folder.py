@@ -1,0 +1,150 @@
+"""A Hugging Face model's folder as a jaxlm model, and the way back."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.checkpoints import naming, stored
+from jaxlm.checkpoints.huggingface import families
+from jaxlm.checkpoints.huggingface.family import Family, Json
+from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, write_tensors
+from jaxlm.checkpoints.huggingface.tensors import Shape, Table, resolve
+from jaxlm.layers.stacking import StackLayout
+from jaxlm.models.config import LanguageModelConfig
+
+CONFIG = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceFolder:
+    """A folder as `save_pretrained` leaves it.
+
+    Attributes:
+      path: the folder.
+      family: its adapter.
+      fields: the parsed `config.json`.
+      config: the model it describes, in float32, initialised anyhow.
+    """
+
+    path: pathlib.Path
+    family: Family
+    fields: Json
+    config: LanguageModelConfig
+
+    def load(self, params: Any, layouts: tuple[StackLayout, ...]) -> Any:
+        """The parameters, placed one after the other.
+
+        Args:
+          params: the model's parameters as a tree of `jax.ShapeDtypeStruct` (or arrays): shapes, types, shardings.
+          layouts: its scanned stacks.
+
+        Raises:
+          ValueError: a tensor is missing, is one too many, or has another shape.
+        """
+        requests = stored.requests_for(params, layouts)
+        layers = {naming.show(path): r.layer for r in requests.values() for path in r.paths}
+        table = resolve(self.family.table(self.config), {path: layer.shape for path, layer in layers.items()})
+        tensors = TensorFolder(self.path)
+        check(table, {path: layer.shape for path, layer in layers.items()}, tensors.shapes, str(self.path))
+        home = {path: entry for entry in table for path in entry.paths}
+        read: dict[str, tuple[np.ndarray, ...]] = {}  # fused tensors come again for each of their parameters
+
+        def parameter(path: str) -> jax.Array:
+            entry, wanted = home[path], layers[path]
+            if entry.name not in read:
+                read.clear()
+                shapes = tuple(layers[p].shape for p in entry.paths)
+                read[entry.name] = entry.form.split(tensors.read(entry.name), shapes)
+            value = read[entry.name][entry.paths.index(path)]
+            return jax.device_put(np.asarray(value, wanted.dtype), wanted.sharding)
+
+        values = {}
+        for path, request in requests.items():
+            parts = [parameter(naming.show(p)) for p in request.paths]
+            values[path] = stored.stacker(request.sharding)(*parts) if request.stacked else parts[0]
+        return jax.tree.unflatten(jax.tree.structure(params), [values[path] for path in naming.flatten(params)])
+
+
+def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> HuggingFaceFolder:
+    """Reads a folder's configuration.
+
+    Args:
+      path: the folder.
+      ignore: fields of `config.json` to pass over although no adapter knows them.
+
+    Raises:
+      FileNotFoundError: no `config.json` there.
+      ValueError: a model that no adapter knows, or that differs from what its adapter knows.
+    """
+    path = pathlib.Path(path)
+    if not (path / CONFIG).exists():
+        raise FileNotFoundError(f"{path} has no {CONFIG}; give a Hugging Face model's folder.")
+    values = json.loads((path / CONFIG).read_text())
+    family = families.by_config(values)
+    return HuggingFaceFolder(path, family, values, family.model_of(values, ignore=ignore))
+
+
+def export(
+    folder: pathlib.Path | str,
+    config: LanguageModelConfig,
+    shapes: Mapping[str, Shape],
+    value: Callable[[str], np.ndarray],
+    *,
+    dtype: np.dtype | None = None,
+    special_ids: Mapping[str, int] | None = None,
+    shard_bytes: int = 5 << 30,
+) -> Family:
+    """Writes a folder that `from_pretrained` loads.
+
+    Args:
+      folder: must not exist; it appears when everything is written.
+      config: the model.
+      shapes: {path: shape} of its parameters, layers one by one.
+      value: path -> the parameter.
+      dtype: of the tensors; None is float32.
+      special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+      shard_bytes: size of the files.
+
+    Returns:
+      the family it is of.
+
+    Raises:
+      ValueError: no family can express the model; the message says what stands in the way.
+      FileExistsError: the folder exists.
+    """
+    family = families.by_model(config)
+    table = resolve(family.table(config), shapes)
+    dtype = np.dtype(np.float32 if dtype is None else dtype)
+
+    def tensor(entry) -> Pending:
+        parts = tuple(shapes[path] for path in entry.paths)
+        make = lambda: entry.form.join(tuple(np.asarray(value(path)) for path in entry.paths)).astype(dtype)  # noqa: E731
+        return Pending(entry.form.shape(parts), dtype, make)
+
+    fields = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype.name}
+    with new_folder(pathlib.Path(folder)) as unfinished:
+        write_tensors(unfinished, {entry.name: tensor(entry) for entry in table}, shard_bytes=shard_bytes)
+        text = json.dumps(fields | family.write(config) | dict(special_ids or {}), indent=2, sort_keys=True)
+        (unfinished / CONFIG).write_text(text + "\n")
+    return family
+
+
+def check(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
+    """Raises ValueError unless the tensors are those of the table, in the right shapes."""
+    wanted = {entry.name: entry.form.shape(tuple(shapes[path] for path in entry.paths)) for entry in table}
+    for names, fault in ((set(wanted) - set(found), "lacks"), (set(found) - set(wanted), "has in excess")):
+        if names:
+            some, more = sorted(names)[:4], len(names) - 4
+            rest = f" and {more} more" if more > 0 else ""
+            raise ValueError(f"{where} {fault} {', '.join(some)}{rest}; its config.json describes another model.")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(
+                f"{where}: {name} has shape {list(found[name])}, but config.json describes {list(shape)}; one of the two "
+                f"is of another model."
+            )
