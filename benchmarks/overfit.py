@@ -232,7 +232,7 @@ def overfit(pair: Pair, *, steps: int = STEPS, learning_rate: float = LEARNING_R
     @jax.jit
     def measure(params, batch):
         model = definition.merge(params)
-        _, metrics = objective.loss_sums(model, batch, context=context, config=loss)
+        _, metrics, _ = objective.loss_sums(model, batch, context=context, config=loss)
         shown = None
         if isinstance(objective, ReplacedTokenDetection):
             shown = objective.shown_tokens(model, batch, context=context, config=loss)

@@ -171,7 +171,7 @@ def _generate(graphdef, state, batch, tokens, lengths, key, config, drawable, pa
         count, tokens, ends, done = carry
         at = lengths + count  # [B], each row goes on at its own place
         shifted = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=pad_id)[:, :-1]
-        hidden = model.hidden_states({**batch, "decoder_input_tokens": shifted}, context=context)  # [B, T, E]
+        hidden, _ = model.hidden_states({**batch, "decoder_input_tokens": shifted}, context=context)  # [B, T, E]
         logits = model.head(hidden[index, at])  # [B, V]
         keys = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(index, at)
         drawn = draw(keys, jnp.where(drawable, logits, NEVER), config)
@@ -189,7 +189,8 @@ def _fill(graphdef, state, batch, key, config, drawable, mask_id, context):
     """Tokens [B, S] with masks filled."""
     model = nnx.merge(graphdef, state)
     tokens = batch["encoder_input_tokens"]
-    logits = model.head(model.hidden_states(batch, context=context))  # [B, S, V]
+    hidden, _ = model.hidden_states(batch, context=context)
+    logits = model.head(hidden)  # [B, S, V]
     row, place = jnp.indices(tokens.shape)
     keys = jax.vmap(lambda r, p: jax.random.fold_in(jax.random.fold_in(key, r), p))(row.ravel(), place.ravel())
     flat = jnp.where(drawable, logits, NEVER).reshape(tokens.size, -1)

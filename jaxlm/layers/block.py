@@ -2,7 +2,6 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jaxlm.layers.feed_forward import FeedForwardConfig
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.positions import Rope, Rotation
+from jaxlm.layers.side_values import SideValues
 from pallas_kernels.biases import Bias
 from pallas_kernels.masks import Mask
 
@@ -87,6 +87,7 @@ class Surroundings:
       bias: the stack's shared relative position bias, or None.
       encoded: [B, S, E], the encoder's output, or None.
       cross_mask: which decoder position sees which encoder position.
+      present: bool [B, T], False on padding; None: there is none.
     """
 
     mask: Mask
@@ -94,6 +95,7 @@ class Surroundings:
     bias: Bias | None = None
     encoded: jax.Array | None = None
     cross_mask: Mask | None = None
+    present: jax.Array | None = None
 
 
 class Block(nnx.Module):
@@ -121,8 +123,8 @@ class Block(nnx.Module):
         self.config = config
         self.multiplier = make.parametrization.residual_multiplier(make.depth)
 
-    def __call__(self, x: jax.Array, around: Surroundings, context: Context) -> jax.Array:
-        """x after the block; `around` is what the stack's blocks share."""
+    def __call__(self, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
+        """x after the block, and its side values; `around` is what the stack's blocks share."""
         attention, dropout = self.config.attention, self.config.dropout
         rotates = isinstance(attention.position, Rope)
         rotation = around.rotations[attention.position, attention.head_dim] if rotates else None
@@ -137,24 +139,33 @@ class Block(nnx.Module):
             out = self.cross_attention(y, around.encoded, around.cross_mask, rotation=None, bias=None, context=inner)
             return inner.fold("out").dropout(out, dropout)
 
-        def feed(y: jax.Array) -> jax.Array:
+        def feed(y: jax.Array) -> tuple[jax.Array, SideValues]:
             inner = context.fold("feed_forward")
-            return inner.fold("out").dropout(self.feed_forward(y, inner), dropout)
+            out, side = self.feed_forward(y, inner, present=around.present)
+            return inner.fold("out").dropout(out, dropout), side
 
         if self.config.arrangement is Arrangement.PARALLEL:
-            x = self._branch(x, lambda y: attend(y) + feed(y), self.attention_norms)
+            y = _normed(x, self.attention_norms)
+            fed, side = feed(y)
+            x = self._join(x, attend(y) + fed, self.attention_norms)
         else:
-            x = self._branch(x, attend, self.attention_norms)
+            x = self._join(x, attend(_normed(x, self.attention_norms)), self.attention_norms)
             if self.cross_attention is not None:
-                x = self._branch(x, attend_encoder, self.cross_attention_norms)
-            x = self._branch(x, feed, self.feed_forward_norms)
-        return context.ops.constrain(x, ("batch", "length", "embed"))
+                y = attend_encoder(_normed(x, self.cross_attention_norms))
+                x = self._join(x, y, self.cross_attention_norms)
+            fed, side = feed(_normed(x, self.feed_forward_norms))
+            x = self._join(x, fed, self.feed_forward_norms)
+        return context.ops.constrain(x, ("batch", "length", "embed")), side
 
-    def _branch(self, x: jax.Array, f: Callable[[jax.Array], jax.Array], norms: nnx.Dict) -> jax.Array:
-        """x with the branch f added, norms where `Placement` says."""
-        y = f(norms["before"](x) if "before" in norms else x)
+    def _join(self, x: jax.Array, y: jax.Array, norms: nnx.Dict) -> jax.Array:
+        """x with a branch's output y, normed where `Placement` says."""
         if self.multiplier != 1.0:
             y = y * self.multiplier
         if self.config.placement is Placement.POST:
             return norms["after"](x + y)
         return x + (norms["after"](y) if "after" in norms else y)
+
+
+def _normed(x: jax.Array, norms: nnx.Dict) -> jax.Array:
+    """What a branch reads: x, normed where `Placement` says."""
+    return norms["before"](x) if "before" in norms else x

@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxlm.layers.context import Context
 from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
+from jaxlm.layers.side_values import NO_SIDE_VALUES, SideValues
 
 
 class Activation(enum.Enum):
@@ -45,6 +46,21 @@ class Activation(enum.Enum):
                 return x
 
 
+class FeedForwardLayer(Protocol):
+    """What a block asks of its feed-forward layer."""
+
+    def __call__(
+        self, x: jax.Array, context: Context, *, present: jax.Array | None = None
+    ) -> tuple[jax.Array, SideValues]:
+        """The layer's output, before it joins the residual stream, and its side values.
+
+        Args:
+          x: [B, T, E].
+          context: operations and dropout key.
+          present: bool [B, T], False on padding, for layers to which other tokens matter; None: no padding.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
     """One feed-forward layer. A layer of another kind is a subclass with its own `build` (docs/extending.md).
@@ -68,8 +84,8 @@ class FeedForwardConfig:
 
     def build(
         self, make: ParameterMaker, *, residual_gain: float, dtype: jnp.dtype, key: PathKey
-    ) -> Callable[[jax.Array, Context], jax.Array]:
-        """The module, a function (x [B, T, E], context) -> [B, T, E].
+    ) -> "FeedForwardLayer":
+        """The module.
 
         Args:
           make: makes parameters with their logical axes, in the model's initialisation.
@@ -96,10 +112,12 @@ class FeedForward(nnx.Module):
         self.down = linear("down", hidden, embed, residual_gain)
         self.config = config
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """The layer's output, before it joins the residual stream."""
+    def __call__(
+        self, x: jax.Array, context: Context, *, present: jax.Array | None = None
+    ) -> tuple[jax.Array, SideValues]:
+        """See `FeedForwardLayer`."""
         activation = self.config.activation
         hidden = self.up(x, context)
         hidden = activation(hidden) if self.gate is None else activation(self.gate(x, context)) * hidden
         hidden = context.ops.constrain(hidden, ("batch", "length", "mlp"))
-        return self.down(context.dropout(hidden, self.config.dropout), context)
+        return self.down(context.dropout(hidden, self.config.dropout), context), NO_SIDE_VALUES

@@ -15,6 +15,7 @@ from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.positions import RelativePositions, RelativeTable, Rope, rotation
+from jaxlm.layers.side_values import NO_SIDE_VALUES, SideValues
 from jaxlm.layers.stacking import StackLayout
 from pallas_kernels.masks import Mask
 
@@ -144,8 +145,9 @@ class Stack(nnx.Module):
         context: Context,
         encoded: jax.Array | None = None,
         cross_mask: Mask | None = None,
+        present: jax.Array | None = None,
         normalize: bool = True,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, SideValues]:
         """Runs all layers.
 
         Args:
@@ -155,22 +157,27 @@ class Stack(nnx.Module):
           context: operations and dropout key.
           encoded: [B, S, E], the encoder's output, for blocks with cross-attention.
           cross_mask: which decoder position sees which encoder position.
+          present: bool [B, T], False on padding; None: there is none.
           normalize: whether to end with the final norm and dropout; False leaves them to `finish`.
 
         Returns:
-          [B, T, E].
+          [B, T, E], and the layers' side values, added up.
         """
-        around = self.surroundings(mask, positions, encoded, cross_mask)
+        around = self.surroundings(mask, positions, encoded, cross_mask, present)
         run = remat(self.config.remat, scanned=False)
+        total = NO_SIDE_VALUES
         for i, block in (self.prologue or {}).items():
-            x = run(block, x, around, context.fold("prologue").fold(int(i)))
+            x, side = run(block, x, around, context.fold("prologue").fold(int(i)))
+            total += side
         inner = context.fold("layers")
         if self.config.scanned_repeats is None:
             for i in range(len(self.layers)):
-                x = run(self.layers[str(i)], x, around, inner.fold(i))
+                x, side = run(self.layers[str(i)], x, around, inner.fold(i))
+                total += side
         else:
-            x = self._scan(x, around, inner)
-        return self.finish(x, context) if normalize else x
+            x, side = self._scan(x, around, inner)
+            total += side
+        return (self.finish(x, context) if normalize else x), total
 
     def finish(self, x: jax.Array, context: Context) -> jax.Array:
         """The final norm and dropout."""
@@ -184,6 +191,7 @@ class Stack(nnx.Module):
         positions: jax.Array,
         encoded: jax.Array | None = None,
         cross_mask: Mask | None = None,
+        present: jax.Array | None = None,
         *,
         more_blocks: tuple[BlockConfig, ...] = (),
     ) -> Surroundings:
@@ -195,9 +203,9 @@ class Stack(nnx.Module):
             if isinstance(a.position, Rope)
         }
         bias = None if self.relative is None else self.relative()
-        return Surroundings(mask, rotations, bias, encoded, cross_mask)
+        return Surroundings(mask, rotations, bias, encoded, cross_mask, present)
 
-    def _scan(self, x: jax.Array, around: Surroundings, context: Context) -> jax.Array:
+    def _scan(self, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(self.layers)
         run = remat(self.config.remat, scanned=True)
         pattern = len(self.config.blocks)
@@ -205,14 +213,19 @@ class Stack(nnx.Module):
         def repeat(x, step):
             index, values = step
             blocks = nnx.merge(graph, values)
+            total = NO_SIDE_VALUES
             for position in range(pattern):
-                x = run(blocks[str(position)], x, around, context.fold(index * pattern + position))
-            return x, None
+                x, side = run(blocks[str(position)], x, around, context.fold(index * pattern + position))
+                total += side
+            return x, total
 
-        return jax.lax.scan(repeat, x, (jnp.arange(self.config.scanned_repeats), values))[0]
+        x, sides = jax.lax.scan(repeat, x, (jnp.arange(self.config.scanned_repeats), values))
+        return x, jax.tree.map(lambda value: value.sum(0), sides)
 
 
-def remat(policy: Remat, *, scanned: bool) -> Callable[[Block, jax.Array, Surroundings, Context], jax.Array]:
+def remat(
+    policy: Remat, *, scanned: bool
+) -> Callable[[Block, jax.Array, Surroundings, Context], tuple[jax.Array, SideValues]]:
     """A function that runs a block, recomputing in the backward pass what `policy` says."""
     if policy is Remat.NONE:
         return lambda block, x, around, context: block(x, around, context)
@@ -222,7 +235,7 @@ def remat(policy: Remat, *, scanned: bool) -> Callable[[Block, jax.Array, Surrou
         Remat.DOTS_NO_BATCH: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }[policy]
 
-    def run(block: Block, x: jax.Array, around: Surroundings, context: Context) -> jax.Array:
+    def run(block: Block, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(block)
 
         # In a scan the forward and backward passes are loops of their own, which XLA cannot merge back into one.

@@ -12,6 +12,7 @@ from jaxlm.layers.block import Block
 from jaxlm.layers.context import LOCAL, Context
 from jaxlm.layers.embeddings import Embedding
 from jaxlm.layers.parameters import ParameterMaker, PathKey
+from jaxlm.layers.side_values import SideValues
 from jaxlm.layers.stack import Stack, remat
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import LanguageModelConfig
@@ -65,8 +66,8 @@ class LanguageModel(nnx.Module):
 
     def hidden_states(
         self, batch: Batch, *, context: Context = LOCAL, added_embeddings: jax.Array | None = None
-    ) -> jax.Array:
-        """Hidden states at the positions where the loss is.
+    ) -> tuple[jax.Array, SideValues]:
+        """Hidden states at the positions where the loss is, and what the layers give beside them.
 
         Args:
           batch: features by seqio's names, docs/architecture.md.
@@ -75,14 +76,20 @@ class LanguageModel(nnx.Module):
 
         Returns:
           [B, T, E] for decoders, [B, S, E] for encoders, after the final norm. With multi-token prediction, those
-          that predict the next token.
+          that predict the next token. And the side values of all layers that ran, added up.
         """
         if self.future is not None:
-            return self._future(batch, context, 1)[0]
+            (hidden,), side = self._future(batch, context, 1)
+            return hidden, side
         return self._run(batch, context, added_embeddings, normalize=True)
 
-    def future_hidden_states(self, batch: Batch, *, context: Context = LOCAL) -> tuple[jax.Array, ...]:
-        """Hidden states that predict the next token, the one after it, and so on: `future_tokens` times [B, T, E]."""
+    def future_hidden_states(
+        self, batch: Batch, *, context: Context = LOCAL
+    ) -> tuple[tuple[jax.Array, ...], SideValues]:
+        """Hidden states that predict the next token, the one after it, and so on: `future_tokens` times [B, T, E].
+
+        And the layers' side values, as for `hidden_states`.
+        """
         if self.future is None:
             raise ValueError(
                 "This model predicts one token ahead; set LanguageModelConfig.future_tokens and future_block."
@@ -113,7 +120,9 @@ class LanguageModel(nnx.Module):
             raise ValueError("This model has no pooler; set LanguageModelConfig.pooler.")
         return self.pooler(hidden, context)
 
-    def _run(self, batch: Batch, context: Context, added: jax.Array | None, *, normalize: bool) -> jax.Array:
+    def _run(
+        self, batch: Batch, context: Context, added: jax.Array | None, *, normalize: bool
+    ) -> tuple[jax.Array, SideValues]:
         architecture = self.config.architecture
         if architecture is not Architecture.ENCODER_DECODER:
             side = "decoder" if architecture.has_decoder_features else "encoder"
@@ -124,35 +133,47 @@ class LanguageModel(nnx.Module):
                 self_mask(batch, architecture),
                 batch[f"{side}_positions"],
                 context=context.fold("stack"),
+                present=batch[f"{side}_segment_ids"] > 0,
                 normalize=normalize,
             )
-        encoded = self.encoder(
+        encoded, encoder_side = self.encoder(
             self._embed(batch, "encoder", context, None),
             self_mask(batch, Architecture.ENCODER),
             batch["encoder_positions"],
             context=context.fold("encoder_stack"),
+            present=batch["encoder_segment_ids"] > 0,
         )
-        return self.decoder(
+        hidden, decoder_side = self.decoder(
             self._embed(batch, "decoder", context, None),
             self_mask(batch, architecture),
             batch["decoder_positions"],
             context=context.fold("stack"),
             encoded=encoded,
             cross_mask=Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"]),
+            present=batch["decoder_segment_ids"] > 0,
             normalize=normalize,
         )
+        return hidden, encoder_side + decoder_side
 
-    def _future(self, batch: Batch, context: Context, count: int) -> tuple[jax.Array, ...]:
-        trunk = self._run(batch, context, None, normalize=False)
+    def _future(self, batch: Batch, context: Context, count: int) -> tuple[tuple[jax.Array, ...], SideValues]:
+        trunk, total = self._run(batch, context, None, normalize=False)
         # The blocks stand beside each other on the trunk and see what its own blocks see.
         stack = self.encoder if self.decoder is None else self.decoder
         mask = self_mask(batch, self.config.architecture)
-        around = stack.surroundings(mask, batch["decoder_positions"], more_blocks=(self.config.future_block,))
+        around = stack.surroundings(
+            mask,
+            batch["decoder_positions"],
+            present=batch["decoder_segment_ids"] > 0,
+            more_blocks=(self.config.future_block,),
+        )
         run = remat(stack.config.remat, scanned=False)
         inner = context.fold("future")
-        return tuple(
-            stack.finish(run(self.future[str(i)], trunk, around, inner.fold(i)), inner.fold(i)) for i in range(count)
-        )
+        hidden = []
+        for i in range(count):
+            x, side = run(self.future[str(i)], trunk, around, inner.fold(i))
+            hidden.append(stack.finish(x, inner.fold(i)))
+            total += side
+        return tuple(hidden), total
 
     def _embed(self, batch: Batch, side: str, context: Context, added: jax.Array | None) -> jax.Array:
         return self.embedding(

@@ -6,6 +6,7 @@ from flax import nnx
 
 from jaxlm.layers.context import LOCAL, Context
 from jaxlm.layers.parameters import ParameterMaker, PathKey
+from jaxlm.layers.side_values import SideValues
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import EmbeddingSharing, ReplacedTokenDetectorConfig
 from jaxlm.models.heads import TokenBinaryHead
@@ -50,11 +51,11 @@ class ReplacedTokenDetector(nnx.Module):
             for layout in model.layouts
         )
 
-    def discriminator_logits(self, batch: Batch, *, context: Context = LOCAL) -> jax.Array:
-        """Whether each token of `encoder_input_tokens` was replaced: float32 logits [B, S]."""
+    def discriminator_logits(self, batch: Batch, *, context: Context = LOCAL) -> tuple[jax.Array, SideValues]:
+        """Whether each token of `encoder_input_tokens` was replaced: float32 logits [B, S]; and the side values."""
         added = None
         if self.config.sharing is EmbeddingSharing.GRADIENT_DISENTANGLED:
             table = jax.lax.stop_gradient(self.generator.embedding.tokens[...])
             added = table[batch["encoder_input_tokens"]]
-        hidden = self.discriminator.hidden_states(batch, context=context, added_embeddings=added)
-        return self.verdict(hidden, context)
+        hidden, side = self.discriminator.hidden_states(batch, context=context, added_embeddings=added)
+        return self.verdict(hidden, context), side

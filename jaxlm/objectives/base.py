@@ -239,10 +239,11 @@ class Objective(abc.ABC):
 
     def loss_sums(
         self, model: Any, batch: Mapping[str, jax.Array], *, context: Any, config: LossConfig
-    ) -> tuple[dict[str, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]:
-        """Weighted sums of each loss term, and metrics as (sum, weight) pairs.
+    ) -> tuple[dict[str, jax.Array], dict[str, tuple[jax.Array, jax.Array]], Any]:
+        """Weighted sums of each loss term, metrics as (sum, weight) pairs, and the side values of the model's layers.
 
-        The step minimises sum over terms of coefficient * sum / weight, with weights from `loss_weights`.
+        The step minimises sum over terms of coefficient * sum / weight, with weights from `loss_weights`, and adds the
+        losses among the side values.
 
         Args:
           model: a `jaxlm.models.LanguageModel` (or what the objective asks for).
@@ -251,7 +252,8 @@ class Objective(abc.ABC):
           config: z-loss, label smoothing, chunks.
 
         Returns:
-          ({term: scalar f32}, {metric: (sum, weight)}); terms are the keys of `loss_weights`.
+          ({term: scalar f32}, {metric: (sum, weight)}, `jaxlm.layers.side_values.SideValues`); terms are the keys of
+          `loss_weights`; side values come with the hidden states and are handed on.
         """
         from jaxlm.objectives import losses
 

@@ -28,24 +28,25 @@ def token_weights(batch: Mapping[str, jax.Array]) -> Terms:
 
 def cross_entropy_sums(
     model: Any, batch: Mapping[str, jax.Array], *, context: Any, config: LossConfig, num_objectives: int = 1
-) -> tuple[Terms, Metrics]:
+) -> tuple[Terms, Metrics, Any]:
     """Cross-entropy of `model` on a batch: the loss of every objective that has only this term.
 
     Args:
-      model: has `hidden_states(batch, context=)` [B, T, E], and `output` as for `token_sums`.
+      model: has `hidden_states(batch, context=)`: [B, T, E] and side values, and `output` as for `token_sums`.
       batch: features by seqio's names, see docs/architecture.md.
       context: handed to the model.
       config: z-loss, label smoothing, chunks, number of data sets.
       num_objectives: also sum the loss by `objective_ids`, for this many; 1 does not.
 
     Returns:
-      {"cross_entropy": weighted sum of smoothed cross-entropy + z-loss} and the metrics of `token_sums`.
+      {"cross_entropy": weighted sum of smoothed cross-entropy + z-loss}, the metrics of `token_sums`, the side
+      values.
     """
     targets, weights = targets_of(batch)
-    hidden = model.hidden_states(batch, context=context)
+    hidden, side = model.hidden_states(batch, context=context)
     total, nll, metrics = token_sums(model, hidden, targets, weights, context=context, config=config)
     metrics |= grouped_sums("cross_entropy", nll, weights, batch, config, num_objectives)
-    return {"cross_entropy": total}, metrics
+    return {"cross_entropy": total}, metrics, side
 
 
 def token_sums(

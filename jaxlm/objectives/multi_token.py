@@ -20,7 +20,8 @@ class MultiTokenPrediction(FullLM):
 
     Head k (1..n) predicts the token k places on. The loss is the sum of the heads' mean losses, each with its
     weight; the paper's are all 1. A head has no target where the token it would predict lies in another segment
-    or beyond the row. The model gives `future_hidden_states(batch, context=)`, n arrays [B, T, E], and one `output`.
+    or beyond the row. The model gives `future_hidden_states(batch, context=)`, n arrays [B, T, E] and side values, and
+    one `output`.
 
     Attributes:
       num_future: n; the paper's best for code is 4, for bytes 8.
@@ -65,10 +66,10 @@ class MultiTokenPrediction(FullLM):
     @override
     def loss_sums(
         self, model: Any, batch: Mapping[str, jax.Array], *, context: Any, config: LossConfig
-    ) -> tuple[dict[str, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]:
+    ) -> tuple[dict[str, jax.Array], dict[str, tuple[jax.Array, jax.Array]], Any]:
         from jaxlm.objectives import losses
 
-        hidden = model.future_hidden_states(batch, context=context)
+        hidden, side = model.future_hidden_states(batch, context=context)
         if len(hidden) != self.num_future:
             raise ValueError(self._other_heads(len(hidden)))
         sums, metrics = {}, {}
@@ -82,7 +83,7 @@ class MultiTokenPrediction(FullLM):
                 metrics |= losses.grouped_sums(term, nll, weights, batch, config)
             else:
                 metrics[term] = head_metrics["cross_entropy"]
-        return sums, metrics
+        return sums, metrics, side
 
     @override
     def refuses(self, architecture: Architecture) -> str | None:

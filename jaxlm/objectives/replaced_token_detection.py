@@ -50,7 +50,7 @@ class ReplacedTokenDetection(MaskedLM):
     tied, or disentangled as in DeBERTaV3, arXiv 2111.09543) is the model's matter.
 
     The model gives `generator.hidden_states(batch, context=)`, `generator.output(hidden, context=)` and
-    `discriminator_logits(batch, context=)` [B, S]; `generator` is None for `Generator.UNIFORM`.
+    `discriminator_logits(batch, context=)`: [B, S] and side values; `generator` is None for `Generator.UNIFORM`.
 
     Of the positions to predict the released code shows 85% to the generator as the mask id and leaves the rest; so
     do the defaults here (the paper says that all are masked). `mask_rate` is 0.15, for its large model 0.25.
@@ -132,7 +132,7 @@ class ReplacedTokenDetection(MaskedLM):
     @override
     def loss_sums(
         self, model: Any, batch: Mapping[str, jax.Array], *, context: Any, config: LossConfig
-    ) -> tuple[dict[str, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]:
+    ) -> tuple[dict[str, jax.Array], dict[str, tuple[jax.Array, jax.Array]], Any]:
         import jax
         import jax.numpy as jnp
 
@@ -145,7 +145,7 @@ class ReplacedTokenDetection(MaskedLM):
         if self.generator is Generator.UNIFORM:
             shown = batch["encoder_input_tokens"]
         else:
-            hidden = model.generator.hidden_states(batch, context=context.fold(0))
+            hidden, generator_side = model.generator.hidden_states(batch, context=context.fold(0))
             sums["cross_entropy"], nll, metrics = losses.token_sums(
                 model.generator, hidden, originals, weights, context=context.fold(0), config=config
             )
@@ -153,7 +153,7 @@ class ReplacedTokenDetection(MaskedLM):
             shown = jnp.where(weights > 0, self._draw(model.generator, hidden, batch, context, config), originals)
 
         replaced = (shown != originals).astype(jnp.float32)
-        logits = model.discriminator_logits({**batch, "encoder_input_tokens": shown}, context=context.fold(1))
+        logits, side = model.discriminator_logits({**batch, "encoder_input_tokens": shown}, context=context.fold(1))
         logits = logits.astype(jnp.float32)
         present = _present(batch)
         surprise = jax.nn.softplus(logits) - replaced * logits  # binary cross-entropy, nats
@@ -162,7 +162,7 @@ class ReplacedTokenDetection(MaskedLM):
         metrics["detection_accuracy"] = ((present * ((logits > 0) == (replaced > 0))).sum(), present.sum())
         metrics["replaced"] = ((present * replaced).sum(), present.sum())
         metrics |= losses.grouped_sums("discriminator", surprise, present, batch, config)
-        return sums, metrics
+        return sums, metrics, side if self.generator is Generator.UNIFORM else generator_side + side
 
     def shown_tokens(
         self, model: Any, batch: Mapping[str, jax.Array], *, context: Any, config: LossConfig
@@ -174,7 +174,7 @@ class ReplacedTokenDetection(MaskedLM):
 
         if self.generator is Generator.UNIFORM:
             return batch["encoder_input_tokens"]
-        hidden = model.generator.hidden_states(batch, context=context.fold(0))
+        hidden, _ = model.generator.hidden_states(batch, context=context.fold(0))
         originals, weights = losses.targets_of(batch)
         return jnp.where(weights > 0, self._draw(model.generator, hidden, batch, context, config), originals)
 

@@ -40,8 +40,9 @@ def make_eval_step(
         params = state.ema_params
         if params is None:
             params = optimizer.evaluation_params(state.params, state.opt_state)
-        _, found = objective.loss_sums(definition.merge(params), batch, context=context, config=loss)
-        return replicated({**found, **counts(batch, config.byte_lengths, loss.num_datasets)}, parallel.mesh)
+        _, found, side = objective.loss_sums(definition.merge(params), batch, context=context, config=loss)
+        found = {**found, **side.metrics, **counts(batch, config.byte_lengths, loss.num_datasets)}
+        return replicated(found, parallel.mesh)
 
     return jax.jit(step)
 

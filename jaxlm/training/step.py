@@ -80,15 +80,18 @@ def make_train_step(
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Metrics]]:
         model = definition.merge(update(trained, frozen))
         context = Context(ops=ops, dropout_key=key)
-        sums, metrics = objective.loss_sums(model, batch, context=context, config=loss)
+        sums, metrics, side = objective.loss_sums(model, batch, context=context, config=loss)
         terms = {term: value / weights[term] for term, value in sums.items()}
-        return sum(coefficients[term] * value for term, value in terms.items()), (terms, metrics)
+        from_layers = {term: value / weights["tokens"] for term, value in side.losses.items()}
+        total = sum(coefficients[term] * value for term, value in terms.items()) + sum(from_layers.values())
+        return total, (terms | from_layers, metrics | side.metrics)
 
     gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
 
     def whole_gradient(trained: Tree, frozen: Tree, batch: Batch, key: jax.Array):
         # The denominators of the whole batch, not of a microbatch: the mean of means would be another loss.
-        weights = {term: jnp.where(w > 0, w, 1.0) for term, w in objective.loss_weights(batch).items()}
+        weights = {**objective.loss_weights(batch), "tokens": count_tokens(batch)}
+        weights = {term: jnp.where(w > 0, w, 1.0) for term, w in weights.items()}
         if config.microbatches == 1:
             return gradient(trained, frozen, batch, weights, jax.random.fold_in(key, 0))
         pieces = _microbatches(batch, config.microbatches, parallel)
@@ -143,6 +146,12 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def count_tokens(batch: Batch) -> jax.Array:
+    """f32: positions that are not padding, of encoder and decoder."""
+    segments = [ids for name, ids in batch.items() if name.endswith("_segment_ids")]
+    return sum((jnp.sum(ids > 0, dtype=jnp.float32) for ids in segments), jnp.float32(0.0))
+
+
 def counts(batch: Batch, byte_lengths: np.ndarray | None, num_datasets: int) -> Metrics:
     """What the batch holds, each with weight 1.
 
@@ -150,8 +159,7 @@ def counts(batch: Batch, byte_lengths: np.ndarray | None, num_datasets: int) -> 
     weight stand for; "bytes_by_dataset": the same for each data set, where there are several.
     """
     one = jnp.float32(1.0)
-    segments = [ids for name, ids in batch.items() if name.endswith("_segment_ids")]
-    metrics = {"tokens": (sum((jnp.sum(ids > 0, dtype=jnp.float32) for ids in segments), jnp.float32(0.0)), one)}
+    metrics = {"tokens": (count_tokens(batch), one)}
     if byte_lengths is not None:
         stack = "decoder" if "decoder_target_tokens" in batch else "encoder"
         lengths = jnp.asarray(byte_lengths, jnp.float32)[batch[f"{stack}_target_tokens"]]

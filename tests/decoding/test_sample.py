@@ -52,7 +52,7 @@ def make_model(architecture, seed=0, positions=None):
 
 @nnx.jit
 def logits_of(model, batch):
-    return model.head(model.hidden_states(batch))
+    return model.head(model.hidden_states(batch)[0])
 
 
 def next_logits(model, prompt, tokens):

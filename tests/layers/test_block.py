@@ -57,7 +57,9 @@ def test_feed_forward(gated, bias, make, build):
         return x @ np.asarray(module.kernel) + (np.asarray(module.bias) if bias else 0.0)
 
     hidden = linear(layer.up, X) * np.maximum(linear(layer.gate, X), 0) if gated else np.maximum(linear(layer.up, X), 0)
-    np.testing.assert_allclose(layer(X, LOCAL), linear(layer.down, hidden), rtol=1e-4, atol=1e-5)
+    out, side = layer(X, LOCAL)
+    np.testing.assert_allclose(out, linear(layer.down, hidden), rtol=1e-4, atol=1e-5)
+    assert not jax.tree.leaves(side)
 
 
 ATTENTIONS = {
@@ -127,15 +129,16 @@ def test_placements(placement, make, build):
         return formulas[placement]()
 
     x = branch(X, attend, block.attention_norms)
-    x = branch(x, lambda y: block.feed_forward(y, LOCAL), block.feed_forward_norms)
-    np.testing.assert_allclose(block(X, AROUND, LOCAL), x, rtol=1e-5, atol=1e-5)
+    x = branch(x, lambda y: block.feed_forward(y, LOCAL)[0], block.feed_forward_norms)
+    np.testing.assert_allclose(block(X, AROUND, LOCAL)[0], x, rtol=1e-5, atol=1e-5)
 
 
 def test_parallel_block_reads_one_norm_twice(make, build):
     block = build(lambda key: Block(block_config(arrangement=Arrangement.PARALLEL), make, dtype=F32, key=key))
     y = block.attention_norms["before"](X)
     expected = X + block.attention(y, y, Causal(), rotation=None, bias=None, context=LOCAL)
-    np.testing.assert_allclose(block(X, AROUND, LOCAL), expected + block.feed_forward(y, LOCAL), rtol=1e-5, atol=1e-5)
+    expected = expected + block.feed_forward(y, LOCAL)[0]
+    np.testing.assert_allclose(block(X, AROUND, LOCAL)[0], expected, rtol=1e-5, atol=1e-5)
     assert block.feed_forward_norms is None
 
 
@@ -148,8 +151,8 @@ def test_cross_attention_reads_the_encoder(make, build):
     x = X + block.attention(y, y, Causal(), rotation=None, bias=None, context=LOCAL)
     y = block.cross_attention_norms["before"](x)
     x = x + block.cross_attention(y, encoded, Full(), rotation=None, bias=None, context=LOCAL)
-    x = x + block.feed_forward(block.feed_forward_norms["before"](x), LOCAL)
-    np.testing.assert_allclose(block(X, around, LOCAL), x, rtol=1e-5, atol=1e-5)
+    x = x + block.feed_forward(block.feed_forward_norms["before"](x), LOCAL)[0]
+    np.testing.assert_allclose(block(X, around, LOCAL)[0], x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["attention", "feed_forward", "block"])
@@ -162,10 +165,10 @@ def test_dropout_acts_where_it_is_set_and_only_with_a_key(where, make, build):
     }[where]
     reference = build(lambda key: Block(plain, make, dtype=F32, key=key))
     block = build(lambda key: Block(dataclasses.replace(plain, **changes), make, dtype=F32, key=key))
-    np.testing.assert_array_equal(block(X, AROUND, LOCAL), reference(X, AROUND, LOCAL))
-    first, again, other = (block(X, AROUND, Context(dropout_key=jax.random.key(i))) for i in (0, 0, 1))
+    np.testing.assert_array_equal(block(X, AROUND, LOCAL)[0], reference(X, AROUND, LOCAL)[0])
+    first, again, other = (block(X, AROUND, Context(dropout_key=jax.random.key(i)))[0] for i in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
-    assert not np.allclose(first, other) and not np.allclose(first, reference(X, AROUND, LOCAL))
+    assert not np.allclose(first, other) and not np.allclose(first, reference(X, AROUND, LOCAL)[0])
 
 
 def test_dropout_keeps_the_mean():
@@ -184,7 +187,8 @@ def test_residual_branches_follow_completep(make, build):
     shallow, deep = (block(d) for d in (2, 8))
     deep.feed_forward_norms["before"].scale[...] *= 0.0  # the second branch is silent in both
     shallow.feed_forward_norms["before"].scale[...] *= 0.0
-    np.testing.assert_allclose(deep(X, AROUND, LOCAL) - X, (shallow(X, AROUND, LOCAL) - X) / 4, rtol=1e-4, atol=1e-6)
+    (from_deep, _), (from_shallow, _) = (block(X, AROUND, LOCAL) for block in (deep, shallow))
+    np.testing.assert_allclose(from_deep - X, (from_shallow - X) / 4, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

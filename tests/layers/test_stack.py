@@ -10,19 +10,36 @@ from flax import nnx
 
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.block import BlockConfig
-from jaxlm.layers.context import Context
-from jaxlm.layers.feed_forward import FeedForwardConfig
+from jaxlm.layers.context import LOCAL, Context
+from jaxlm.layers.feed_forward import FeedForward, FeedForwardConfig
 from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, ParameterMaker, Parametrization, PathKey, ResidualInit
 from jaxlm.layers.positions import RelativePositions, Rope
+from jaxlm.layers.side_values import SideValues
 from jaxlm.layers.stack import Layers, Remat, Stack, StackConfig
 from jaxlm.layers.stacking import StackLayout, stack, unstack
 from pallas_kernels.masks import Causal
 
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredConfig(FeedForwardConfig):
+    """A feed-forward layer with a loss of its own and a metric."""
+
+    def build(self, make, **options):
+        return Measured(self, make, **options)
+
+
+class Measured(FeedForward):
+    def __call__(self, x, context, *, present=None):
+        out, _ = super().__call__(x, context)
+        squares = jnp.square(out).sum(-1) * present
+        return out, SideValues({"size": 0.1 * squares.sum()}, {"largest": (squares.max(), jnp.float32(1.0))})
+
+
 LOCAL_BLOCK = BlockConfig(
     AttentionConfig(2, 8, position=Rope(), window=(2, 0), dropout=0.2), FeedForwardConfig(24, dropout=0.2), NormConfig()
 )
-GLOBAL_BLOCK = BlockConfig(AttentionConfig(2, 8), FeedForwardConfig(16), NormConfig(), dropout=0.2)
+GLOBAL_BLOCK = BlockConfig(AttentionConfig(2, 8), MeasuredConfig(16), NormConfig(), dropout=0.2)
 CONFIG = StackConfig(
     (LOCAL_BLOCK, GLOBAL_BLOCK),
     num_layers=4,
@@ -36,6 +53,7 @@ INIT = InitConfig(cut=2.0, residual=ResidualInit.BY_DEPTH)
 MAKE = ParameterMaker(INIT, Parametrization(), width=16)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16)), jnp.float32)
 POSITIONS = jnp.arange(8)[None].repeat(2, 0)
+PRESENT = POSITIONS < jnp.array([[8], [5]])
 
 
 def made(config):
@@ -55,10 +73,14 @@ def loss_and_gradient(config, params, dropout_seed=None):
     context = Context(dropout_key=None if dropout_seed is None else jax.random.key(dropout_seed))
 
     @jax.jit
-    @jax.value_and_grad
     def run(params):
-        out = nnx.merge(graph, params)(X, Causal(), POSITIONS, context=context)
-        return jnp.sum(out * jnp.cos(jnp.arange(16.0)))
+        def loss(params):
+            stack = nnx.merge(graph, params)
+            out, side = stack(X, Causal(), POSITIONS, context=context, present=PRESENT)
+            return jnp.sum(out * jnp.cos(jnp.arange(16.0))) + side.losses["size"], side.metrics
+
+        (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return (total, metrics["largest"]), gradient
 
     return run(params)
 
@@ -92,7 +114,7 @@ def expected(scanned):
 
 
 def assert_same(ours, theirs):
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours[0], theirs[0])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), ours[1], theirs[1]
     )
@@ -112,8 +134,29 @@ def test_recomputing_changes_nothing(scanned, expected, policy):
 
 
 def test_dropout_follows_its_key(scanned, expected):
-    loss, _ = loss_and_gradient(CONFIG, scanned, dropout_seed=2)
-    assert abs(loss - expected[0]) > 1e-3 * abs(expected[0])
+    (loss, _), _ = loss_and_gradient(CONFIG, scanned, dropout_seed=2)
+    assert abs(loss - expected[0][0]) > 1e-3 * abs(expected[0][0])
+
+
+def test_side_values_are_those_of_every_layer(scanned, expected):
+    """Three of the five layers have them."""
+    stack = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: made(CONFIG))), scanned)
+    x, sizes = X, []
+    around = stack.surroundings(Causal(), POSITIONS, present=PRESENT)
+    blocks = [stack.prologue["0"], *(nnx.merge(*_layer(stack, p, r)) for r in range(2) for p in range(2))]
+    for block in blocks:
+        x, side = block(x, around, LOCAL)
+        sizes += [float(side.losses["size"])] if side.losses else []
+    assert len(sizes) == 3 and min(sizes) > 0
+    out, side = stack(X, Causal(), POSITIONS, context=LOCAL, present=PRESENT)
+    np.testing.assert_allclose(side.losses["size"], sum(sizes), rtol=1e-5)
+    assert side.metrics["largest"][1] == 3
+    np.testing.assert_allclose(out, stack.norm(x), rtol=1e-4, atol=1e-5)
+
+
+def _layer(stack, position, repeat):
+    graph, values = nnx.split(stack.layers[str(position)])
+    return graph, jax.tree.map(lambda x: x[repeat], values)
 
 
 @pytest.mark.parametrize(

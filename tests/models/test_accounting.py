@@ -39,9 +39,9 @@ def traced(config, params, with_parameters, rows):
         model = with_parameters(config, params)
         if isinstance(config, ReplacedTokenDetectorConfig):
             generator = model.generator
-            filled = generator.head(generator.hidden_states(rows))
-            return jnp.sum(jnp.sin(filled)) + jnp.sum(jnp.sin(model.discriminator_logits(rows)))
-        states = model.future_hidden_states(rows) if config.future_tokens else (model.hidden_states(rows),)
+            filled = generator.head(generator.hidden_states(rows)[0])
+            return jnp.sum(jnp.sin(filled)) + jnp.sum(jnp.sin(model.discriminator_logits(rows)[0]))
+        states = model.future_hidden_states(rows)[0] if config.future_tokens else model.hidden_states(rows)[:1]
         return sum(jnp.sum(jnp.sin(model.head(h))) for h in states)
 
     return product_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)

@@ -51,7 +51,7 @@ def hidden(config, parameters, with_parameters):
         if architecture not in runs:
             made = config(architecture)
             params = parameters(made)
-            runs[architecture] = jax.jit(lambda batch: with_parameters(made, params).hidden_states(batch))
+            runs[architecture] = jax.jit(lambda batch: with_parameters(made, params).hidden_states(batch)[0])
         return np.asarray(runs[architecture](batch))
 
     return run
@@ -63,7 +63,7 @@ def test_prefix_of_length_zero_is_causal_bit_for_bit(config, parameters, with_pa
 
     def loss(params, architecture):
         model = with_parameters(config(architecture), params)
-        return jnp.sum(jnp.sin(model.head(model.hidden_states(rows))))
+        return jnp.sum(jnp.sin(model.head(model.hidden_states(rows)[0])))
 
     results = [jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, a) for a in (CAUSAL, PREFIX)]
     jax.tree.map(np.testing.assert_array_equal, *results)
@@ -82,7 +82,7 @@ def test_the_name_of_a_single_stack_does_not_matter(config, parameters, with_par
     params = parameters(config(CAUSAL))
     renamed = {"encoder": params["decoder"], "embedding": params["embedding"]}
     model = with_parameters(config(CAUSAL, stack_name="encoder"), renamed)
-    np.testing.assert_array_equal(jax.jit(model.hidden_states)(rows), hidden(CAUSAL, rows))
+    np.testing.assert_array_equal(jax.jit(model.hidden_states)(rows)[0], hidden(CAUSAL, rows))
 
 
 @pytest.mark.parametrize("architecture", list(Architecture), ids=str)
@@ -110,7 +110,7 @@ def test_nothing_leaks_across_segments(architecture, config, parameters, with_pa
     @jax.jit
     def run(params, rows):
         def loss(params):
-            out = with_parameters(made, params).hidden_states(rows)[0, :length]
+            out = with_parameters(made, params).hidden_states(rows)[0][0, :length]
             return jnp.sum(jnp.sin(out)), out
 
         return jax.value_and_grad(loss, has_aux=True)(params)
@@ -182,7 +182,7 @@ def test_bfloat16_computes_and_float32_keeps(config, parameters, with_parameters
     made = config(CAUSAL, compute="bfloat16")
     model = with_parameters(made, parameters(made))
     rows = batch(ROWS)
-    out = jax.jit(model.hidden_states)(rows)
+    out, _ = jax.jit(model.hidden_states)(rows)
     assert out.dtype == jnp.bfloat16 and model.head(out).dtype == jnp.float32
     assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(parameters(made)))
     exact = hidden(CAUSAL, rows)
@@ -195,7 +195,7 @@ def test_dropout_needs_a_key(config, parameters, with_parameters, hidden, batch)
     plain = config(CAUSAL)
     made = dataclasses.replace(plain, embedding=dataclasses.replace(plain.embedding, dropout=0.5))
     model = with_parameters(made, parameters(made))
-    run = jax.jit(lambda key: model.hidden_states(batch(ROWS), context=Context(dropout_key=key)))
+    run = jax.jit(lambda key: model.hidden_states(batch(ROWS), context=Context(dropout_key=key))[0])
     np.testing.assert_allclose(run(None), hidden(CAUSAL, batch(ROWS)), rtol=1e-5, atol=1e-5)
     a, b, c = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
     np.testing.assert_array_equal(a, b)
@@ -288,8 +288,8 @@ def test_several_tokens_ahead(config, parameters, with_parameters, batch):
     made = config(CAUSAL, future_tokens=3, future_block=block)
     params, rows = parameters(made), batch(ROWS)
     model = with_parameters(made, params)
-    first, *others = jax.jit(model.future_hidden_states)(rows)
-    np.testing.assert_allclose(jax.jit(model.hidden_states)(rows), first, rtol=1e-5, atol=1e-5)
+    first, *others = jax.jit(model.future_hidden_states)(rows)[0]
+    np.testing.assert_allclose(jax.jit(model.hidden_states)(rows)[0], first, rtol=1e-5, atol=1e-5)
     assert len(others) == 2 and not np.allclose(others[0], others[1])
     # Block i on the trunk is the model whose stack ends with that block.
     for i, states in enumerate((first, *others)):
@@ -297,7 +297,7 @@ def test_several_tokens_ahead(config, parameters, with_parameters, batch):
         layers = {**params["decoder"]["layers"], "3": params["future"][str(i)]}
         taller = {**params, "decoder": {**params["decoder"], "layers": layers}}
         del taller["future"]
-        expected = with_parameters(config(CAUSAL, decoder=stack), taller).hidden_states(rows)
+        expected = with_parameters(config(CAUSAL, decoder=stack), taller).hidden_states(rows)[0]
         np.testing.assert_allclose(states, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="predicts one token ahead"):
         with_parameters(plain, parameters(plain)).future_hidden_states(rows)

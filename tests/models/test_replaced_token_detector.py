@@ -37,11 +37,11 @@ def gradients(config, params, with_parameters, rows):
     """d (discriminator's loss) and d (generator's loss) / d parameters."""
 
     def judge(params):
-        return jnp.sum(jnp.sin(with_parameters(config, params).discriminator_logits(rows)))
+        return jnp.sum(jnp.sin(with_parameters(config, params).discriminator_logits(rows)[0]))
 
     def fill(params):
         generator = with_parameters(config, params).generator
-        return jnp.sum(jnp.sin(generator.head(generator.hidden_states(rows))))
+        return jnp.sum(jnp.sin(generator.head(generator.hidden_states(rows)[0])))
 
     return jax.jit(lambda params: (jax.grad(judge)(params), jax.grad(fill)(params)))(params)
 
@@ -85,8 +85,8 @@ def test_gradient_disentangled(detector, parameters, with_parameters, batch):
     summed["discriminator"]["embedding"]["tokens"] = tables[0] + tables[1]
     untied = detector(EmbeddingSharing.UNTIED)
     np.testing.assert_allclose(
-        with_parameters(made, params).discriminator_logits(rows),
-        with_parameters(untied, summed).discriminator_logits(rows),
+        with_parameters(made, params).discriminator_logits(rows)[0],
+        with_parameters(untied, summed).discriminator_logits(rows)[0],
         rtol=1e-5,
         atol=1e-6,
     )
@@ -104,9 +104,9 @@ def test_verdicts(detector, parameters, with_parameters, batch):
     params, rows = parameters(made), batch([[SEGMENT]])
     model = with_parameters(made, params)
     assert model.generator is None
-    logits = model.discriminator_logits(rows)
+    logits, _ = model.discriminator_logits(rows)
     verdict = jax.tree.map(np.asarray, params["verdict"])
-    hidden = np.asarray(model.discriminator.hidden_states(rows))
+    hidden = np.asarray(model.discriminator.hidden_states(rows)[0])
     dense = jax.nn.gelu(hidden @ verdict["dense"]["kernel"] + verdict["dense"]["bias"], approximate=False)
     assert logits.shape == (1, 12) and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, dense @ verdict["kernel"] + verdict["bias"], rtol=1e-4, atol=1e-5)

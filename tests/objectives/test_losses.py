@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.layers.context import LOCAL, Context
+from jaxlm.layers.side_values import NO_SIDE_VALUES
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.objectives.mixture import Mixture
@@ -37,13 +38,15 @@ def params_and_batch(stack="decoder"):
 
 def model_of(params):
     return types.SimpleNamespace(
-        hidden_states=lambda batch, context: params["hidden"],
+        hidden_states=lambda batch, context: (params["hidden"], NO_SIDE_VALUES),
         output=lambda hidden, context: (hidden, OutputProjection(params["head"])),
     )
 
 
 def sums(params, batch, config=PLAIN, objective=FULL_LM):
-    return objective.loss_sums(model_of(params), batch, context=LOCAL, config=config)
+    terms, metrics, side = objective.loss_sums(model_of(params), batch, context=LOCAL, config=config)
+    assert side is NO_SIDE_VALUES
+    return terms, metrics
 
 
 def log_softmax(params):
@@ -140,7 +143,8 @@ def test_the_head_is_handed_the_context():
         seen.append(context)
         return hidden, OutputProjection(params["head"])
 
-    model = types.SimpleNamespace(hidden_states=lambda batch, context: params["hidden"], output=output)
+    model = model_of(params)
+    model.output = output
     context = Context(dropout_key=jax.random.key(0))
     FULL_LM.loss_sums(model, batch, context=context, config=PLAIN)
     assert seen == [context]

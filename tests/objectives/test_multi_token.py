@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.layers.context import LOCAL
+from jaxlm.layers.side_values import NO_SIDE_VALUES
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.objectives.multi_token import MultiTokenPrediction, ahead
@@ -37,8 +38,8 @@ def model(n):
     head = jax.random.normal(keys[n], (4, 12))
     states = tuple(jax.random.normal(key, (1, 6, 4)) for key in keys[:n])
     return types.SimpleNamespace(
-        future_hidden_states=lambda batch, context: states,
-        hidden_states=lambda batch, context: states[0],
+        future_hidden_states=lambda batch, context: (states, NO_SIDE_VALUES),
+        hidden_states=lambda batch, context: (states[0], NO_SIDE_VALUES),
         output=lambda hidden, context: (hidden, OutputProjection(head)),
         logits=lambda k: np.asarray(states[k] @ head),
     )
@@ -46,7 +47,7 @@ def model(n):
 
 def test_each_head_predicts_its_token():
     objective, net = MultiTokenPrediction(num_future=3, weights=(1.0, 0.5, 0.25)), model(3)
-    sums, metrics = objective.loss_sums(net, BATCH, context=LOCAL, config=LossConfig())
+    sums, metrics, _ = objective.loss_sums(net, BATCH, context=LOCAL, config=LossConfig())
     weights = objective.loss_weights(BATCH)
     assert dict(objective.coefficients) == {"cross_entropy": 1.0, "future_2": 0.5, "future_3": 0.25}
     assert set(sums) == set(weights) == set(objective.coefficients)
@@ -62,8 +63,8 @@ def test_each_head_predicts_its_token():
 
 def test_one_head_is_full_lm():
     net, config = model(1), LossConfig(z_loss=1e-3, label_smoothing=0.1)
-    one, _ = MultiTokenPrediction(num_future=1).loss_sums(net, BATCH, context=LOCAL, config=config)
-    full, _ = FullLM().loss_sums(net, BATCH, context=LOCAL, config=config)
+    one, *_ = MultiTokenPrediction(num_future=1).loss_sums(net, BATCH, context=LOCAL, config=config)
+    full, *_ = FullLM().loss_sums(net, BATCH, context=LOCAL, config=config)
     assert one == full
 
 

@@ -10,6 +10,7 @@ import objective_zoo as zoo
 import pytest
 
 from jaxlm.layers.context import LOCAL, Context
+from jaxlm.layers.side_values import NO_SIDE_VALUES
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.replaced_token_detection import Draws, Generator, ReplacedTokenDetection
 from pallas_kernels.cross_entropy import OutputProjection
@@ -54,11 +55,12 @@ def model_of(params, *, tied=False, uniform=False):
         seen.append(batch["encoder_input_tokens"])
         embedding = params["embedding"] if tied else jax.lax.stop_gradient(params["embedding"])
         own = params["discriminator"]
-        return mix(batch["encoder_input_tokens"], embedding, own["mixer"]) @ own["head"]
+        return mix(batch["encoder_input_tokens"], embedding, own["mixer"]) @ own["head"], NO_SIDE_VALUES
 
     generator = types.SimpleNamespace(
-        hidden_states=lambda batch, context: mix(
-            batch["encoder_input_tokens"], params["embedding"], params["generator"]["mixer"]
+        hidden_states=lambda batch, context: (
+            mix(batch["encoder_input_tokens"], params["embedding"], params["generator"]["mixer"]),
+            NO_SIDE_VALUES,
         ),
         output=lambda hidden, context: (hidden, OutputProjection(params["generator"]["head"])),
     )
@@ -69,7 +71,7 @@ def model_of(params, *, tied=False, uniform=False):
 
 def run(params, batch, objective, context=LOCAL, config=PLAIN, **options):
     model = model_of(params, **options)
-    sums, metrics = objective.loss_sums(model, batch, context=context, config=config)
+    sums, metrics, _ = objective.loss_sums(model, batch, context=context, config=config)
     return sums, metrics, model.shown[-1]
 
 
@@ -83,7 +85,7 @@ def test_loss_is_mlm_plus_fifty_times_bce():
     assert weights["discriminator"] == 21  # all that is not padding
     # By definition: labels from what was shown, binary cross-entropy over the 21 tokens.
     labels = np.asarray(shown != batch["encoder_target_tokens"])
-    logits = np.asarray(model_of(params).discriminator_logits({"encoder_input_tokens": shown}, None), np.float64)
+    logits = np.asarray(model_of(params).discriminator_logits({"encoder_input_tokens": shown}, None)[0], np.float64)
     p = 1 / (1 + np.exp(-logits))
     present = np.asarray(batch["encoder_segment_ids"]) > 0
     bce = -np.where(labels, np.log(p), np.log(1 - p))
@@ -110,7 +112,7 @@ def test_a_draw_equal_to_the_original_counts_as_original():
     model = model_of(params)
     right = jax.nn.one_hot(batch["encoder_target_tokens"], V)
     model.generator.output = lambda hidden, context: (right, OutputProjection(1e4 * jnp.eye(V)))
-    _, metrics = ReplacedTokenDetection().loss_sums(model, batch, context=LOCAL, config=LossConfig())
+    _, metrics, _ = ReplacedTokenDetection().loss_sums(model, batch, context=LOCAL, config=LossConfig())
     assert metrics["replaced"][0] == 0 and metrics["accuracy"][0] == metrics["accuracy"][1]
 
 
@@ -151,10 +153,10 @@ def test_draws_follow_the_softmax():
 
         def discriminator_logits(batch, context, shown=shown):
             shown.append(batch["encoder_input_tokens"])
-            return jnp.zeros((20, 1000))
+            return jnp.zeros((20, 1000)), NO_SIDE_VALUES
 
         generator = types.SimpleNamespace(
-            hidden_states=lambda batch, context: jnp.zeros((20, 1000, 1)),
+            hidden_states=lambda batch, context: (jnp.zeros((20, 1000, 1)), NO_SIDE_VALUES),
             output=lambda hidden, context: (
                 hidden,
                 OutputProjection(jnp.zeros((1, 4)), jnp.log(jnp.asarray(p, jnp.float32))),

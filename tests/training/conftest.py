@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxlm.layers.side_values import SideValues
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.objectives.base import Objective
 
@@ -72,7 +73,8 @@ class TinyModel(nnx.Module):
             y = context.ops.constrain(y, ("batch", "length", "heads", None))
             y = jnp.einsum("bthd,hde->bte", jax.nn.gelu(y), block["wo"]) + block["bias"]
             x = x + context.fold(i).dropout(y, self.dropout)
-        return x * self.scale[...]
+        squares = jnp.square(x).sum(-1) * (batch["decoder_segment_ids"] > 0)
+        return x * self.scale[...], SideValues({"size": 1e-3 * squares.sum()}, {"largest": (squares.max(), 1.0)})
 
     def head(self, hidden):
         return (hidden @ self.output[...]).astype(jnp.float32)
@@ -96,11 +98,12 @@ class TinyObjective(Objective):
         return {"cross_entropy": batch["decoder_loss_weights"].sum()}
 
     def loss_sums(self, model, batch, *, context, config):
-        logits = model.head(model.hidden_states(batch, context=context))
+        hidden, side = model.hidden_states(batch, context=context)
+        logits = model.head(hidden)
         targets, weights = batch["decoder_target_tokens"], batch["decoder_loss_weights"]
         nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         total = (nats * weights).sum()
-        return {"cross_entropy": total}, {"nats": (total, weights.sum())}
+        return {"cross_entropy": total}, {"nats": (total, weights.sum())}, side
 
 
 def make_batch(seed=0, size=8, dtype=np.int32):
@@ -112,6 +115,7 @@ def make_batch(seed=0, size=8, dtype=np.int32):
         "decoder_input_tokens": tokens[:, :-1],
         "decoder_target_tokens": tokens[:, 1:],
         "decoder_loss_weights": weights,
+        "decoder_segment_ids": (weights > 0).astype(dtype),
     }
 
 

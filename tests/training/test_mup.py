@@ -58,7 +58,7 @@ def movement(width, kind, algorithm, rate):
     @jax.jit
     def activations(params):
         model = definition.merge(params)
-        hidden = model.hidden_states(batch, context=Context())
+        hidden, _ = model.hidden_states(batch, context=Context())
         return hidden, model.head(hidden)
 
     step = make_train_step(definition, FullLM(), optimizer, parallel, config=StepConfig(), loss=LossConfig())

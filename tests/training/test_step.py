@@ -52,8 +52,12 @@ def test_accumulation_equals_the_whole_batch(tiny, scan):
     for path, leaf in flatten(one.params).items():
         g, h = before[path] - np.asarray(leaf), before[path] - np.asarray(flatten(other.params)[path])
         assert np.linalg.norm(g - h) <= 1e-5 * np.linalg.norm(g), path
-    for name in ("loss", "nats", "grad_norm"):
+    for name in ("loss", "nats", "grad_norm", "loss/size"):
         np.testing.assert_allclose(one_metrics[name], other_metrics[name], rtol=1e-5)
+    # The layers' own loss is a mean over tokens that are not padding, and part of the whole.
+    cross_entropy, size, loss = (float(one_metrics[f"loss{name}"][0]) for name in ("/cross_entropy", "/size", ""))
+    assert size > 1e-3 and abs(loss - cross_entropy - size) < 1e-5
+    assert one_metrics["largest"][1] == 1 and other_metrics["largest"][1] == 4
     assert float(one_metrics["nats"][1]) == batch["decoder_loss_weights"].sum()
 
 
@@ -139,10 +143,11 @@ def test_ema_and_evaluation_use_the_average(tiny):
     )
 
 
-def test_a_batch_without_targets_changes_nothing(tiny):
+def test_a_batch_of_padding_changes_nothing(tiny):
     setup = Setup(tiny)
     batch = tiny.batch(0)
-    batch["decoder_loss_weights"] = np.zeros_like(batch["decoder_loss_weights"])
+    for name in ("decoder_loss_weights", "decoder_segment_ids"):
+        batch[name] = np.zeros_like(batch[name])
     before = jax.device_get(setup.state().params)
     state, found = setup.step(setup.state(), batch)
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state.params))
