@@ -3,11 +3,28 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.checkpoints.huggingface import llama
+from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, modernbert, olmo, t5
 from jaxlm.checkpoints.huggingface.family import Family
 from jaxlm.models.config import LanguageModelConfig
 
-FAMILIES: tuple[Family, ...] = (llama.Llama(), llama.Mistral(), llama.Qwen2(), llama.Qwen3())
+FAMILIES: tuple[Family, ...] = (
+    llama.Llama(),
+    llama.Mistral(),
+    llama.Qwen2(),
+    llama.Qwen3(),
+    gemma.Gemma(),
+    gemma.Gemma2(),
+    gemma.Gemma3(),
+    olmo.Olmo2(),
+    gpt2.GPT2(),
+    gpt_neox.GPTNeoX(),
+    t5.T5(),
+    t5.MT5(),
+    bert.Bert(),
+    bert.Roberta(),
+    bert.ElectraGenerator(),
+    modernbert.ModernBert(),
+)
 """In the order in which a model is offered to them for export."""
 
 

@@ -2,17 +2,18 @@
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.huggingface.fields import Fields
 from jaxlm.checkpoints.huggingface.tensors import Table
+from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.block import BlockConfig
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation
 from jaxlm.layers.norms import NormConfig
-from jaxlm.layers.parameters import InitConfig
+from jaxlm.layers.parameters import InitConfig, Scaling
 from jaxlm.layers.positions import LinearScaling, Llama3Scaling, NtkScaling, Rope, YarnScaling
 from jaxlm.layers.stack import Layers, Remat, StackConfig
 from jaxlm.models.config import ComputeType, HeadConfig, LanguageModelConfig
@@ -46,13 +47,20 @@ class Family:
         """Which tensor holds which parameter."""
         raise NotImplementedError
 
-    def model_of(self, values: Mapping[str, Any], *, ignore: tuple[str, ...] = ()) -> LanguageModelConfig:
-        """`read`, with a complaint about fields that it did not look at; `ignore` are passed over.
+    def model_of(
+        self, values: Mapping[str, Any], *, ignore: tuple[str, ...] = (), tensors: Collection[str] | None = None
+    ) -> LanguageModelConfig:
+        """`read`, with a complaint about fields that it did not look at.
+
+        Args:
+          values: the parsed `config.json`.
+          ignore: fields to pass over.
+          tensors: names of the checkpoint's tensors; None: not known.
 
         Raises:
           ValueError: see `read` and `Fields.finish`.
         """
-        fields = Fields(values, ignore)
+        fields = Fields(values, ignore, tensors)
         config = self.read(fields)
         fields.finish()
         return config
@@ -73,11 +81,17 @@ def essence(config: LanguageModelConfig) -> LanguageModelConfig:
     """
 
     def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(plain(part) for part in value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             changes = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
             for name, neutral in (("dropout", 0.0), ("backend", "auto")):
                 if name in changes:
                     changes[name] = neutral
+            if isinstance(value, AttentionConfig):  # what None stands for
+                changes["num_kv_heads"] = value.kv_heads
+                if value.scale is None:
+                    changes["scale"] = config.scaling.attention_scale(value.head_dim)
             if isinstance(value, StackConfig):
                 blocks = tuple(plain(block) for block in value.all_blocks)
                 changes |= {"blocks": blocks, "num_layers": len(blocks), "prologue": ()}
@@ -85,7 +99,13 @@ def essence(config: LanguageModelConfig) -> LanguageModelConfig:
             return dataclasses.replace(value, **changes)
         return value
 
-    config = dataclasses.replace(config, init=InitConfig(), compute=ComputeType.FLOAT32)
+    standard = config.scaling.kind is Scaling.STANDARD
+    config = dataclasses.replace(
+        config,
+        init=InitConfig(),
+        compute=ComputeType.FLOAT32,
+        parametrization=None if standard else config.parametrization,
+    )
     return plain(config)
 
 
@@ -93,7 +113,9 @@ def differences(ours: Any, theirs: Any, family: str, where: str = "") -> list[st
     """How two configurations differ: "decoder.blocks[0].attention.sinks is True, in a llama False"."""
     if type(ours) is type(theirs) and dataclasses.is_dataclass(ours):
         prefix = f"{where}." if where else ""
-        pairs = [(f"{prefix}{f.name}", getattr(ours, f.name), getattr(theirs, f.name)) for f in dataclasses.fields(ours)]
+        pairs = [
+            (f"{prefix}{f.name}", getattr(ours, f.name), getattr(theirs, f.name)) for f in dataclasses.fields(ours)
+        ]
     elif isinstance(ours, tuple) and isinstance(theirs, tuple) and len(ours) == len(theirs):
         pairs = [(f"{where}[{i}]", a, b) for i, (a, b) in enumerate(zip(ours, theirs))]
     else:
@@ -136,13 +158,16 @@ def activation_name(of: Activation, *prefer: str) -> str:
     return next((name for name in prefer if name in names), names[0])
 
 
-def rope(fields: Fields, *, layer_type: str | None = None, default_base: float = 10000.0) -> Rope:
+def rope(
+    fields: Fields, *, layer_type: str | None = None, default_base: float = 10000.0, fraction: float = 1.0
+) -> Rope:
     """RoPE from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4).
 
     Args:
       fields: the configuration; positions up to `max_position_embeddings` were trained on.
       layer_type: the entry for layers of this type, where they differ.
       default_base: where neither says.
+      fraction: of a head's dimensions that are rotated, where neither says.
 
     Raises:
       ValueError: a kind of scaling that does not exist here.
@@ -153,7 +178,7 @@ def rope(fields: Fields, *, layer_type: str | None = None, default_base: float =
         parameters = parameters[layer_type]
     rest = dict(parameters)
     kind = rest.pop("rope_type", rest.pop("type", "default"))
-    base, fraction = rest.pop("rope_theta", theta), rest.pop("partial_rotary_factor", None)
+    base, fraction = rest.pop("rope_theta", theta), rest.pop("partial_rotary_factor", fraction)
     trained = rest.pop("original_max_position_embeddings", None) or fields("max_position_embeddings", None)
     match kind:
         case "default":
@@ -172,7 +197,7 @@ def rope(fields: Fields, *, layer_type: str | None = None, default_base: float =
             raise ValueError(f"RoPE scaling of type {kind!r} is not among default, linear, dynamic, llama3, yarn.")
     if left := {name: value for name, value in rest.items() if value}:
         raise ValueError(f"RoPE parameters {left} of type {kind!r} have no equivalent here.")
-    return Rope(float(base), 1.0 if fraction is None else fraction, found)
+    return Rope(float(base), fraction, found)
 
 
 def rope_parameters(of: Rope) -> Json:
@@ -195,6 +220,14 @@ def rope_parameters(of: Rope) -> Json:
             found["original_max_position_embeddings"] = length
             if attention_factor is not None:
                 found["attention_factor"] = attention_factor
+    return found
+
+
+def written_rope(of: Rope) -> Json:
+    """The fields of `config.json` that `rope` reads."""
+    found: Json = {"rope_parameters": rope_parameters(of)}
+    if isinstance(of.scaling, NtkScaling):  # transformers knows no other length there
+        found["max_position_embeddings"] = found["rope_parameters"].pop("original_max_position_embeddings")
     return found
 
 
@@ -226,6 +259,12 @@ def stack(blocks: Sequence[BlockConfig], **options: Any) -> StackConfig:
     return StackConfig(blocks[:period], count, **options)
 
 
+def sliding_window(fields: Fields) -> tuple[int, int] | None:
+    """(left, right) of `sliding_window`, which counts the query itself; None if there is none."""
+    width = fields("sliding_window", None)
+    return None if width is None else (width - 1, 0)
+
+
 def layer_types(fields: Fields, count: int, default: Sequence[str]) -> tuple[str, ...]:
     """`layer_types`: full_attention or sliding_attention for each layer.
 
@@ -238,6 +277,13 @@ def layer_types(fields: Fields, count: int, default: Sequence[str]) -> tuple[str
     return found
 
 
+def written_layer_types(windows: Sequence[tuple[int, int] | None]) -> Json:
+    """`layer_types` and `sliding_window` of decoders whose layers have these windows."""
+    narrow = {seen for seen in windows if seen is not None}
+    found: Json = {"layer_types": ["full_attention" if seen is None else "sliding_attention" for seen in windows]}
+    return found | ({"sliding_window": one(sorted(narrow), "their window")[0] + 1} if narrow else {})
+
+
 def one(values: Sequence[Any], what: str) -> Any:
     """The one value that all layers share.
 
@@ -247,5 +293,3 @@ def one(values: Sequence[Any], what: str) -> Any:
     if len(set(values)) != 1:
         raise ValueError(f"its layers differ in {what}")
     return values[0]
-
-

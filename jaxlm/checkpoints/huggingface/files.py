@@ -55,8 +55,8 @@ class TensorFolder:
             listed = {name for name, of in self._file_of.items() if of == file}
             if names != listed:
                 raise ValueError(
-                    f"{folder / INDEX} and {file} disagree about {sorted(names ^ listed)[:4]}; the folder is not whole, "
-                    f"get it again."
+                    f"{folder / INDEX} and {file} disagree about {sorted(names ^ listed)[:4]}; the folder is not "
+                    f"whole, get it again."
                 )
             for name in names:
                 self.shapes[name] = tuple(self._handle(file).get_slice(name).get_shape())

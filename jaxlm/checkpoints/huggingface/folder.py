@@ -29,12 +29,14 @@ class HuggingFaceFolder:
       family: its adapter.
       fields: the parsed `config.json`.
       config: the model it describes, in float32, initialised anyhow.
+      tensors: its tensors, by name.
     """
 
     path: pathlib.Path
     family: Family
     fields: Json
     config: LanguageModelConfig
+    tensors: TensorFolder
 
     def load(self, params: Any, layouts: tuple[StackLayout, ...]) -> Any:
         """The parameters, placed one after the other.
@@ -49,8 +51,7 @@ class HuggingFaceFolder:
         requests = stored.requests_for(params, layouts)
         layers = {naming.show(path): r.layer for r in requests.values() for path in r.paths}
         table = resolve(self.family.table(self.config), {path: layer.shape for path, layer in layers.items()})
-        tensors = TensorFolder(self.path)
-        check(table, {path: layer.shape for path, layer in layers.items()}, tensors.shapes, str(self.path))
+        check(table, {path: layer.shape for path, layer in layers.items()}, self.tensors.shapes, str(self.path))
         home = {path: entry for entry in table for path in entry.paths}
         read: dict[str, tuple[np.ndarray, ...]] = {}  # fused tensors come again for each of their parameters
 
@@ -59,7 +60,7 @@ class HuggingFaceFolder:
             if entry.name not in read:
                 read.clear()
                 shapes = tuple(layers[p].shape for p in entry.paths)
-                read[entry.name] = entry.form.split(tensors.read(entry.name), shapes)
+                read[entry.name] = entry.form.split(self.tensors.read(entry.name), shapes)
             value = read[entry.name][entry.paths.index(path)]
             return jax.device_put(np.asarray(value, wanted.dtype), wanted.sharding)
 
@@ -86,7 +87,9 @@ def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> Hu
         raise FileNotFoundError(f"{path} has no {CONFIG}; give a Hugging Face model's folder.")
     values = json.loads((path / CONFIG).read_text())
     family = families.by_config(values)
-    return HuggingFaceFolder(path, family, values, family.model_of(values, ignore=ignore))
+    tensors = TensorFolder(path)
+    config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
+    return HuggingFaceFolder(path, family, values, config, tensors)
 
 
 def export(
@@ -145,6 +148,6 @@ def check(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape],
     for name, shape in wanted.items():
         if found[name] != shape:
             raise ValueError(
-                f"{where}: {name} has shape {list(found[name])}, but config.json describes {list(shape)}; one of the two "
-                f"is of another model."
+                f"{where}: {name} has shape {list(found[name])}, but config.json describes {list(shape)}; one of "
+                f"the two is of another model."
             )

@@ -12,7 +12,9 @@ from jaxlm.checkpoints.huggingface.family import (
     layer_types,
     one,
     rope,
-    rope_parameters,
+    sliding_window,
+    written_layer_types,
+    written_rope,
 )
 from jaxlm.checkpoints.huggingface.fields import Fields
 from jaxlm.checkpoints.huggingface.tensors import Linear, Same, Table, entry, layers, linear, norm
@@ -80,12 +82,6 @@ def written_sizes(config: LanguageModelConfig) -> Json:
     }
 
 
-def window(fields: Fields, name: str = "sliding_window") -> tuple[int, int] | None:
-    """(left, right) of a window that counts the query itself, as Hugging Face's do."""
-    width = fields(name, None)
-    return None if width is None else (width - 1, 0)
-
-
 class Llama(Family):
     """Llama 1 to 3 (arXiv 2307.09288, 2407.21783)."""
 
@@ -131,8 +127,8 @@ class Llama(Family):
         """What the whole family writes."""
         block = config.decoder.all_blocks[0]
         return written_sizes(config) | {
-            "hidden_act": activation_name(block.feed_forward.activation),
-            "rope_parameters": rope_parameters(block.attention.position),
+            "hidden_act": activation_name(block.feed_forward.activation, "silu"),
+            **written_rope(block.attention.position),
         }
 
     def table(self, config: LanguageModelConfig) -> Table:
@@ -148,7 +144,7 @@ class Mistral(Llama):
 
     def read(self, fields: Fields) -> LanguageModelConfig:
         """See `Family`."""
-        return self.decoder(fields, {"window": window(fields)}, [{}] * fields("num_hidden_layers"))
+        return self.decoder(fields, {"window": sliding_window(fields)}, [{}] * fields("num_hidden_layers"))
 
     def write(self, config: LanguageModelConfig) -> Json:
         """See `Family`."""
@@ -168,7 +164,7 @@ class Qwen2(Llama):
 
     def windows(self, fields: Fields) -> list[Json]:
         """Each layer's window."""
-        count, first, narrow = fields("num_hidden_layers"), fields("max_window_layers", 28), window(fields)
+        count, first, narrow = fields("num_hidden_layers"), fields("max_window_layers", 28), sliding_window(fields)
         slides = fields("use_sliding_window", False) and narrow is not None
         default = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(count)]
         kinds = layer_types(fields, count, default)
@@ -181,15 +177,10 @@ class Qwen2(Llama):
     def written_windows(self, config: LanguageModelConfig) -> Json:
         """The fields that `windows` reads."""
         seen: list[Any] = [block.attention.window for block in config.decoder.all_blocks]
-        narrow = {width for width in seen if width is not None}
-        if not narrow:
+        if not any(seen):
             return {"use_sliding_window": False}
-        return {
-            "use_sliding_window": True,
-            "sliding_window": one(sorted(narrow), "their window")[0] + 1,
-            "layer_types": ["full_attention" if width is None else "sliding_attention" for width in seen],
-            "max_window_layers": next(i for i, width in enumerate(seen) if width is not None),
-        }
+        first = next(i for i, width in enumerate(seen) if width is not None)
+        return {"use_sliding_window": True, "max_window_layers": first, **written_layer_types(seen)}
 
 
 class Qwen3(Qwen2):

@@ -153,7 +153,7 @@ def norm(name: str, path: str) -> Table:
 
 def within(table: Iterable[Entry], name: str, path: str) -> Table:
     """The table of a part, under a module's name and the path of our own."""
-    return tuple(Entry(f"{name}.{e.name}", tuple(f"{path}/{p}" for p in e.paths), e.form) for e in table)
+    return tuple(Entry(f"{name}.{e.name}", tuple(_under(path, p) for p in e.paths), e.form) for e in table)
 
 
 def layers(block: Iterable[Entry], count: int, name: str, path: str) -> Table:
@@ -193,3 +193,7 @@ def _size(shape: Shape) -> int:
 def _borders(shapes: tuple[Shape, ...], first: int) -> np.ndarray:
     """Where to cut an axis that holds the axes from `first` on of one parameter after the other."""
     return np.cumsum([_size(shape[first:]) for shape in shapes])[:-1]
+
+
+def _under(path: str, part: str) -> str:
+    return f"{path}/{part}" if path else part
