@@ -98,6 +98,7 @@ def export(
     shapes: Mapping[str, Shape],
     value: Callable[[str], np.ndarray],
     *,
+    family: str | None = None,
     dtype: np.dtype | None = None,
     special_ids: Mapping[str, int] | None = None,
     shard_bytes: int = 5 << 30,
@@ -109,6 +110,7 @@ def export(
       config: the model.
       shapes: {path: shape} of its parameters, layers one by one.
       value: path -> the parameter.
+      family: a `model_type`; None takes the first that can express the model.
       dtype: of the tensors; None is float32.
       special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
       shard_bytes: size of the files.
@@ -120,8 +122,8 @@ def export(
       ValueError: no family can express the model; the message says what stands in the way.
       FileExistsError: the folder exists.
     """
-    family = families.by_model(config)
-    table = resolve(family.table(config), shapes)
+    adapter = families.by_model(config, family)
+    table = resolve(adapter.table(config), shapes)
     dtype = np.dtype(np.float32 if dtype is None else dtype)
 
     def tensor(entry) -> Pending:
@@ -129,12 +131,12 @@ def export(
         make = lambda: entry.form.join(tuple(np.asarray(value(path)) for path in entry.paths)).astype(dtype)  # noqa: E731
         return Pending(entry.form.shape(parts), dtype, make)
 
-    fields = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype.name}
+    fields = {"architectures": [adapter.architecture], "model_type": adapter.model_type, "dtype": dtype.name}
     with new_folder(pathlib.Path(folder)) as unfinished:
         write_tensors(unfinished, {entry.name: tensor(entry) for entry in table}, shard_bytes=shard_bytes)
-        text = json.dumps(fields | family.write(config) | dict(special_ids or {}), indent=2, sort_keys=True)
+        text = json.dumps(fields | adapter.write(config) | dict(special_ids or {}), indent=2, sort_keys=True)
         (unfinished / CONFIG).write_text(text + "\n")
-    return family
+    return adapter
 
 
 def check(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
