@@ -127,7 +127,7 @@ def registers_table() -> list[dict[str, Any]]:
 
 def correctness_table() -> dict[str, dict[str, float]]:
     """Of every conformance case the errors against float64, over those of plain XLA in bfloat16; printed."""
-    from tests.pallas_kernels import conformance
+    from pallas_kernels import conformance
 
     table = {}
     for name, case in conformance.CASES.items():

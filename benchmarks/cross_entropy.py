@@ -5,8 +5,9 @@
 
 Time is forward and backward on this machine, in processor seconds of all threads; the programs take turns, and ratios
 are of medians. Memory is the compiler's own account of arguments, results and temporaries, over the size of (x, w, dx,
-dw); for TPUs the program is compiled ahead of time and no TPU is needed. Cycles are the TPU compiler's estimates for
-one chunk of ids in plain jax, which is a loop's body, and for the kernel, each for as many ids; nothing ran on a TPU.
+dw); for TPUs and the H200 the program is compiled ahead of time, and the backend is what "auto" takes there. Cycles are
+the TPU compiler's estimates for one chunk of ids in plain jax, which is a loop's body, for the sum in plain jax and for
+the kernel, each for as many ids; nothing ran on a TPU.
 """
 
 import argparse
@@ -30,7 +31,7 @@ TARGETS = {"sum": 1.15, "scores": 1.4, "memory": 1.3}
 TIMED = ((4096, 128, 4096), (4096, 256, 8192), (2048, 256, 32768))
 # 8k tokens by 128k ids.
 TOKENS, VOCABULARY = 8192, 131_072
-WIDTHS = {"cpu": (2048, 4096), "v6e:2x2": (4096,)}
+WIDTHS = {"cpu": (2048, 4096), "v6e:2x2": (4096,), "h200": (4096,)}
 CYCLES_OF = ("v6e:2x2",)
 # Tokens, width, ids of a cycle estimate.
 CYCLES = (1024, 2048, 4096)
@@ -130,11 +131,13 @@ def measure_memory(device: str, form: str, width: int, types: tuple[str, str]) -
     }
 
 
-def one_chunk(backend: str, gradients: bool) -> tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]:
-    """Token scores of `CYCLES`' size: two blocks of ids for the kernel; plain jax computes one in its loop's body."""
+def one_chunk(backend: str, gradients: bool, recompute: bool) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Cross-entropy of `CYCLES`' size: all ids for the kernel and the sum; plain jax takes half in its loop's body."""
     tokens, width, ids = CYCLES
 
     def loss(x: jax.Array, w: jax.Array, labels: jax.Array) -> jax.Array:
+        if not recompute:
+            return cross_entropy(x, OutputProjection(w), labels, jnp.ones(tokens), backend=backend)[0]
         return token_scores(x, OutputProjection(w), labels, chunk=ids // 2, backend=backend).log_probability.sum()
 
     array = jax.ShapeDtypeStruct
@@ -172,11 +175,13 @@ def cycles_table() -> list[dict[str, Any]]:
     rows = []
     for device in CYCLES_OF:
         for gradients in (False, True):
-            for backend, halves in (("xla", 1), ("pallas_tpu", 2)):  # a loop's body is counted once
-                case = Case("benchmarks.cross_entropy:one_chunk", {"backend": backend, "gradients": gradients})
+            for backend, recompute, halves in (("xla", True, 1), ("xla", False, 2), ("pallas_tpu", True, 2)):
+                # A loop's body is counted once. The sum has none here: on TPUs all ids are one block.
+                options = {"backend": backend, "gradients": gradients, "recompute": recompute}
+                case = Case("benchmarks.cross_entropy:one_chunk", options)
                 found = {name: cycles // halves for name, cycles in tpu_cycles(case, device, timeout=900).items()}
                 total = sum(found.values())
-                row = {"device": device, "backend": backend, "gradients": gradients, "cycles": total}
+                row = {"device": device, **options, "cycles": total}
                 row["operations"] = {name: cycles for name, cycles in found.items() if cycles > total / 100}
                 rows.append(row)
                 print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)

@@ -208,13 +208,16 @@ class Overfit:
         return max(self.floors[term] - self.losses[term] for term in self.losses)
 
 
-def overfit(pair: Pair, *, steps: int = STEPS, learning_rate: float = LEARNING_RATE) -> Overfit:
+def overfit(
+    pair: Pair, *, model: ModelConfig | None = None, steps: int = STEPS, learning_rate: float = LEARNING_RATE
+) -> Overfit:
     """Trains on one batch until every loss term is within MARGIN of its floor, or `steps` are over.
 
-    It must be so at two checks in a row: a model that sees too much goes on falling in between.
+    It must be so at two checks in a row: a model that sees too much goes on falling in between. `model` is `model_for`
+    the pair unless given.
     """
     start = time.process_time()
-    model, objective, batch = model_for(pair), pair.objective, batch_for(pair)
+    model, objective, batch = model or model_for(pair), pair.objective, batch_for(pair)
     parallel = ParallelConfig(MeshConfig()).on()
 
     def make(key: jax.Array):

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.hlo_flops import matmul_flops
+from jaxlm.planning.costs import matmul_flops
 from jaxlm.training import machine
 from pallas_kernels import masks
 from pallas_kernels.attention import attention

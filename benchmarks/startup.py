@@ -34,7 +34,7 @@ def train_process(arguments: list[str]) -> dict[str, float]:
         "parts = assemble(run, run.phases[0], parallel)\n"
         "checkpoints = CheckpointManager(tempfile.mkdtemp(), run.checkpoints, parts.definition.layouts)\n"
         "assert checkpoints.open() is None\n"
-        "state = init_state(make_model(parts.model), parts.optimizer, parallel, seed=run.seed)\n"
+        "state = init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)\n"
         "state, metrics = parts.step(state, next(parts.loader))\n"
         "jax.block_until_ready((state, metrics))\n"
         "print(json.dumps({'first_step_cpu_seconds': round(time.process_time(), 2),"

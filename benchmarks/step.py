@@ -22,7 +22,6 @@ import jax
 import numpy as np
 
 from benchmarks import step_floor
-from benchmarks.hlo_flops import matmul_flops
 from benchmarks.step_floor import Shape
 from jaxlm.architecture import Architecture
 from jaxlm.layers.attention import AttentionConfig
@@ -32,13 +31,15 @@ from jaxlm.layers.feed_forward import FeedForwardConfig
 from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig
 from jaxlm.layers.positions import Rope
-from jaxlm.layers.stack import Remat, StackConfig
+from jaxlm.layers.remat import Remat
+from jaxlm.layers.stack import StackConfig
 from jaxlm.models import LanguageModel
 from jaxlm.models.config import HeadConfig, LanguageModelConfig
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.parallelism import ParallelConfig
+from jaxlm.planning.costs import matmul_flops
 from jaxlm.training import machine
 from jaxlm.training.optimizers import AdamW, OptimizerConfig, build_optimizer
 from jaxlm.training.schedules import Constant

@@ -1,7 +1,6 @@
 """What a run shows: the plan at the start, the progress line, samples, and the report at the end."""
 
 import itertools
-import math
 
 import jax
 import numpy as np
@@ -10,7 +9,10 @@ from jaxlm.architecture import Architecture
 from jaxlm.decoding.previews import Prompt, preview, prompts_of
 from jaxlm.evaluation.ngram import ngram_baseline, xz_baselines
 from jaxlm.layers.context import Context
+from jaxlm.layers.stacking import StackLayout
+from jaxlm.models.accounting import count_parameters
 from jaxlm.objectives.full_lm import FullLM
+from jaxlm.parallel import multihost
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.run import Parts, RunConfig, open_loader
@@ -31,7 +33,7 @@ def make_plan(run: RunConfig, parts: Parts, parallel: Parallelism, step: int) ->
     """What is going to happen from `step` on. Times this machine's matrix products for a moment."""
     groups: dict[str, int] = {}
     for path, info in flatten(parts.infos).items():
-        groups[path[0]] = groups.get(path[0], 0) + math.prod(info.shape)
+        groups[path[0]] = groups.get(path[0], 0) + info.size
     # Later stages may have other rows and masks; the first phase's stand for them.
     rows = sum((phase.end - phase.start) * phase.batch_size for phase in run.phases)
     rows_left = sum(max(phase.end - max(phase.start, step), 0) * phase.batch_size for phase in run.phases)
@@ -44,14 +46,36 @@ def make_plan(run: RunConfig, parts: Parts, parallel: Parallelism, step: int) ->
         "model": f"{parts.model.architecture.value}, trained by {loader.objective.name}",
         "data": f"{', '.join(loader.dataset_names[:5])}{', ...' if len(loader.dataset_names) > 5 else ''}; "
         f"{parts.phase.batch_size} rows of {parts.row_tokens} tokens a step",
-        "devices": machine.facts()["devices"],
+        **{name: text for name, text in machine.facts().items() if name in ("devices", "processes", "XLA flags")},
         "folder": str(run.model_dir),
     }
+    met, total = count_parameters(parts.model, active=True), sum(groups.values())
+    if met < total:
+        facts["experts"] = f"each token meets {met:,} of the {total:,} parameters"
     if len(run.phases) > 1:
         facts["stages"] = "\n".join(_stages(run))
+    if parallel.stages.count > 1:
+        facts["pipeline"] = pipeline_line(parts.definition.layouts, parallel)
     rows_per_step = rows / run.train_steps
     tokens = round(rows_per_step * parts.row_tokens)
     return Plan(groups, run.train_steps, tokens, rows_per_step * flops, flops * rows_left / speed, facts)
+
+
+def pipeline_line(layouts: tuple[StackLayout, ...], parallel: Parallelism) -> str:
+    """What a pipeline does, what of its time is idle, and which identity layers fill its stages."""
+    stages, microbatches = parallel.stages, parallel.config.pipeline.microbatches
+    rounds = f" in {stages.rounds} rounds" if stages.rounds > 1 else ""
+    line = (
+        f"{stages.count} stages{rounds}, {microbatches} microbatches; a stage is idle in {stages.count - 1} of "
+        f"{stages.steps(microbatches)} steps ({stages.bubble(microbatches):.1%})"
+    )
+    for layout in layouts:
+        if padding := stages.padding(layout.repeats):
+            line += (
+                f"; identity layers ({padding * layout.pattern}) fill up the {layout.repeats * layout.pattern} of "
+                f"{'/'.join(layout.path)}, each at the cost of a layer"
+            )
+    return line
 
 
 def _stages(run: RunConfig) -> list[str]:
@@ -90,7 +114,8 @@ class Samples(Callback):
             params = parts.optimizer.evaluation_params(state.params, state.opt_state)
         model = parts.definition.merge(params)
         text = preview(model, self._prompts, parts.loader.vocabulary, self._run.samples, context=self._context)
-        self._folder.write_samples(step, text + "\n")
+        if multihost.is_first():
+            self._folder.write_samples(step, text + "\n")
         self._writer.write_text(step, "samples", text)
         self._line.print(f"step {step:,} samples:\n{text}\n")
 
@@ -102,7 +127,7 @@ def report(run: RunConfig, parts: Parts, folder: RunFolder, *, seconds: float) -
       parts: of the last phase.
       seconds: how long this process has been at it.
     """
-    total = sum(math.prod(info.shape) for info in flatten(parts.infos).values())
+    total = sum(info.size for info in flatten(parts.infos).values())
     seen = parts.loader.seen()
     tokens = sum(entry.tokens for entry in seen.values())
     datasets = {

@@ -1,7 +1,7 @@
 """A run: its configuration, and the parts that are built from it. Shared by the entry points."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -11,7 +11,9 @@ from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.manager import CheckpointConfig
 from jaxlm.checkpoints.warm_start import WarmStart
 from jaxlm.configuration import resolved_text
+from jaxlm.data.converters import feature_converter
 from jaxlm.data.loader import DataConfig, Loader, build_loader
+from jaxlm.data.tasks import Mixture, resolve
 from jaxlm.decoding.previews import SampleConfig
 from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models import ModelConfig, ReplacedTokenDetectorConfig, build_model
@@ -22,11 +24,13 @@ from jaxlm.training import metrics
 from jaxlm.training.evaluation import Evaluator, make_eval_step
 from jaxlm.training.loop import LoopConfig
 from jaxlm.training.optimizers import Optimizer, OptimizerConfig, build_optimizer
-from jaxlm.training.parameters import ModelDefinition, Tree
+from jaxlm.training.parameters import ModelDefinition, Tree, flatten
+from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Phase, Stage, phases
 from jaxlm.training.state import TrainState, abstract_model
 from jaxlm.training.step import StepConfig, layer_names, make_train_step
+from jaxlm.training.watchdog import WatchdogConfig
 from jaxlm.training.writers import WandbConfig
 
 
@@ -68,6 +72,8 @@ class RunConfig:
         to train_steps.
       warm_start: parameters to begin with; None initialises afresh.
       wandb: also log to Weights & Biases.
+      watchdog: when a run counts as hung; None never.
+      profile: steps to record with jax's profiler; None records nothing.
       baselines: also score n-gram models and xz on the same text at the end, for the report. Of full language modelling
         only: what other objectives predict is not the whole text.
       seed: of initialisation, dropout and sampling inside the loss. (The data has its own.)
@@ -90,6 +96,8 @@ class RunConfig:
     stages: tuple[Stage, ...] = ()
     warm_start: WarmStart | None = None
     wandb: WandbConfig | None = None
+    watchdog: WatchdogConfig | None = None
+    profile: ProfileConfig | None = None
     baselines: bool = False
     seed: int = 0
 
@@ -158,6 +166,57 @@ def with_architecture(model: ModelConfig, architecture: Architecture) -> ModelCo
 
 
 @dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """What a training step must know of the data: all but the data.
+
+    Attributes:
+      objective: fitted to the rows.
+      features: {name: (shape, type)} of a whole batch, of all hosts together.
+      datasets: names of the data sets.
+      byte_lengths: bytes that each id stands for, [V].
+    """
+
+    objective: Objective
+    features: Mapping[str, tuple[tuple[int, ...], np.dtype]]
+    datasets: tuple[str, ...]
+    byte_lengths: np.ndarray
+
+    def row_lengths(self, architecture: Architecture) -> tuple[int, int]:
+        """Columns of the row that the loss is on, and of the encoder's in an encoder-decoder."""
+        found = {name: self.features.get(f"{name}_segment_ids") for name in ("decoder", "encoder")}
+        columns = {name: feature[0][1] for name, feature in found.items() if feature is not None}
+        if architecture is Architecture.ENCODER_DECODER:
+            return columns["decoder"], columns["encoder"]
+        return next(iter(columns.values())), 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the devices run in one phase of a run.
+
+    Attributes:
+      model: the model's configuration in this phase.
+      definition, infos: the model's structure, and what is known of each parameter.
+      abstract: shapes of the parameters.
+      optimizer: for this model.
+      config: of the step.
+      step: the jitted training step.
+      flops_per_token: forward and backward, see `jaxlm.models.accounting`.
+      row_tokens: columns of a row, of all stacks together.
+    """
+
+    model: ModelConfig
+    definition: ModelDefinition
+    infos: Tree
+    abstract: Tree
+    optimizer: Optimizer
+    config: StepConfig
+    step: Callable
+    flops_per_token: float
+    row_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """What trains one phase of a run.
 
@@ -189,31 +248,29 @@ class Parts:
     row_tokens: int
 
 
-def make_model(config: ModelConfig) -> Callable[[jax.Array], nnx.Module]:
-    """key -> model."""
-    return lambda key: build_model(config, key=key)
+def make_model(config: ModelConfig, parallel: Parallelism) -> Callable[[jax.Array], nnx.Module]:
+    """key -> model, as it is stored on `parallel`."""
+    return lambda key: build_model(config, key=key, stages=parallel.stages)
 
 
 def open_loader(run: RunConfig, phase: Phase, **overrides) -> Loader:
-    """This host's loader of a phase; `overrides` are `build_loader`'s arguments."""
+    """The loader of a phase, of whole batches unless `rows` are given; `overrides` are `build_loader`'s arguments."""
     arguments = {
         "objective": phase.stage.objective,
         "architecture": run.model_of(phase).architecture,
         "batch_size": phase.batch_size,
-        "host_index": jax.process_index(),
-        "host_count": jax.process_count(),
         "start_step": phase.start,
     }
     return build_loader(overrides.pop("config", run.data_of(phase)), **arguments | overrides)
 
 
-def open_checked(run: RunConfig, phase: Phase) -> Loader:
-    """The loader that a phase trains on.
+def open_checked(run: RunConfig, phase: Phase, parallel: Parallelism) -> Loader:
+    """The loader that a phase trains on: this host's rows.
 
     Raises:
       ValueError: data, objective, architecture, lengths and model do not go together; the message says what to do.
     """
-    loader = open_loader(run, phase)
+    loader = open_loader(run, phase, rows=parallel.host_rows(phase.batch_size))
     model = run.model_of(phase)
     whole = model.discriminator if isinstance(model, ReplacedTokenDetectorConfig) else model
     if whole.vocab_size < (size := loader.vocabulary.size):
@@ -221,25 +278,100 @@ def open_checked(run: RunConfig, phase: Phase) -> Loader:
             f"The vocabulary has {size} ids, but the model only {whole.vocab_size}; set the model's vocab_size to at "
             f"least {size} (VOCAB_SIZE = {-(-size // 128) * 128} would be a multiple of 128)."
         )
-    longest, positions = max(_row_lengths(loader, model.architecture)), whole.embedding.positions
+    _check_positions(model, layout_of(loader))
+    return loader
+
+
+def _check_positions(model: ModelConfig, layout: BatchLayout) -> None:
+    whole = model.discriminator if isinstance(model, ReplacedTokenDetectorConfig) else model
+    longest, positions = max(layout.row_lengths(model.architecture)), whole.embedding.positions
     if isinstance(positions, LearnedPositions) and longest > positions.max_length:
         raise ValueError(
             f"Rows have {longest} tokens, but the model has learned positions for {positions.max_length}; shorten "
             f"TASK_FEATURE_LENGTHS, or raise LearnedPositions.max_length."
         )
-    return loader
+
+
+def layout_of(loader: Loader) -> BatchLayout:
+    """The layout of a loader's batches."""
+    features = {name: ((loader.batch_size, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
+    lengths = np.asarray(loader.vocabulary.byte_lengths())
+    return BatchLayout(loader.objective, features, loader.dataset_names, lengths)
+
+
+def expected_layout(run: RunConfig, phase: Phase) -> BatchLayout:
+    """The layout of a phase's batches, without opening any data: its files need not exist.
+
+    The vocabulary is taken to be the model's, a mixture that is not registered here to be one data set.
+
+    Raises:
+      ValueError: objective, architecture, lengths and model do not go together; the message says what to do.
+    """
+    model, data = run.model_of(phase), run.data_of(phase)
+    whole = model.discriminator if isinstance(model, ReplacedTokenDetectorConfig) else model
+    lengths = dict(data.feature_lengths)
+    converter = feature_converter(model.architecture, lengths)
+    phase.stage.objective.raw_length(lengths, model.architecture)  # raises where the objective cannot fill the row
+    layout = BatchLayout(
+        objective=phase.stage.objective.fit(lengths, model.architecture),
+        features={name: ((phase.batch_size, *shape), dtype) for name, (shape, dtype) in converter.features.items()},
+        datasets=_dataset_names(data),
+        byte_lengths=np.zeros(whole.vocab_size, np.int32),
+    )
+    _check_positions(model, layout)
+    return layout
+
+
+def _dataset_names(data: DataConfig) -> tuple[str, ...]:
+    try:
+        mixture = resolve(data.mixture)
+    except ValueError:  # registered elsewhere
+        return (str(data.mixture),)
+    return tuple(task.name for task in mixture.tasks()) if isinstance(mixture, Mixture) else (mixture.name,)
+
+
+def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: BatchLayout) -> Program:
+    """What the devices run in a phase; nothing is compiled or put on a device yet.
+
+    Raises:
+      ValueError: the mesh does not cut rows or experts evenly.
+    """
+    model = run.model_of(phase)
+    definition, abstract, infos = abstract_model(make_model(model, parallel))
+    with_experts = [info for info in flatten(infos).values() if "experts" in info.axes]
+    parallel.check_experts({info.shape[info.axes.index("experts")] for info in with_experts})
+    optimizer = _optimizer(run, phase, model, infos)
+    config = dataclasses.replace(run.step, seed=run.seed, byte_lengths=layout.byte_lengths)
+    loss = dataclasses.replace(run.loss, num_datasets=len(layout.datasets))
+    lengths = layout.row_lengths(model.architecture)
+    for length in lengths:
+        parallel.check_row(length)
+    return Program(
+        model=model,
+        definition=definition,
+        infos=infos,
+        abstract=abstract,
+        optimizer=optimizer,
+        config=config,
+        step=make_train_step(definition, layout.objective, optimizer, parallel, config=config, loss=loss),
+        flops_per_token=flops_per_token(model, *lengths),
+        row_tokens=sum(lengths),
+    )
 
 
 def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     """Tries what every phase needs of data and mesh, so that a mistake in the last one is found before the first step.
 
     Raises:
-      ValueError: as `open_checked`, or a batch leaves devices idle.
+      ValueError: as `open_checked`, or a batch leaves devices idle, or the mesh does not cut rows evenly.
     """
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:
-            open_checked(run, phase).close()
+            loader = open_checked(run, phase, parallel)
+            for length in layout_of(loader).row_lengths(run.model_of(phase).architecture):
+                parallel.check_row(length)
+            loader.close()
 
 
 def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
@@ -248,40 +380,23 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
     Raises:
       ValueError: the parts do not fit together; the message says which and what to do.
     """
-    model = run.model_of(phase)
-    loader = open_checked(run, phase)
-    definition, abstract, infos = abstract_model(make_model(model))
-    optimizer = _optimizer(run, phase, model, infos)
-    names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(infos))
-    step = dataclasses.replace(run.step, seed=run.seed, byte_lengths=np.asarray(loader.vocabulary.byte_lengths()))
-    loss = dataclasses.replace(run.loss, num_datasets=len(loader.dataset_names))
-    lengths = _row_lengths(loader, model.architecture)
+    loader = open_checked(run, phase, parallel)
+    program = make_program(run, phase, parallel, layout_of(loader))
+    names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(program.infos))
     return Parts(
         phase=phase,
-        model=model,
-        definition=definition,
-        infos=infos,
-        abstract=abstract,
-        optimizer=optimizer,
+        model=program.model,
+        definition=program.definition,
+        infos=program.infos,
+        abstract=program.abstract,
+        optimizer=program.optimizer,
         loader=loader,
-        step=make_train_step(definition, loader.objective, optimizer, parallel, config=step, loss=loss),
-        evaluate=_evaluator(run, phase, parallel, definition, optimizer, step, names),
+        step=program.step,
+        evaluate=_evaluator(run, phase, parallel, program.definition, program.optimizer, program.config, names),
         names=names,
-        flops_per_token=flops_per_token(model, *lengths),
-        row_tokens=sum(lengths),
+        flops_per_token=program.flops_per_token,
+        row_tokens=program.row_tokens,
     )
-
-
-def _row_lengths(loader: Loader, architecture: Architecture) -> tuple[int, int]:
-    """Columns of the row that the loss is on, and of the encoder's in an encoder-decoder."""
-    columns = {name: loader.features[f"{name}_segment_ids"][0][1] for name in _stacks(loader)}
-    if architecture is Architecture.ENCODER_DECODER:
-        return columns["decoder"], columns["encoder"]
-    return next(iter(columns.values())), 0
-
-
-def _stacks(loader: Loader) -> tuple[str, ...]:
-    return tuple(name for name in ("decoder", "encoder") if f"{name}_segment_ids" in loader.features)
 
 
 def _optimizer(run: RunConfig, phase: Phase, model: ModelConfig, infos: Tree) -> Optimizer:
@@ -311,9 +426,10 @@ def _evaluator(
         return None
     config = run.evaluation
 
-    def make_loader(**overrides) -> Loader:
+    def make_loader() -> Loader:
         data = config.data or run.data_of(phase)
-        return open_loader(run, phase, config=data, split=config.split, one_pass=True, **overrides)
+        rows = parallel.host_rows(phase.batch_size)
+        return open_loader(run, phase, config=data, split=config.split, one_pass=True, rows=rows)
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
     names = dataclasses.replace(names, datasets=loader.dataset_names)

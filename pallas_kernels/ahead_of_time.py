@@ -38,6 +38,8 @@ TPUS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 _TPU_NAME = re.compile(r"(v5e|v5p|v6e|tpu7x):[1-9]\d*(x[1-9]\d*){1,2}")  # libtpu crashes on a size of 0
 _H200 = "h200"
+_GPU_NAME = re.compile(r"h200(:[1-9]\d*)?")
+_GPUS_PER_NODE = 8
 
 _LIBTPU_WITHOUT_A_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # into several processes
@@ -58,7 +60,7 @@ def why_not(topology: str) -> str | None:
       ValueError: there is no such topology.
     """
     _check_name(topology)
-    if topology != _H200:
+    if not _GPU_NAME.fullmatch(topology):
         return None if _found("libtpu") else f"compiling for {topology} needs the package libtpu"
     if _found("jax_plugins.xla_cuda13"):
         return None
@@ -90,11 +92,11 @@ def compile_for(
       ValueError: there is no such topology.
       CannotCompile: what compiles for it is absent.
     """
-    mesh = Mesh(np.array(_devices(topology)[:1]), ("device",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(np.array(devices(topology)[:1]), ("device",), axis_types=(AxisType.Auto,))
     placed = NamedSharding(mesh, PartitionSpec())
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes)
     jitted = function if hasattr(function, "lower") else jax.jit(function)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _writing_no_cache():
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), writing_no_cache():
         return jitted.lower(*shapes).compile(compiler_options=options)
 
 
@@ -124,6 +126,30 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
         temporaries=stats.temp_size_in_bytes,
         peak=stats.peak_memory_in_bytes,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class DeclaredCost:
+    """What a TPU kernel says of its work, from its static grid: blocks that a mask hides at run time count as visited.
+
+    Attributes:
+      flops: a multiplication and an addition are two.
+      transcendentals: exponentials and their like.
+      bytes: moved between the chip and its main memory.
+    """
+
+    flops: int
+    transcendentals: int
+    bytes: int
+
+
+def declared_costs(compiled: jax.stages.Compiled) -> list[tuple[str, DeclaredCost]]:
+    """The kernels of a program compiled for a TPU, by name, in the program's order; one in a loop is there once."""
+    kernel = re.compile(
+        r"%([\w.]+?)(?:\.\d+)? = .*tpu_custom_call.*\"cost_estimate\":"
+        r'\{"flops":"(\d+)","transcendentals":"(\d+)","bytes_accessed":"(\d+)"'
+    )
+    return [(name, DeclaredCost(*map(int, cost))) for name, *cost in kernel.findall(compiled.as_text())]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +267,7 @@ def gpu_registers(case: Case, topology: str = _H200, timeout: float = 300) -> li
       CannotCompile: as of `tpu_cycles`; or there is no kernel in the program.
     """
     _check_name(topology)
-    if topology != _H200:
+    if not _GPU_NAME.fullmatch(topology):
         raise ValueError(f"gpu_registers is for GPUs, not {topology!r}: use {_H200!r}.")
     said = _compile_apart(case, topology, timeout, MOSAIC_GPU_DUMP_PTXAS="1")
     entry = re.compile(
@@ -262,38 +288,57 @@ def _found(module: str) -> bool:
 
 
 def _check_name(topology: str) -> None:
-    if topology != _H200 and not _TPU_NAME.fullmatch(topology):
+    if not _GPU_NAME.fullmatch(topology) and not _TPU_NAME.fullmatch(topology):
         raise ValueError(f"There is no topology {topology!r}; there are sizes of {', '.join(TPUS)}, and {_H200!r}.")
 
 
 def _tpu(topology: str) -> str:
     _check_name(topology)
-    if topology == _H200:
+    if _GPU_NAME.fullmatch(topology):
         raise ValueError(f"Cycles and units are estimated for TPUs, not {topology!r}: use one of {', '.join(TPUS)}.")
     return topology
 
 
 @functools.cache
-def _devices(topology: str) -> list[Any]:
-    """Devices of `topology` that can be compiled for and nothing else."""
+def devices(topology: str, slices: int = 1) -> list[Any]:
+    """Devices that can be compiled for and nothing else.
+
+    Args:
+      topology: as of `compile_for`, with "h200:16" for so many GPUs in nodes of 8.
+      slices: copies of a TPU's topology, joined by the data-centre network.
+
+    Raises:
+      ValueError: there is no such topology.
+      CannotCompile: what compiles for it is absent.
+    """
     if reason := why_not(topology):
         raise CannotCompile(reason)
     jax.devices()  # the machine's own devices come first: what follows tells libtpu not to look for any
-    if topology == _H200:
+    if _GPU_NAME.fullmatch(topology):
         if not _found("jax_plugins.xla_cuda13"):
             _load_cuda_plugin(pathlib.Path(os.environ[CUDA_PLUGIN]).resolve())
         target = pathlib.Path(__file__).with_name("h200.txtpb").read_text()
-        return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target).devices
+        nodes, gpus = _nodes(int(topology.partition(":")[2] or 1))
+        shape = f"1x{nodes}x{gpus}"
+        return topologies.get_topology_desc(platform="cuda", topology=shape, target_config=target).devices
     for name, value in _LIBTPU_WITHOUT_A_TPU.items():
         os.environ.setdefault(name, value)
+    several = {"num_slices": slices} if slices > 1 else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"libtpu knows no topology {topology!r}: {str(error).splitlines()[0]}") from error
 
 
+def _nodes(gpus: int) -> tuple[int, int]:
+    """(nodes, GPUs in each)."""
+    if gpus > _GPUS_PER_NODE and gpus % _GPUS_PER_NODE:
+        raise ValueError(f"{gpus} GPUs do not fill nodes of {_GPUS_PER_NODE}; give a multiple of {_GPUS_PER_NODE}.")
+    return max(1, gpus // _GPUS_PER_NODE), min(gpus, _GPUS_PER_NODE)
+
+
 @contextlib.contextmanager
-def _writing_no_cache() -> Iterator[None]:
+def writing_no_cache() -> Iterator[None]:
     """Keeps jax's persistent cache from storing programs that, without a device, it cannot read again."""
     name = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.jax_persistent_cache_min_compile_time_secs

@@ -10,7 +10,7 @@ from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.biases import Bias, DenseBias
 from pallas_kernels.requests import WHOLE, Origin, Request, UnsupportedAttention
 
-__all__ = ["Origin", "UnsupportedAttention", "attention"]
+__all__ = ["Origin", "UnsupportedAttention", "attention", "attention_gradients", "with_sinks"]
 
 
 def attention(
@@ -57,6 +57,54 @@ def attention(
       UnsupportedAttention: the named backend does not exist or refuses.
       ValueError: shapes do not fit.
     """
+    if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
+        raise ValueError(f"sinks must be [Hq] = [{q.shape[2]}], got {list(jnp.shape(sinks))}.")
+    needs_lse = return_lse or sinks is not None
+    request = _request(q, k, v, mask, bias, scale, soft_cap, dropout_rate, dropout_key, origin, needs_lse)
+    out, lse = ATTENTION.choose(backend, request).run(q, k, v, request)
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks)
+    return (out, lse) if return_lse else out
+
+
+def attention_gradients(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    lse: jax.Array,
+    delta: jax.Array,
+    gradient: jax.Array,
+    mask: masks.Mask,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    soft_cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    origin: Origin = WHOLE,
+    backend: str = "auto",
+) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
+    """What the keys given here add to the gradients, where the queries' softmax runs over others as well.
+
+    The backward pass of attention that is computed in parts: the sum over the parts is the gradient of the whole.
+
+    Args:
+      q, k, v, mask, bias, scale, soft_cap, dropout_rate, dropout_key, origin, backend: of the part, as for `attention`.
+      lse: float32 [B, Hq, Tq], the log-sum-exp of all scores of a query, in whatever part.
+      delta: float32 [B, Hq, Tq], the whole result times its gradient, summed over Dv, less the gradient of `lse`.
+      gradient: of the whole result, [B, Tq, Hq, Dv].
+
+    Returns:
+      Gradients of q, k, v, in their shapes, and of bias.
+
+    Raises:
+      UnsupportedAttention, ValueError: as `attention`.
+    """
+    request = _request(q, k, v, mask, bias, scale, soft_cap, dropout_rate, dropout_key, origin, True)
+    return ATTENTION.choose(backend, request).gradients(q, k, v, request, lse, delta, gradient)
+
+
+def _request(q, k, v, mask, bias, scale, soft_cap, dropout_rate, dropout_key, origin, needs_lse) -> Request:
     _check_shapes(q, k, v)
     sizes = q.shape[0], q.shape[2], q.shape[1], k.shape[1]
     mask.check(*sizes)
@@ -64,10 +112,8 @@ def attention(
         bias = bias if isinstance(bias, Bias) else DenseBias(bias)
         bias.check(*sizes)
         bias = bias.guarded()
-    if sinks is not None and jnp.shape(sinks) != (q.shape[2],):
-        raise ValueError(f"sinks must be [Hq] = [{q.shape[2]}], got {list(jnp.shape(sinks))}.")
     drops = dropout_rate > 0.0 and dropout_key is not None
-    request = Request(
+    return Request(
         mask=mask,
         bias=bias,
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
@@ -75,20 +121,22 @@ def attention(
         dropout_rate=dropout_rate if drops else 0.0,
         dropout_seed=dropout.seed_of(dropout_key) if drops else None,
         origin=origin,
-        needs_lse=return_lse or sinks is not None,
+        needs_lse=needs_lse,
         q_shape=q.shape,
         k_shape=k.shape,
         v_shape=v.shape,
         dtype=jnp.dtype(q.dtype),
     )
-    out, lse = ATTENTION.choose(backend, request).run(q, k, v, request)
-    if sinks is not None:
-        out, lse = _with_sinks(out, lse, sinks)
-    return (out, lse) if return_lse else out
 
 
-def _with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Adds exp(sink) to each softmax's normaliser: whatever a backend gave shrinks by what that adds."""
+def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Adds exp(sink) to each softmax's normaliser: whatever a backend gave shrinks by what that adds.
+
+    Args:
+      out: [B, Tq, Hq, Dv].
+      lse: [B, Hq, Tq].
+      sinks: [Hq].
+    """
     sinks = sinks.astype(jnp.float32)[None, :, None]
     share = jax.nn.sigmoid(lse - sinks)  # of the keys, [B, H, Tq]
     return (out * share.swapaxes(1, 2)[..., None]).astype(out.dtype), jnp.logaddexp(lse, sinks)

@@ -34,6 +34,19 @@ class Bias(abc.ABC):
         """The same, whose gradient is an error where kernels do not compute it."""
         return self
 
+    @abc.abstractmethod
+    def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> "Bias":
+        """The bias of the queries query ... query + tq and the keys key ... key + tk, counted from 0 again."""
+
+
+def _toeplitz(by_offset: jax.Array, tq: int, tk: int) -> jax.Array:
+    """[1, H, Tq, Tk] from [H, Tq + Tk], whose entry r is the bias of key - query = r modulo Tq + Tk."""
+    # Repeating it Tq times and cutting rows of one less shifts it by one each row. Both directions are copies and
+    # sums; a gather's gradient would scatter Tq * Tk numbers.
+    heads, period = by_offset.shape
+    rows = jnp.broadcast_to(by_offset[:, None], (heads, tq, period)).reshape(heads, tq * period)
+    return rows[:, : tq * (period - 1)].reshape(heads, tq, period - 1)[None, :, :, :tk]
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _constant(x: jax.Array, what: str) -> jax.Array:
@@ -83,10 +96,51 @@ class DenseBias(Bias):
         return jax.lax.dynamic_slice_in_dim(values, start, tq, axis=-2)
 
     @override
+    def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> "DenseBias":
+        values = self.values
+        for axis, start, size in ((-2, query, tq), (-1, key, tk)):
+            if values.ndim >= -axis and values.shape[axis] > 1:
+                values = jax.lax.dynamic_slice_in_dim(values, start, size, axis)
+        return DenseBias(values, self.differentiable)
+
+    @override
     def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
         shape, full = np.shape(self.values), (batch, heads, tq, tk)
         if len(shape) > 4 or any(a not in (1, b) for a, b in zip(shape[::-1], full[::-1])):
             raise ValueError(f"bias must be broadcastable to [B, H, Tq, Tk] = {list(full)}, got {list(shape)}.")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class DiagonalBias(Bias):
+    """A bias that depends on key position minus query position, given for each: what a part of the others becomes.
+
+    Attributes:
+      values: float32 [H, Tq + Tk - 1], the bias of key k for query q at k - q + Tq - 1.
+    """
+
+    values: jax.Array
+
+    @property
+    @override
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        return (("heads", None),)
+
+    @override
+    def dense(self, tq: int, tk: int, start: jax.Array | int = 0) -> jax.Array:
+        period, queries = tq + tk, self.values.shape[1] + 1 - tk  # queries of the whole array, `start` among them
+        by_offset = jax.lax.dynamic_slice_in_dim(self.values, queries - tq - start, period - 1, axis=1)
+        return _toeplitz(jnp.roll(jnp.pad(by_offset, ((0, 0), (1, 0))), -tq, axis=1), tq, tk)
+
+    @override
+    def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> "DiagonalBias":
+        raise TypeError("DiagonalBias is a part already; take parts of the bias that it came from.")
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        if np.shape(self.values) != (heads, tq + tk - 1):
+            shape = [heads, tq + tk - 1]
+            raise ValueError(f"DiagonalBias.values must be [H, Tq + Tk - 1] = {shape}, got {np.shape(self.values)}.")
 
 
 @jax.tree_util.register_dataclass
@@ -113,6 +167,11 @@ class AlibiBias(Bias):
     def dense(self, tq: int, tk: int, start: jax.Array | int = 0) -> jax.Array:
         distance = jnp.abs(start + np.arange(tq)[:, None] - np.arange(tk)[None]).astype(jnp.float32)
         return -jnp.asarray(self.slopes, jnp.float32)[None, :, None, None] * distance
+
+    @override
+    def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> DiagonalBias:
+        distance = jnp.abs(np.arange(1 - tq, tk) + key - query).astype(jnp.float32)
+        return DiagonalBias(-jnp.asarray(self.slopes, jnp.float32)[:, None] * distance)
 
     @override
     def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
@@ -142,15 +201,13 @@ class RelativeBias(Bias):
 
     @override
     def dense(self, tq: int, tk: int, start: jax.Array | int = 0) -> jax.Array:
-        # Entry r of `by_offset` is the bias of offset r modulo Tq + Tk. Repeating it Tq times and cutting rows of
-        # one less shifts it by one each row: [H, q, k] = by_offset[(k - q) mod (Tq + Tk)]. Both directions are
-        # copies and sums; a gather's gradient would scatter Tq * Tk numbers.
         period = tq + tk
         offsets = (np.arange(period) + tq) % period - tq
-        by_offset = self.by_offset(offsets - start)
-        heads = by_offset.shape[0]
-        rows = jnp.broadcast_to(by_offset[:, None], (heads, tq, period)).reshape(heads, tq * period)
-        return rows[:, : tq * (period - 1)].reshape(heads, tq, period - 1)[None, :, :, :tk]
+        return _toeplitz(self.by_offset(offsets - start), tq, tk)
+
+    @override
+    def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> DiagonalBias:
+        return DiagonalBias(self.by_offset(jnp.arange(1 - tq, tk) + key - query))
 
     def by_offset(self, offsets: np.ndarray | jax.Array) -> jax.Array:
         """float32 [H, n]: the bias at each offset, key position minus query position, of the n given."""

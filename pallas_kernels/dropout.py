@@ -1,6 +1,7 @@
 """Dropout as a hash of where an entry lies, so that every backend, mesh and pass drops the same entries."""
 
 import itertools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,28 @@ def keep_in_row(rows: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     return _mix(rows ^ (key.astype(jnp.uint32) * _ODD[0])) >= np.uint32(round(rate * 2**32))
 
 
-def keep_entries(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
-    """True where an entry of an array of `shape` is kept, with probability 1 - rate; the same hash over its indices."""
+def keep_entries(seed: jax.Array, indices: Iterable[jax.Array], rate: float) -> jax.Array:
+    """True where an entry of an array is kept, with probability 1 - rate; the same hash over its indices.
+
+    Args:
+      seed: uint32 scalar, see `seed_of`.
+      indices: along each axis, integers that broadcast against each other (`jnp.indices(shape, sparse=True)`).
+      rate: share of entries to drop, in [0, 1).
+    """
+    return entry_bits(seed, indices) >= np.uint32(round(rate * 2**32))
+
+
+def entry_bits(seed: jax.Array, indices: Iterable[jax.Array]) -> jax.Array:
+    """uint32: the hash of the indices of each entry of an array.
+
+    Args:
+      seed: uint32, a scalar, or [N, 1, ...] with as many ones as there are indices: then for N such arrays.
+      indices: as for `keep_entries`.
+    """
     x = seed
-    for indices, odd in zip(jnp.indices(shape, sparse=True), itertools.cycle(_ODD)):
-        x = _mix(x ^ (indices.astype(jnp.uint32) * odd))
-    return x >= np.uint32(round(rate * 2**32))
+    for index, odd in zip(indices, itertools.cycle(_ODD)):
+        x = _mix(x ^ (index.astype(jnp.uint32) * odd))
+    return x
 
 
 def _mix(x: jax.Array) -> jax.Array:

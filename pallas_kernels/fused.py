@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
+from pallas_kernels.biases import AlibiBias, Bias, DenseBias, DiagonalBias, RelativeBias
 from pallas_kernels.masks import And, BlockSparse, Full, IntervalMask, Mask
 from pallas_kernels.plans import Rows
 from pallas_kernels.requests import Origin, Request
+from pallas_kernels.residuals import named
 
 
 @jax.tree_util.register_dataclass
@@ -72,8 +73,8 @@ class Kernels(Protocol):
 
         Args:
           q, k, v, inputs: as forward had them.
-          lse: what forward returned.
-          delta: float32 [B, Hq, Tq]; the gradient of a score is p * (gradient . v - delta), p its weight.
+          lse: what forward returned; where these keys are a part of what the queries see, that of all of them.
+          delta: float32 [B, Hq, Tq]; the gradient of a score is p * (gradient . v - delta), p = exp(score - lse).
           gradient: of the output, [B, Tq, Hq, Dv].
         """
 
@@ -93,7 +94,7 @@ def inputs_of(request: Request) -> Inputs:
         rows=rows,
         block_sparse=request.mask.block_sparse,
         slopes=jnp.asarray(bias.slopes, jnp.float32) if isinstance(bias, AlibiBias) else None,
-        diagonals=bias.by_offset(np.arange(1 - tq, tk)) if isinstance(bias, RelativeBias) else None,
+        diagonals=_diagonals(bias, tq, tk),
         dense_bias=bias.values if isinstance(bias, DenseBias) else None,
         seed=request.dropout_seed,
         origin=request.origin,
@@ -104,6 +105,16 @@ def inputs_of(request: Request) -> Inputs:
         hides_nothing=isinstance(request.mask, Full),
         from_first_key=_from_first_key(request.mask, tq, tk),
     )
+
+
+def _diagonals(bias: Bias | None, tq: int, tk: int) -> jax.Array | None:
+    match bias:
+        case RelativeBias():
+            return bias.by_offset(np.arange(1 - tq, tk))
+        case DiagonalBias():
+            return jnp.asarray(bias.values, jnp.float32)
+        case _:
+            return None
 
 
 def _from_first_key(mask: Mask, tq: int, tk: int) -> bool:
@@ -122,8 +133,35 @@ def fused_attention(
     return kernels.forward(q, k, v, inputs)
 
 
+def fused_gradients(
+    kernels: Kernels,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    request: Request,
+    lse: jax.Array,
+    delta: jax.Array,
+    gradient: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
+    """`Backend.gradients` by `kernels`: the backward kernels are given the log-sum-exp of all keys."""
+
+    def inputs(bias: Bias | None) -> Inputs:
+        return inputs_of(dataclasses.replace(request, bias=bias))
+
+    dq, dk, dv, d_diagonals, d_dense = kernels.backward(q, k, v, inputs(request.bias), lse, delta, gradient)
+    if d_diagonals is None and d_dense is None:
+        return dq, dk, dv, jax.tree.map(jnp.zeros_like, request.bias)
+
+    def arrays(bias: Bias | None) -> list[jax.Array]:
+        found = inputs(bias)
+        return [x for x, d in ((found.diagonals, d_diagonals), (found.dense_bias, d_dense)) if d is not None]
+
+    _, pull = jax.vjp(arrays, request.bias)
+    return dq, dk, dv, *pull([d for d in (d_diagonals, d_dense) if d is not None])
+
+
 def _forward(kernels, q, k, v, inputs):
-    out, lse = kernels.forward(q, k, v, inputs)
+    out, lse = named(*kernels.forward(q, k, v, inputs))
     return (out, lse), (q, k, v, inputs, out, lse)
 
 

@@ -93,6 +93,11 @@ class Mask(abc.ABC):
         """The mask's lists of blocks, if it has any."""
         return None
 
+    @property
+    def reach(self) -> tuple[int | None, int | None]:
+        """(left, right): known beforehand, that query q sees only keys q - left ... q + right; None is no limit."""
+        return None, None
+
     def plan(self, tq: int, tk: int, bq: int, bk: int) -> Plan:
         """Which blocks of bq queries and bk keys have anything to see, for each example (and head, if those differ).
 
@@ -210,6 +215,11 @@ class Causal(IntervalMask):
     def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
         return 0, queries + 1 + _per_query(self.offset, 1)
 
+    @property
+    @override
+    def reach(self) -> tuple[int | None, int | None]:
+        return None, self.offset if isinstance(self.offset, int) else None
+
     @override
     def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
         _check_shape("Causal.offset", self.offset, (), (batch,))
@@ -252,6 +262,11 @@ class Window(IntervalMask):
             tk if self.right is None else queries + self.right + 1,
         )
 
+    @property
+    @override
+    def reach(self) -> tuple[int | None, int | None]:
+        return self.left, self.right
+
 
 @_mask
 class Chunked(IntervalMask):
@@ -263,6 +278,28 @@ class Chunked(IntervalMask):
     def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
         first = queries // self.size * self.size
         return first, first + self.size
+
+    @property
+    @override
+    def reach(self) -> tuple[int | None, int | None]:
+        return self.size - 1, self.size - 1
+
+
+@_mask
+class Complete(IntervalMask):
+    """Query q sees the keys that sum up tokens which are all at q or before it (NSA, arXiv 2502.11089, 3.3.1).
+
+    Attributes:
+      size: tokens that a key sums up.
+      stride: key i begins at token i * stride.
+    """
+
+    size: int = _static()
+    stride: int = _static()
+
+    @override
+    def bounds(self, queries: jax.Array, tk: int, start: Array) -> tuple[Array, Array]:
+        return 0, (queries + 1 - self.size) // self.stride + 1
 
 
 @_mask
@@ -310,6 +347,42 @@ class GlobalTokens(IntervalMask):
     def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
         _check_shape("GlobalTokens.count", self.count, (), (batch,))
         _check_shape("GlobalTokens.start", self.start, (), (batch,))
+
+
+@_mask
+class Intervals(Mask):
+    """The keys of each query, given as the normal form of a mask, or of a part of one (`Rows.part`).
+
+    Attributes:
+      lo, hi: int32 [B|1, R, Tq], see `Rows`; R is 1 or 2.
+    """
+
+    lo: Array
+    hi: Array
+
+    @property
+    @override
+    def intervals(self) -> int:
+        return np.shape(self.lo)[1]
+
+    @override
+    def rows(self, tq: int, tk: int) -> Rows:
+        return Rows(jnp.maximum(self.lo, 0), jnp.minimum(self.hi, tk))
+
+    @override
+    def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
+        return Rows(*(jax.lax.dynamic_slice_in_dim(x, start, tq, axis=2) for x in (self.lo, self.hi))).dense(tk)
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        shapes = [(b, intervals, tq) for b in {batch, 1} for intervals in (1, 2)]
+        _check_shape("Intervals.lo", self.lo, *shapes)
+        _check_shape("Intervals.hi", self.hi, np.shape(self.lo))
+
+    @property
+    @override
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        return tuple(("batch" if np.shape(x)[0] > 1 else None, None, None) for x in (self.lo, self.hi))
 
 
 @_mask
@@ -502,6 +575,12 @@ class And(Mask):
     def block_sparse(self) -> BlockSparse | None:
         return next((mask.block_sparse for mask in self.masks if mask.block_sparse is not None), None)
 
+    @property
+    @override
+    def reach(self) -> tuple[int | None, int | None]:
+        sides = zip(*(mask.reach for mask in self.masks))
+        return tuple(min((n for n in side if n is not None), default=None) for side in sides)
+
     @override
     def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
         shown = self.masks[0].dense(tq, tk, start)
@@ -523,6 +602,11 @@ class And(Mask):
         for mask in self.masks:
             mask.check(batch, heads, tq, tk)
 
+    @property
+    @override
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        return tuple(axes for mask in self.masks for axes in mask.axes)
+
 
 @_mask
 class Or(Mask):
@@ -538,6 +622,11 @@ class Or(Mask):
     def intervals(self) -> int:
         return 2
 
+    @property
+    @override
+    def reach(self) -> tuple[int | None, int | None]:
+        return tuple(None if None in side else max(side) for side in zip(*(mask.reach for mask in self.masks)))
+
     @override
     def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
         return self.masks[0].dense(tq, tk, start) | self.masks[1].dense(tq, tk, start)
@@ -550,3 +639,8 @@ class Or(Mask):
     def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
         for mask in self.masks:
             mask.check(batch, heads, tq, tk)
+
+    @property
+    @override
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        return tuple(axes for mask in self.masks for axes in mask.axes)

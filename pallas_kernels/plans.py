@@ -46,6 +46,23 @@ class Rows:
         keys = jax.lax.broadcasted_iota(jnp.int32, (1, 1, 1, tk), 3)
         return ((keys >= self.lo[..., None]) & (keys < self.hi[..., None])).any(axis=1, keepdims=True)
 
+    def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> "Rows":
+        """The same for the queries query ... query + tq and the keys key ... key + tk, counted from 0 again.
+
+        An interval cut to a run of keys is an interval, so every mask of this form can be taken apart.
+        """
+
+        def cut(bound):
+            bound = jax.lax.dynamic_slice_in_dim(bound, query, tq, axis=-1)
+            return jnp.clip(bound - key, 0, tk)
+
+        return Rows(cut(self.lo), cut(self.hi))
+
+    @property
+    def any(self) -> jax.Array:
+        """bool scalar: whether any query sees any key."""
+        return jnp.any(self.lo < self.hi)
+
     def pad(self, tq: int) -> "Rows":
         """The same for `tq` queries: the added ones see nothing."""
         width = [(0, 0), (0, 0), (0, tq - self.lo.shape[-1])]

@@ -81,3 +81,26 @@ class Backend(Protocol):
         The log-sum-exp is float32 [B, Hq, Tq] in natural logarithms, -inf for a query that sees nothing, and
         differentiable; it may be None if not `request.needs_lse`.
         """
+
+    def gradients(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        request: Request,
+        lse: jax.Array,
+        delta: jax.Array,
+        gradient: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
+        """See `pallas_kernels.attention.attention_gradients`; this form computes the part's result again."""
+
+        def run(q, k, v, bias):
+            return self.run(q, k, v, dataclasses.replace(request, bias=bias))
+
+        (part, part_lse), pull = jax.vjp(run, q, k, v, request.bias)
+        # The whole is the sum over the parts of exp(part_lse - lse) times their results.
+        finite = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        share = jnp.where(jnp.isneginf(part_lse), 0.0, jnp.exp(part_lse - finite))
+        part_delta = jnp.einsum("bqhd,bqhd->bhq", gradient, part, preferred_element_type=jnp.float32)
+        pulled = gradient * share.swapaxes(1, 2)[..., None]
+        return pull((pulled.astype(part.dtype), share * (part_delta - delta)))

@@ -10,11 +10,13 @@ BRIDGE = "jaxlm.data.seqio_bridge"
 TENSORFLOW = {"tensorflow", "tensorflow_text", "seqio", "t5", "clu", "keras"}
 
 # What each room may import of the others (itself always). docs/architecture.md gives the reasons.
-GROUND = {"jaxlm.architecture", "jaxlm.piecewise"}
+GROUND = {"jaxlm.architecture", "jaxlm.chips", "jaxlm.exit_status", "jaxlm.piecewise"}
 DEVICE = {"pallas_kernels", "jaxlm.parallel", "jaxlm.layers", "jaxlm.models"}
 MAY_IMPORT = {
     "pallas_kernels": set(),
     "jaxlm.architecture": set(),
+    "jaxlm.chips": set(),
+    "jaxlm.exit_status": set(),
     "jaxlm.piecewise": set(),
     "jaxlm.configuration": set(),
     "jaxlm.parallel": {"pallas_kernels"},
@@ -25,6 +27,17 @@ MAY_IMPORT = {
     "jaxlm.checkpoints": DEVICE | GROUND,
     "jaxlm.decoding": DEVICE | GROUND,
     "jaxlm.training": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.checkpoints", "jaxlm.decoding"},
+    "jaxlm.run": DEVICE
+    | GROUND
+    | {
+        "jaxlm.checkpoints",
+        "jaxlm.configuration",
+        "jaxlm.data",
+        "jaxlm.decoding",
+        "jaxlm.objectives",
+        "jaxlm.training",
+    },
+    "jaxlm.planning": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.training", "jaxlm.run"},
     "jaxlm.evaluation": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
 }
 

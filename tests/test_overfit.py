@@ -5,8 +5,9 @@ Four pairs that have most of the machinery between them run always, all with --f
 
 import pytest
 
-from benchmarks.overfit import FORMS, MARGIN, SLACK, all_objectives, all_pairs, overfit
+from benchmarks.overfit import FORMS, MARGIN, SLACK, Pair, all_objectives, all_pairs, overfit
 from jaxlm.architecture import Architecture
+from jaxlm.configuration import resolve
 
 PAIRS = {str(pair): pair for pair in all_pairs()}
 ALWAYS = (
@@ -23,6 +24,13 @@ def test_pairs_are_of_all_objectives():
     assert all(name in all_objectives() for forms in FORMS.values() for name in forms)
     assert {pair.architecture for pair in PAIRS.values()} == set(Architecture)
     assert set(ALWAYS) <= set(PAIRS)
+
+
+def test_a_mixture_of_experts_overfits_with_its_router_losses():
+    """Routed token by token, it sees no more than the tokens before."""
+    model = resolve("%MODEL", ["--gin_file=gin_configs/models/tiny/mixture_of_experts.gin"])
+    found = overfit(Pair(Architecture.CAUSAL_DECODER, "full_lm"), model=model)
+    assert found.gap <= MARGIN and found.below <= SLACK, found
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ import enum
 import functools
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -23,6 +25,8 @@ from orbax.checkpoint import checkpoint_managers
 from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.manifest import CheckpointError, Verify, write_manifest
 from jaxlm.layers.stacking import StackLayout
+
+_AGREE_STEPS = 16  # how often several processes ask each other whether it is time to save
 
 
 class Writing(enum.Enum):
@@ -63,7 +67,8 @@ class CheckpointConfig:
     """When checkpoints are saved and which are kept.
 
     Attributes:
-      period: training steps between checkpoints.
+      period: training steps between checkpoints; None where time alone decides.
+      seconds: also save when so many have passed since the last checkpoint, or since the start; None does not.
       keep_last: how many of the newest steps are kept; at least 2, so that a damaged newest one is no loss.
       keep_every: steps divisible by this are kept for ever; None keeps none.
       best: also keep the best by a metric; None keeps none.
@@ -72,7 +77,8 @@ class CheckpointConfig:
       timeout_seconds: a save that takes longer is an error.
     """
 
-    period: int = 1000
+    period: int | None = 1000
+    seconds: float | None = None
     keep_last: int = 3
     keep_every: int | None = None
     best: BestConfig | None = None
@@ -81,8 +87,12 @@ class CheckpointConfig:
     timeout_seconds: int = 3600
 
     def __post_init__(self):
-        if self.period < 1:
+        if self.period is not None and self.period < 1:
             raise ValueError(f"CheckpointConfig.period is a number of steps, at least 1, not {self.period}.")
+        if self.seconds is not None and self.seconds <= 0:
+            raise ValueError(f"CheckpointConfig.seconds is {self.seconds}; it must be above 0, or None.")
+        if self.period is None and self.seconds is None:
+            raise ValueError("CheckpointConfig has neither period nor seconds, so that nothing is saved; give one.")
         if self.keep_last < 2:
             raise ValueError(
                 f"CheckpointConfig.keep_last must be at least 2, not {self.keep_last}: the step before the newest is "
@@ -122,6 +132,7 @@ class CheckpointManager:
         self.layouts = tuple(layouts)
         self._report = report
         self._saving: int | None = None
+        self._last = time.monotonic()  # when the last save began
         best = config.best
         self._orbax = ocp.CheckpointManager(
             self.folder,
@@ -141,7 +152,20 @@ class CheckpointManager:
         """Whether `step` is one to save at. Also raises the error of an earlier save in the background, if any."""
         with _clear_errors(self.folder):
             self._orbax.check_for_errors()
-        return step > 0 and step % self.config.period == 0
+        if step <= 0:
+            return False
+        period = self.config.period
+        return (period is not None and step % period == 0) or self._is_time(step)
+
+    def _is_time(self, step: int) -> bool:
+        """Whether `CheckpointConfig.seconds` have passed. The first process's clock decides for all."""
+        if self.config.seconds is None:
+            return False
+        over = time.monotonic() - self._last >= self.config.seconds
+        if jax.process_count() == 1:
+            return over
+        # Agreeing makes every process wait for the first one: not at every step.
+        return step % _AGREE_STEPS == 0 and bool(multihost_utils.broadcast_one_to_all(np.array(over)))
 
     def save(
         self,
@@ -185,9 +209,11 @@ class CheckpointManager:
             "metrics": metrics,
         }
         with _clear_errors(self.folder, step):
+            # Where the folder is gone, Orbax's threads would wait for minutes, beyond the end of the run.
+            next(self.folder.iterdir(), None)
             self._orbax.wait_until_finished()
             self._set_aside(step)
-            self._saving = step
+            self._saving, self._last = step, time.monotonic()
             best = self.config.best
             ranked = best is not None and math.isfinite(metrics.get(best.metric, math.nan))
             self._orbax.save(
@@ -270,14 +296,14 @@ def _unstacked(state: Any, layouts: tuple[StackLayout, ...]) -> dict[naming.Path
     split: dict[naming.Path, tuple[jax.Array, ...]] = {}
     arrays = {}
     for path, source in naming.sources(state, layouts).items():
-        if source.repeat is None:
+        if source.row is None:
             arrays[path] = leaves[source.path]
             continue
         if source.path not in split:
             stack = leaves[source.path]
             layer = stored.layer_sharding(stack.sharding, memory_kind="pinned_host")
             split[source.path] = _splitter(stack.shape[0], layer)(stack)
-        arrays[path] = split[source.path][source.repeat]
+        arrays[path] = split[source.path][source.row]
     return arrays
 
 

@@ -48,11 +48,11 @@ class Source:
 
     Attributes:
       path: the leaf of the state.
-      repeat: its index along the leading axis of a stacked leaf, or None for the whole leaf.
+      row: its index along the leading axis of a stacked leaf, or None for the whole leaf.
     """
 
     path: Path
-    repeat: int | None = None
+    row: int | None = None
 
 
 def sources(tree: Any, layouts: tuple[StackLayout, ...]) -> dict[Path, Source]:
@@ -74,14 +74,14 @@ def sources(tree: Any, layouts: tuple[StackLayout, ...]) -> dict[Path, Source]:
         if layout is None:
             found[path] = Source(path)
             continue
-        if not leaf.shape or leaf.shape[0] != layout.repeats:
+        if not leaf.shape or leaf.shape[0] != len(layout.rows):
             raise ValueError(
-                f"{show(path)} has shape {leaf.shape}, but its first axis must count {layout.repeats} layers; give the "
-                f"layouts of the model that made this state."
+                f"{show(path)} has shape {leaf.shape}, but its first axis must count {len(layout.rows)} layers; give "
+                f"the layouts of the model that made this state."
             )
-        for repeat in range(layout.repeats):
+        for repeat, row in enumerate(layout.places):
             layer = str(repeat * layout.pattern + int(path[at]))
-            found[(*path[:at], layer, *path[at + 1 :])] = Source(path, repeat)
+            found[(*path[:at], layer, *path[at + 1 :])] = Source(path, row)
     return found
 
 

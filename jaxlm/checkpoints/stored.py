@@ -28,7 +28,7 @@ from jaxlm.layers.stacking import StackLayout
 FORMAT = 1  # of meta; raised when an older reader could misread it
 # Leaves are read in groups of about this many bytes, so that restoring needs little more than the state itself.
 GROUP_BYTES = 1 << 30
-_SHOWN = 6  # leaves named in an error
+_SHOWN = 4  # leaves of a kind named in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,30 +78,37 @@ class StoredCheckpoint:
             )
             for name in group:
                 layers = [arrays.pop(path) for path in requests[name].paths]
-                values[name] = stacker(requests[name].sharding)(*layers) if requests[name].stacked else layers[0]
+                values[name] = stacker(requests[name])(*layers) if requests[name].stacked else layers[0]
         return values
 
     def _compare(self, requests: Mapping[naming.Path, "Request"]) -> None:
-        """Raises if the leaves on disk are not exactly those asked for."""
+        """Raises if the leaves on disk are not exactly those asked for; says which differ, a few of each kind."""
         wanted = {path: request.layer for request in requests.values() for path in request.paths}
-        where = f"The checkpoint of step {self.step} in {self.folder.parent}"
-        remedy = "use the configuration saved with it, or start a new run with a warm start from it"
-        if missing := [path for path in wanted if path not in self.leaves]:
-            raise CheckpointError(f"{where} lacks {some(missing)}, which this model and optimizer have; {remedy}.")
-        if extra := [path for path in self.leaves if path not in wanted]:
-            raise CheckpointError(f"{where} has {some(extra)}, which this model and optimizer lack; {remedy}.")
-        for path, leaf in wanted.items():
-            stored = self.leaves[path]
-            if stored.shape != leaf.shape:
-                raise CheckpointError(
-                    f"{where} has {naming.show(path)} of shape {list(stored.shape)}, but this model wants "
-                    f"{list(leaf.shape)}{likely_vocabulary(path, stored.shape, leaf.shape)}; {remedy}."
-                )
-            if stored.dtype != leaf.dtype:
-                raise CheckpointError(
-                    f"{where} has {naming.show(path)} as {stored.dtype}, but this run wants {leaf.dtype}, which would "
-                    f"change its values; {remedy}."
-                )
+        both = [(path, self.leaves[path], leaf) for path, leaf in wanted.items() if path in self.leaves]
+        missing = [naming.show(path) for path in wanted if path not in self.leaves]
+        extra = [naming.show(path) for path in self.leaves if path not in wanted]
+        shapes = [
+            f"{naming.show(path)} of shape {list(stored.shape)}, but this model wants {list(leaf.shape)}"
+            f"{likely_vocabulary(path, stored.shape, leaf.shape)}"
+            for path, stored, leaf in both
+            if stored.shape != leaf.shape
+        ]
+        types = [
+            f"{naming.show(path)} as {stored.dtype}, but this run wants {leaf.dtype}, which would change its values"
+            for path, stored, leaf in both
+            if stored.shape == leaf.shape and stored.dtype != leaf.dtype
+        ]
+        differences = [
+            missing and f"lacks {some(missing)}, which this model and optimizer have",
+            extra and f"has {some(extra)}, which this model and optimizer lack",
+            shapes and f"has {some(shapes, '; ')}",
+            types and f"has {some(types, '; ')}",
+        ]
+        if any(differences):
+            raise CheckpointError(
+                f"The checkpoint of step {self.step} in {self.folder.parent} {'; it '.join(filter(None, differences))}"
+                f"; use the configuration saved with it, or start a new run with a warm start from it."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,16 +116,22 @@ class Request:
     """One array wanted from a checkpoint.
 
     Attributes:
-      paths: its path on disk; for a stack, the paths of its layers in order.
-      stacked: whether the array has a leading axis over `paths`.
+      paths: its path on disk; for a stack, the paths of its layers in the order of `rows`.
+      rows: for a stack, the row of each of `paths` along the leading axis, ascending; rows without a path are zeros
+        (identity layers of a pipeline). Otherwise None.
       shape, dtype, sharding: of the array wanted.
     """
 
     paths: tuple[naming.Path, ...]
-    stacked: bool
+    rows: tuple[int, ...] | None
     shape: tuple[int, ...]
     dtype: np.dtype
     sharding: jax.sharding.Sharding
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the array has a leading axis over layers."""
+        return self.rows is not None
 
     @property
     def layer(self) -> jax.ShapeDtypeStruct:
@@ -134,13 +147,14 @@ def requests_for(target: Any, layouts: tuple[StackLayout, ...]) -> dict[naming.P
     found: dict[naming.Path, list[tuple[int, naming.Path]]] = {path: [] for path in leaves}
     stacked = dict.fromkeys(leaves, False)
     for on_disk, source in naming.sources(target, layouts).items():
-        found[source.path].append((source.repeat or 0, on_disk))
-        stacked[source.path] = source.repeat is not None
+        found[source.path].append((source.row or 0, on_disk))
+        stacked[source.path] = source.row is not None
     requests = {}
     for path, leaf in leaves.items():
         sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        paths = tuple(on_disk for _, on_disk in sorted(found[path]))
-        requests[path] = Request(paths, stacked[path], tuple(leaf.shape), np.dtype(leaf.dtype), sharding)
+        rows, paths = zip(*sorted(found[path]))
+        rows = rows if stacked[path] else None
+        requests[path] = Request(paths, rows, tuple(leaf.shape), np.dtype(leaf.dtype), sharding)
     return requests
 
 
@@ -262,10 +276,18 @@ def _groups(requests: Mapping[naming.Path, Request]) -> Iterator[list[naming.Pat
         yield group
 
 
-@functools.cache
-def stacker(sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+def stacker(request: Request) -> Callable[..., jax.Array]:
     """Stacks layers on device, each device its own shards."""
-    return jax.jit(lambda *layers: jnp.stack(layers), out_shardings=sharding)
+    return _stacker(request.shape[0], request.rows, request.sharding)
+
+
+@functools.cache
+def _stacker(count: int, rows: tuple[int, ...], sharding: jax.sharding.Sharding) -> Callable[..., jax.Array]:
+    def stack(*layers: jax.Array) -> jax.Array:
+        by_row = dict(zip(rows, layers, strict=True))
+        return jnp.stack([by_row.get(row, jnp.zeros_like(layers[0])) for row in range(count)])
+
+    return jax.jit(stack, out_shardings=sharding)
 
 
 def _all_agree(ok: bool) -> bool:
@@ -275,10 +297,10 @@ def _all_agree(ok: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.array(ok))))
 
 
-def some(paths: list[naming.Path]) -> str:
-    """A few leaves by name, and how many more."""
-    names = ", ".join(map(naming.show, paths[:_SHOWN]))
-    return names + (f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else "")
+def some(names: list[str], separator: str = ", ") -> str:
+    """A few of the names, and how many more."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return separator.join(names[:_SHOWN]) + more
 
 
 def likely_vocabulary(path: naming.Path, stored: tuple[int, ...], wanted: tuple[int, ...]) -> str:

@@ -126,9 +126,10 @@ def warm_start(
     known = {path: request for request in requests.values() for path in request.paths}
     for path, source in found.items():
         if path not in known:
+            names = list(map(naming.show, known))
             raise CheckpointError(
                 f"The warm start takes {naming.show(source)} of {checkpoint.folder} as {naming.show(path)}, which this "
-                f"model lacks; drop or rename it (the model has, for example, {stored.some(list(known))})."
+                f"model lacks; drop or rename it (the model has, for example, {stored.some(names)})."
             )
         shape, wanted = checkpoint.leaves[(config.weights.value, *source)].shape, known[path].layer.shape
         if shape != wanted:
@@ -139,9 +140,10 @@ def warm_start(
             )
     new = [path for path in known if path not in found]
     if new and config.missing is Missing.ERROR:
+        names = list(map(naming.show, new))
         raise CheckpointError(
-            f"The warm start from {checkpoint.folder} leaves {stored.some(new)} without values; take or rename leaves "
-            f"for them, or set missing to {Missing.INITIALISE.value!r}."
+            f"The warm start from {checkpoint.folder} leaves {stored.some(names)} without values; take or rename "
+            f"leaves for them, or set missing to {Missing.INITIALISE.value!r}."
         )
     filled = _filled(checkpoint, config.weights, naming.flatten(params), requests, found)
     account = Account(
@@ -214,13 +216,13 @@ def _filled(
         else:  # some layers of a stack: read by themselves, stacked below with the new ones
             layer = request.layer
             for path, source in sources.items():
-                single[path] = stored.Request((source,), False, layer.shape, layer.dtype, layer.sharding)
+                single[path] = stored.Request((source,), None, layer.shape, layer.dtype, layer.sharding)
     values = checkpoint.read(whole)
     layers = checkpoint.read(single)
     for name, request in requests.items():
         if any(path in layers for path in request.paths):
-            stack = [layers.get(path, params[name][i]) for i, path in enumerate(request.paths)]
-            values[name] = stored.stacker(request.sharding)(*stack)
+            stack = [layers.get(path, params[name][row]) for row, path in zip(request.rows, request.paths)]
+            values[name] = stored.stacker(request)(*stack)
     return [values.get(name, value) for name, value in params.items()]
 
 

@@ -83,6 +83,13 @@ def _fit_union(value: Any, annotation: Any, members: tuple) -> Any:
             if member is not types.NoneType:
                 misfits.append(misfit)
     if not fitted:  # `X | None` has one reason, which may lie deep inside X
+        enums = [m for m in members if isinstance(m, type) and issubclass(m, enum.Enum)]
+        if isinstance(value, str) and len(enums) == 1:  # a name that does not exist: say which do
+            others = [describe(m) for m in members if m is not enums[0] and m is not types.NoneType]
+            try:
+                _fit_enum(value, enums[0])
+            except Misfit as misfit:
+                raise Misfit(f"{misfit}{'; or a ' if others else ''}{' or '.join(others)}") from None
         raise misfits[0] if len(misfits) == 1 else _misfit(value, annotation)
     return next((f for f in fitted if type(f) is type(value) and f == value), fitted[0])
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import override
+from collections.abc import Iterator, Mapping
+from typing import Any, override
 
 import numpy as np
 
 from jaxlm.data.converters import Batch
 from jaxlm.data.datasets import DataSets
-from jaxlm.data.loader_base import Loader, Seen
-from jaxlm.data.mixing import Mixer
+from jaxlm.data.loader_base import ExampleId, Loader, Seen
+from jaxlm.data.mixing import Clock, Mixer
 from jaxlm.data.randomness import ExampleGenerator
 
 
@@ -20,8 +20,8 @@ class IndexedLoader(Loader):
     One pass goes through the data sets one after the other, each row once, without mixing or shuffling.
     """
 
-    def __init__(self, data: DataSets, batch_size: int, host_index: int, host_count: int, start_step: int):
-        super().__init__(data, batch_size, host_index, host_count, start_step)
+    def __init__(self, data: DataSets, batch_size: int, own_rows: np.ndarray, start_step: int):
+        super().__init__(data, batch_size, own_rows, start_step)
         self._counts = np.array([len(rows) for rows in data.rows], np.int64)
         self._ends = np.cumsum(self._counts)
         if data.one_pass:
@@ -48,23 +48,36 @@ class IndexedLoader(Loader):
         return max(-(-(int(self._ends[-1]) - self._clocks[-1].draws_at(step)) // self._batch_size), 0)
 
     def batch(self, step: int, mixer: Mixer) -> Batch:
-        """This host's slice of the batch of a training step."""
+        """This host's rows of the batch of a training step."""
         data = self._data
-        first = self._clocks[-1].draws_at(step) + self._host_index * self._host_rows
-        numbers = np.arange(first, first + self._host_rows)
-        if data.one_pass:
+        numbers = self._clocks[-1].draws_at(step) + self._own_rows
+        generator = ExampleGenerator(data.config.seed)
+        rows = [
+            [data.example(generator, d, i, e, step, raw) for i, raw in data.rows[d].row(r)]
+            for d, r, e in self._rows(numbers, mixer)
+        ]
+        return data.converter.batch(rows + [[]] * (len(self._own_rows) - len(rows)))
+
+    def _rows(self, numbers: np.ndarray, mixer: Mixer) -> list[tuple[int, int, int]]:
+        """(data set, row in it, epoch) of rows of the run by number; without those beyond the end of a pass."""
+        if self._data.one_pass:
             numbers = numbers[numbers < self._ends[-1]]
             dataset = np.searchsorted(self._ends, numbers, "right")
             drawn = numbers - (self._ends - self._counts)[dataset]
         else:
             dataset, drawn = mixer.assign(numbers)
-        index, epoch = data.ordered(dataset, drawn, self._counts)
-        generator = ExampleGenerator(data.config.seed)
-        rows = [
-            [data.example(generator, d, i, e, step, raw) for i, raw in data.rows[d].row(r)]
-            for d, r, e in zip(dataset.tolist(), index.tolist(), epoch.tolist())
+        index, epoch = self._data.ordered(dataset, drawn, self._counts)
+        return list(zip(dataset.tolist(), index.tolist(), epoch.tolist()))
+
+    @override
+    def examples_at(self, state: Mapping[str, Any]) -> list[list[ExampleId]]:
+        clocks = tuple(Clock(*clock) for clock in state["clocks"])
+        mixer = Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, clocks)
+        numbers = clocks[-1].draws_at(state["step"]) + np.arange(self._batch_size)
+        return [
+            [ExampleId(self.dataset_names[d], i, e) for i, _ in self._data.rows[d].row(r)]
+            for d, r, e in self._rows(numbers, mixer)
         ]
-        return data.converter.batch(rows + [[]] * (self._host_rows - len(rows)))
 
     @override
     def seen(self) -> dict[str, Seen]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,20 @@ class Seen:
     tokens: int
 
 
+class ExampleId(NamedTuple):
+    """Which example of a run something was: enough to find its text again.
+
+    Attributes:
+      dataset: name of the task.
+      index: of the example in the task's split: a window of text (CONCAT_AND_SPLIT), a piece of a document, or a pair.
+      epoch: how often the data set had been gone through.
+    """
+
+    dataset: str
+    index: int
+    epoch: int
+
+
 class Loader(Iterator[Batch]):
     """Batches for one host. Made by `jaxlm.data.loader.build_loader`.
 
@@ -38,16 +52,17 @@ class Loader(Iterator[Batch]):
     Attributes:
       vocabulary: of all tasks.
       dataset_names: names of the tasks; `dataset_ids` index them.
+      batch_size: rows of a batch, of all hosts together.
       features: {name: (shape, type)} of a host's batch.
       num_batches: batches of one pass, or None if endless.
       objective: as given, fitted to the row.
       density: share of all columns that hold a token, for data sets with a pack plan, by name.
     """
 
-    def __init__(self, data: DataSets, batch_size: int, host_index: int, host_count: int, start_step: int):
+    def __init__(self, data: DataSets, batch_size: int, own_rows: np.ndarray, start_step: int):
         self._data, self._batch_size = data, batch_size
-        self._host_index, self._host_count = host_index, host_count
-        self._host_rows = batch_size // host_count
+        self._own_rows = own_rows
+        self.batch_size = batch_size
         self._start_step = self._step = start_step
         self._clocks = (Clock(start_step, 0, self._draws_per_step),)
         self._iterator: Iterator | None = None
@@ -55,7 +70,7 @@ class Loader(Iterator[Batch]):
         self.vocabulary = data.vocabulary
         self.dataset_names = tuple(task.name for task in data.tasks)
         self.features = {
-            name: ((self._host_rows, *shape), dtype) for name, (shape, dtype) in data.converter.features.items()
+            name: ((len(own_rows), *shape), dtype) for name, (shape, dtype) in data.converter.features.items()
         }
         self.num_batches: int | None = None
         self.density = {
@@ -70,6 +85,14 @@ class Loader(Iterator[Batch]):
     @abc.abstractmethod
     def _open(self) -> Iterator:
         """Batches from the current position on, made ahead by Grain."""
+
+    @abc.abstractmethod
+    def examples_at(self, state: Mapping[str, Any]) -> list[list[ExampleId]]:
+        """The examples of the batch that follows a position, row by row, of all hosts together.
+
+        Args:
+          state: from `state`, with several hosts gathered (`jaxlm.data.loader.gather_state`); of this loader's data.
+        """
 
     @abc.abstractmethod
     def seen(self) -> dict[str, Seen]:
@@ -101,10 +124,15 @@ class Loader(Iterator[Batch]):
         clocks = [list(dataclasses.astuple(clock)) for clock in self._clocks]
         return {"data": self._data.identity, "step": self._step, "clocks": clocks}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], *, step: int | None = None) -> None:
         """Goes to a position; the number of hosts may differ from that of the run that saved it.
 
         With another batch size, reading goes on where that run stopped.
+
+        Args:
+          state: from `state`.
+          step: the training step that the next batch is for, where it is not the position's own: a run that went back
+            to an earlier step goes on with later data.
 
         Raises:
           ValueError: the position belongs to other data, or another way of reading it.
@@ -120,14 +148,15 @@ class Loader(Iterator[Batch]):
                     f"data from its beginning."
                 )
         self.close()
-        self._step = int(state["step"])
+        self._step = int(state["step"]) if step is None else step
         self._clocks = tuple(Clock(int(step), int(draws), float(rate)) for step, draws, rate in state["clocks"])
         now = self._clocks[-1]
-        if now.draws_per_step != self._draws_per_step:
-            changed = Clock(self._step, now.draws_at(self._step), self._draws_per_step)
+        if now.draws_per_step != self._draws_per_step or self._step != state["step"]:
+            changed = Clock(self._step, now.draws_at(int(state["step"])), self._draws_per_step)
             # The history matters only to rates that have changed with the step.
             scheduled = isinstance(self._data.mixture, Mixture) and self._data.mixture.schedules()
-            self._clocks = (*self._clocks, changed) if scheduled else (changed,)
+            history = tuple(clock for clock in self._clocks if clock.step < changed.step)
+            self._clocks = (*history, changed) if scheduled else (changed,)
 
     def _mixer(self) -> Mixer:
         return Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, self._clocks)

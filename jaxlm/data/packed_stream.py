@@ -12,13 +12,15 @@ import numpy as np
 from jaxlm.data import packing
 from jaxlm.data.converters import Batch
 from jaxlm.data.datasets import DataSets
-from jaxlm.data.loader_base import Loader, Seen
+from jaxlm.data.loader_base import ExampleId, Loader, Seen
 from jaxlm.data.mixing import Clock, Mixer
 from jaxlm.data.randomness import ExampleGenerator
 from jaxlm.objectives.base import Example
 
 # Where a virtual shard is: its window, and how many of the window's rows are used.
 Position = tuple[int, int]
+# A row before it is laid out: its examples, and which they are.
+Row = list[tuple[ExampleId, Example]]
 
 
 class StreamLoader(Loader):
@@ -28,27 +30,30 @@ class StreamLoader(Loader):
     (the look-ahead); going to its position means packing that window again.
 
     The batch's rows and the shards are both divided into G = gcd(batch size, V) groups, and the rows of a group come
-    from its shards in turn. Any number of hosts that divides G shares out whole groups.
+    from its shards in turn. Each host reads whole groups.
 
     How many examples a batch takes depends on how they pack, so training steps are assigned to examples by a clock: at
     the mean of the run's first window. It decides the rates and the corruption that change over training.
     """
 
-    def __init__(self, data: DataSets, batch_size: int, host_index: int, host_count: int, start_step: int):
+    def __init__(self, data: DataSets, batch_size: int, own_rows: np.ndarray, start_step: int):
         shards = data.config.virtual_shards
-        if shards % host_count:
+        groups = math.gcd(batch_size, shards)
+        group_rows, group_shards = batch_size // groups, shards // groups
+        self._own_groups, rows = np.unique(own_rows // group_rows, return_counts=True)
+        if (rows < group_rows).any():
             raise ValueError(
-                f"{host_count} hosts cannot share {shards} virtual shards; use a number of hosts that divides "
-                f"DataConfig.virtual_shards, which is fixed for a run."
+                f"A packed stream fills a batch of {batch_size} rows from {shards} virtual shards in groups of "
+                f"{group_rows}, and the devices of one host hold a part of a group; choose a batch size and a "
+                f"DataConfig.virtual_shards (fixed for a run) that both are multiples of the hosts."
             )
         self._data, self._batch_size = data, batch_size
         self._counts = np.array([len(examples) for examples in data.examples], np.int64)
         # The first window as if all of it fell into the first step.
         self._clocks = (Clock(start_step, 0, 2.0**38),)
         self._examples_per_row = data.config.look_ahead / len(self._pack(0, 0, self._mixer()))
-        super().__init__(data, batch_size, host_index, host_count, start_step)
-        own = shards // host_count
-        self._own = range(host_index * own, (host_index + 1) * own)
+        super().__init__(data, batch_size, own_rows, start_step)
+        self._own = [group * group_shards + i for group in self._own_groups.tolist() for i in range(group_shards)]
         self._positions: dict[int, Position] = dict.fromkeys(self._own, (0, 0))
         self._phase = 0
 
@@ -57,7 +62,7 @@ class StreamLoader(Loader):
     def _draws_per_step(self) -> float:
         return self._batch_size * self._examples_per_row
 
-    def _pack(self, shard: int, window: int, mixer: Mixer) -> list[list[Example]]:
+    def _pack(self, shard: int, window: int, mixer: Mixer) -> list[Row]:
         """The rows of a window of a virtual shard."""
         data, config = self._data, self._data.config
         numbers = (window * config.look_ahead + np.arange(config.look_ahead)) * config.virtual_shards + shard
@@ -69,8 +74,9 @@ class StreamLoader(Loader):
             data.example(generator, d, i, e, step, data.examples[d][i])
             for d, i, e, step in zip(dataset.tolist(), index.tolist(), epoch.tolist(), steps.tolist())
         ]
+        ids = [ExampleId(data.tasks[d].name, i, e) for d, i, e in zip(dataset.tolist(), index.tolist(), epoch.tolist())]
         sizes = np.array([data.converter.size(example) for example in examples], np.int64)
-        return [[examples[i] for i in row] for row in packing.pack_window(sizes, data.converter.capacity)]
+        return [[(ids[i], examples[i]) for i in row] for row in packing.pack_window(sizes, data.converter.capacity)]
 
     def _steps_of(self, numbers: np.ndarray) -> np.ndarray:
         """The training step of each example by the clock, int64 [n]."""
@@ -80,32 +86,48 @@ class StreamLoader(Loader):
 
     def _batches(self) -> Iterator[tuple[Batch, dict[int, Position], int]]:
         """Batches from the current position on, each with the position after it."""
-        shards, hosts = self._data.config.virtual_shards, self._host_count
+        own_groups = self._own_groups.tolist()
+        for rows, positions, phase in self._rows(own_groups, dict(self._positions), self._phase, self._mixer()):
+            examples = [[example for _, example in row] for row in rows]
+            yield self._data.converter.batch(examples), dict(positions), phase
+
+    def _rows(
+        self, own_groups: Sequence[int], positions: dict[int, Position], phase: int, mixer: Mixer
+    ) -> Iterator[tuple[list[Row], dict[int, Position], int]]:
+        """These groups' rows of batch after batch, with the position after each; `positions` is changed in place."""
+        shards = self._data.config.virtual_shards
         groups = math.gcd(self._batch_size, shards)
         group_rows, group_shards = self._batch_size // groups, shards // groups
-        own_groups = range(self._host_index * groups // hosts, (self._host_index + 1) * groups // hosts)
-        mixer, positions, phase = self._mixer(), dict(self._positions), self._phase
-        packed: dict[int, list[list[Example]]] = {}  # rows of the window that each shard is in
+        packed: dict[int, list[Row]] = {}  # rows of the window that each shard is in
 
-        def take(shard: int) -> list[Example]:
+        def take(shard: int) -> Row:
             window, row = positions[shard]
             if shard not in packed:
                 packed[shard] = self._pack(shard, window, mixer)
-            examples = packed[shard][row]
+            taken = packed[shard][row]
             positions[shard] = (window, row + 1)
             if row + 1 == len(packed[shard]):
                 positions[shard] = (window + 1, 0)
                 del packed[shard]
-            return examples
+            return taken
 
         while True:
             rows = [
                 take(group * group_shards + (phase + i) % group_shards)
-                for group in own_groups
+                for group in self._own_groups.tolist()
                 for i in range(group_rows)
             ]
             phase = (phase + group_rows) % group_shards
-            yield self._data.converter.batch(rows), dict(positions), phase
+            yield rows, positions, phase
+
+    @override
+    def examples_at(self, state: Mapping[str, Any]) -> list[list[ExampleId]]:
+        clocks = tuple(Clock(*clock) for clock in state["clocks"])
+        mixer = Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, clocks)
+        positions = {shard: tuple(position) for shard, position in enumerate(state["positions"])}
+        groups = range(math.gcd(self._batch_size, self._data.config.virtual_shards))
+        rows, _, _ = next(self._rows(groups, positions, state["phase"], mixer))
+        return [[identity for identity, _ in row] for row in rows]
 
     @override
     def _open(self) -> Iterator:
@@ -130,8 +152,10 @@ class StreamLoader(Loader):
         return super().state() | {"batch_size": self._batch_size, "phase": self._phase, "positions": positions}
 
     @override
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any], *, step: int | None = None) -> None:
+        # With other clocks, and so other rates, a window that is half used would pack in another way.
         super().restore(state)
+        self._step = self._step if step is None else step
         missing = [shard for shard in self._own if state["positions"][shard] is None]
         if missing:
             raise ValueError(

@@ -171,8 +171,9 @@ def _generate(graphdef, state, batch, tokens, lengths, key, config, drawable, pa
         count, tokens, ends, done = carry
         at = lengths + count  # [B], each row goes on at its own place
         shifted = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=pad_id)[:, :-1]
-        hidden, _ = model.hidden_states({**batch, "decoder_input_tokens": shifted}, context=context)  # [B, T, E]
-        logits = model.head(hidden[index, at])  # [B, V]
+        hidden, _ = model.hidden_states({**batch, "decoder_input_tokens": shifted}, context=context)
+        hidden = context.ops.restore(hidden)  # [B, T, E]
+        logits = model.head(hidden[index, at], context=context)  # [B, V]
         keys = jax.vmap(lambda row, place: jax.random.fold_in(jax.random.fold_in(key, row), place))(index, at)
         drawn = draw(keys, jnp.where(drawable, logits, NEVER), config)
         done = done | (drawn == eos_id)
@@ -190,7 +191,8 @@ def _fill(graphdef, state, batch, key, config, drawable, mask_id, context):
     model = nnx.merge(graphdef, state)
     tokens = batch["encoder_input_tokens"]
     hidden, _ = model.hidden_states(batch, context=context)
-    logits = model.head(hidden)  # [B, S, V]
+    hidden = context.ops.restore(hidden)
+    logits = model.head(hidden, context=context)  # [B, S, V]
     row, place = jnp.indices(tokens.shape)
     keys = jax.vmap(lambda r, p: jax.random.fold_in(jax.random.fold_in(key, r), p))(row.ravel(), place.ravel())
     flat = jnp.where(drawable, logits, NEVER).reshape(tokens.size, -1)

@@ -8,6 +8,7 @@ from jaxlm.layers.block import Arrangement, BlockConfig, Placement
 from jaxlm.layers.context import Context
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
+from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring
 from jaxlm.layers.norms import NormConfig, NormKind
 from jaxlm.layers.parameters import InitConfig, InitScheme, Parametrization, ResidualInit, Scaling
 from jaxlm.layers.positions import (
@@ -21,7 +22,8 @@ from jaxlm.layers.positions import (
     SinusoidalPositions,
     YarnScaling,
 )
-from jaxlm.layers.stack import Layers, Remat, StackConfig
+from jaxlm.layers.remat import Remat, SaveNamed
+from jaxlm.layers.stack import Layers, StackConfig
 from jaxlm.layers.stacking import StackLayout
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
+    "MixtureOfExpertsConfig",
     "NormConfig",
     "NormKind",
     "NtkScaling",
@@ -49,7 +52,9 @@ __all__ = [
     "Remat",
     "ResidualInit",
     "Rope",
+    "SaveNamed",
     "Scaling",
+    "Scoring",
     "SinusoidalPositions",
     "StackConfig",
     "StackLayout",

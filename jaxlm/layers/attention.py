@@ -11,6 +11,7 @@ from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
 from jaxlm.layers.positions import Alibi, RelativePositions, RelativeTable, Rope, Rotation, rotate
+from jaxlm.layers.remat import name_activation
 from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.biases import Bias
 from pallas_kernels.masks import Mask, Window
@@ -160,6 +161,7 @@ class Attention(nnx.Module):
             bias = self.relative()
         elif isinstance(config.position, Alibi):
             bias = config.position.bias(config.num_heads)
+        q, k, v = name_activation(q, "query"), name_activation(k, "key"), name_activation(v, "value")
         out = context.ops.attention(
             q,
             k,

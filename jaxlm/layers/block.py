@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +103,29 @@ class Surroundings:
     encoded: jax.Array | None = None
     cross_mask: Mask | None = None
     present: jax.Array | None = None
+
+    def split(self) -> tuple[list[jax.Array], list[jax.Array], Callable[[list, list], "Surroundings"]]:
+        """Its arrays: those [B, ...] of the batch's rows, the others, and what makes it of the two again."""
+        parts = (self.mask, tuple(self.rotations.values()), self.bias, self.encoded, self.cross_mask, self.present)
+        axes = [name for part in parts for name in _first_axes(part)]
+        leaves, structure = jax.tree.flatten(parts)
+        of_rows = [i for i, name in enumerate(axes) if name == "batch"]
+        # Python's numbers stay what they are: to some backends they are part of a mask's static form.
+        others = [i for i, leaf in enumerate(leaves) if i not in of_rows and not isinstance(leaf, int | float)]
+
+        def join(rows: list[jax.Array], shared: list[jax.Array]) -> Surroundings:
+            arrays = dict(zip(of_rows + others, rows + shared, strict=True))
+            parts = jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, leaf in enumerate(leaves)])
+            return Surroundings(parts[0], dict(zip(self.rotations, parts[1])), *parts[2:])
+
+        return [leaves[i] for i in of_rows], [leaves[i] for i in others], join
+
+
+def _first_axes(part: Any) -> list[str | None]:
+    """What the first axis of each array runs over."""
+    if isinstance(part, Mask | Bias):
+        return [axes[0] if axes else None for axes in part.axes]
+    return ["batch"] * len(jax.tree.leaves(part))
 
 
 class Block(nnx.Module):

@@ -88,6 +88,9 @@ class Embedding(nnx.Module):
           [B, T, E].
         """
         x = _look_up(self.tokens, ids).astype(self.dtype)
+        # Under FSDP the table's columns lie apart. Laid out so, vectors (and their gradients on the way back) travel to
+        # the rows' devices in the activations' type, not in the table's, which is wider.
+        x = jnp.moveaxis(context.ops.constrain(jnp.moveaxis(x, -1, 0), ("embed", "batch", "length")), 0, -1)
         if added is not None:
             x = x + added.astype(self.dtype)
         if self.multiplier != 1.0:

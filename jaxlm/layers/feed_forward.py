@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxlm.layers.context import Context
 from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
+from jaxlm.layers.remat import name_activation
 from jaxlm.layers.side_values import NO_SIDE_VALUES, SideValues
 
 
@@ -117,7 +118,10 @@ class FeedForward(nnx.Module):
     ) -> tuple[jax.Array, SideValues]:
         """See `FeedForwardLayer`."""
         activation = self.config.activation
-        hidden = self.up(x, context)
-        hidden = activation(hidden) if self.gate is None else activation(self.gate(x, context)) * hidden
+        hidden = name_activation(self.up(x, context), "up")
+        if self.gate is None:
+            hidden = activation(hidden)
+        else:
+            hidden = activation(name_activation(self.gate(x, context), "gate")) * hidden
         hidden = context.ops.constrain(hidden, ("batch", "length", "mlp"))
         return self.down(context.dropout(hidden, self.config.dropout), context), NO_SIDE_VALUES

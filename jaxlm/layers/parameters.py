@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import math
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -189,13 +190,33 @@ class ParameterMaker:
     depth: int = 1
     stacked: bool = False
 
-    def matrix(self, key: PathKey, inputs: Dims, outputs: Dims, *, gain: float = 1.0) -> nnx.Param:
-        """A matrix within the model, of shape inputs + outputs; `gain` multiplies its standard deviation."""
+    def matrix(
+        self,
+        key: PathKey,
+        inputs: Dims,
+        outputs: Dims,
+        *,
+        gain: float = 1.0,
+        count: Dims = (),
+        share: float = 1.0,
+        used_as: jnp.dtype | None = None,
+    ) -> nnx.Param:
+        """A matrix within the model, or several in one array.
+
+        Args:
+          key: of the parameter.
+          inputs, outputs: its two sides; the shape is count + inputs + outputs.
+          gain: factor on its standard deviation.
+          count: how many there are, e.g. (("experts", 8),).
+          share: of the matrices, how many each token is multiplied with, as a fraction.
+          used_as: the type to which it is cast before any use. Where parameters travel between devices once a step,
+            they do so in this type.
+        """
         if self.init.scheme is InitScheme.FIXED:
             std = self.init.std / math.sqrt(self.parametrization.width_ratio(self.width))
         else:
             std = self.init.std / math.sqrt(math.prod(size for _, size in inputs))
-        return self._random(key, inputs + outputs, std * gain, "hidden")
+        return self._random(key, count + inputs + outputs, std * gain, "hidden", share=share, used_as=used_as)
 
     @property
     def residual_gain(self) -> float:
@@ -207,12 +228,18 @@ class ParameterMaker:
         return self._random(key, dims, self.init.token_std if std is None else std, "input")
 
     def head(self, key: PathKey, inputs: Dims, outputs: Dims) -> nnx.Param:
-        """The output matrix; its scale does not follow width, the logits do (`logit_multiplier`)."""
+        """The output matrix, `readout` but for `InitConfig.head_std`."""
+        return self.readout(key, inputs, outputs, std=self.init.head_std)
+
+    def readout(self, key: PathKey, inputs: Dims, outputs: Dims, *, std: float | None = None) -> nnx.Param:
+        """A matrix to numbers whose count does not follow width, such as logits.
+
+        Its scale does not follow width either; who uses it divides by `Parametrization.width_ratio`. `std` replaces the
+        standard deviation of other matrices.
+        """
         fan_in = math.prod(size for _, size in inputs) / self.parametrization.width_ratio(self.width)
         by_scheme = self.init.std if self.init.scheme is InitScheme.FIXED else self.init.std / math.sqrt(fan_in)
-        return self._random(
-            key, inputs + outputs, by_scheme if self.init.head_std is None else self.init.head_std, "output"
-        )
+        return self._random(key, inputs + outputs, by_scheme if std is None else std, "output")
 
     def vector(self, dims: Dims, value: float) -> nnx.Param:
         """A scale or bias."""
@@ -222,17 +249,17 @@ class ParameterMaker:
         """A small random table whose size does not follow the width, such as relative position biases."""
         return self._random(key, dims, std, "vector")
 
-    def _random(self, key: PathKey, dims: Dims, std: float, role: str) -> nnx.Param:
+    def _random(self, key: PathKey, dims: Dims, std: float, role: str, **facts: Any) -> nnx.Param:
         shape = tuple(size for _, size in dims)
         if self.init.cut is None:
             values = jax.random.normal(key.key, shape, jnp.float32)
         else:
             values = jax.random.truncated_normal(key.key, -self.init.cut, self.init.cut, shape, jnp.float32)
-        return self._param(values * std, dims, role)
+        return self._param(values * std, dims, role, **facts)
 
-    def _param(self, values: jax.Array, dims: Dims, role: str) -> nnx.Param:
+    def _param(self, values: jax.Array, dims: Dims, role: str, **facts: Any) -> nnx.Param:
         axes = tuple(name for name, _ in dims)
-        return nnx.Param(values, axes=("layers", *axes) if self.stacked else axes, role=role)
+        return nnx.Param(values, axes=("layers", *axes) if self.stacked else axes, role=role, **facts)
 
 
 class Linear(nnx.Module):
@@ -249,7 +276,7 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         key: PathKey,
     ):
-        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain)
+        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain, used_as=dtype)
         self.bias = make.vector(outputs, 0.0) if bias else None
         self.contracted = len(inputs)
         self.dtype = dtype

@@ -15,22 +15,12 @@ from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.positions import RelativePositions, RelativeTable, Rope, rotation
+from jaxlm.layers.remat import Remat, RematPolicy, SaveNamed, name_activation, rematerialized
 from jaxlm.layers.side_values import NO_SIDE_VALUES, SideValues
 from jaxlm.layers.stacking import StackLayout
+from jaxlm.parallel.pipeline import StackedLayers
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 from pallas_kernels.masks import Mask
-
-
-class Remat(enum.Enum):
-    """What the backward pass recomputes.
-
-    NONE: nothing. FULL: everything inside a block, from its input. DOTS: all but the results of matrix products.
-    DOTS_NO_BATCH: all but products with parameters (attention's scores are recomputed): T5X's "minimal".
-    """
-
-    NONE = "none"
-    FULL = "full"
-    DOTS = "dots"
-    DOTS_NO_BATCH = "dots_no_batch"
 
 
 class Layers(enum.Enum):
@@ -51,7 +41,7 @@ class StackConfig:
       final_norm: norm of the stack's output; None where the blocks end with one (post-norm).
       relative_positions: T5's biases from one table that all blocks share.
       layers: scanned or unrolled; see `Layers`.
-      remat: see `Remat`.
+      remat: what the backward pass computes again: a `Remat` by name, or `SaveNamed` with lists of activations.
       dropout: rate on the stack's output (T5).
     """
 
@@ -61,14 +51,15 @@ class StackConfig:
     final_norm: NormConfig | None = None
     relative_positions: RelativePositions | None = None
     layers: Layers = Layers.SCAN
-    remat: Remat = Remat.NONE
+    remat: RematPolicy = Remat.NONE
     dropout: float = 0.0
 
     def __post_init__(self):
         object.__setattr__(self, "blocks", tuple(self.blocks))
         object.__setattr__(self, "prologue", tuple(self.prologue))
         object.__setattr__(self, "layers", Layers(self.layers))
-        object.__setattr__(self, "remat", Remat(self.remat))
+        if not isinstance(self.remat, SaveNamed):
+            object.__setattr__(self, "remat", Remat(self.remat))
         if not self.blocks or self.num_layers < 1 or self.num_layers % len(self.blocks):
             raise ValueError(
                 f"StackConfig.num_layers={self.num_layers} must be a positive multiple of the pattern's "
@@ -101,18 +92,40 @@ class StackConfig:
 class Stack(nnx.Module):
     """[B, T, E] -> [B, T, E]."""
 
-    def __init__(self, config: StackConfig, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey):
+    def __init__(
+        self,
+        config: StackConfig,
+        make: ParameterMaker,
+        *,
+        dtype: jnp.dtype,
+        key: PathKey,
+        stages: Stages = ONE_STAGE,
+    ):
         make = dataclasses.replace(make, depth=config.depth)
         layer_key, repeats = key.at("layers"), config.scanned_repeats
+        if stages.count > 1 and repeats is None:
+            raise ValueError(
+                f"{stages.count} pipeline stages need a scanned stack whose pattern repeats, but this one's "
+                f"{config.num_layers} layers are {config.layers.value!r} with a pattern of {len(config.blocks)}; set "
+                f"StackConfig.layers to 'scan' with a shorter pattern, or MeshConfig.stage to 1."
+            )
 
         def block(config: BlockConfig, key: PathKey, make: ParameterMaker = make) -> Block:
             return Block(config, make, dtype=dtype, key=key)
 
         def repeated_block(position: int) -> Block:
             made = functools.partial(block, config.blocks[position], make=dataclasses.replace(make, stacked=True))
-            layers = jnp.arange(repeats) * len(config.blocks) + position
+            order = jnp.asarray(stages.order(repeats))
             graph = nnx.graphdef(nnx.eval_shape(lambda: made(layer_key.layer(0))))
-            return nnx.merge(graph, jax.vmap(lambda layer: nnx.state(made(layer_key.layer(layer))))(layers))
+
+            def values(repeat: jax.Array) -> nnx.State:
+                drawn = nnx.state(made(layer_key.layer(repeat * len(config.blocks) + position)))
+                if not stages.padding(repeats):
+                    return drawn
+                # Identity layers are never read; zeros stay zeros under any optimizer.
+                return jax.tree.map(lambda x: jnp.where(repeat < repeats, x, 0), drawn)
+
+            return nnx.merge(graph, jax.vmap(values)(order))
 
         if repeats:
             layers = [repeated_block(position) for position in range(len(config.blocks))]
@@ -129,12 +142,12 @@ class Stack(nnx.Module):
             if config.relative_positions
             else None
         )
-        self.config = config
+        self.config, self.stages = config, stages
 
     def layouts(self, path: tuple[str, ...]) -> tuple[StackLayout, ...]:
         """How the layers are stacked, for a stack that lies at `path` among the parameters."""
         repeats = self.config.scanned_repeats
-        return (StackLayout(path, len(self.config.blocks), repeats),) if repeats else ()
+        return (StackLayout(path, len(self.config.blocks), repeats, self.stages),) if repeats else ()
 
     def __call__(
         self,
@@ -210,39 +223,39 @@ class Stack(nnx.Module):
         run = remat(self.config.remat, scanned=True)
         pattern = len(self.config.blocks)
 
-        def repeat(x, step):
-            index, values = step
+        rows, shared, around_of = around.split()
+
+        def repeat(ops, x, index, values, rows, shared):
+            shared, key = shared
+            around, inner = around_of(rows, shared), dataclasses.replace(context, ops=ops, dropout_key=key)
             blocks = nnx.merge(graph, values)
             total = NO_SIDE_VALUES
             for position in range(pattern):
-                x, side = run(blocks[str(position)], x, around, context.fold(index * pattern + position))
+                x, side = run(blocks[str(position)], x, around, inner.fold(index * pattern + position))
                 total += side
             return x, total
 
-        x, sides = jax.lax.scan(repeat, x, (jnp.arange(self.config.scanned_repeats), values))
-        return x, jax.tree.map(lambda value: value.sum(0), sides)
+        layers = StackedLayers(values, self.config.scanned_repeats, self.stages)
+        return context.ops.run_layers(repeat, layers, x, rows, (shared, context.dropout_key))
 
 
 def remat(
-    policy: Remat, *, scanned: bool
+    policy: RematPolicy, *, scanned: bool
 ) -> Callable[[Block, jax.Array, Surroundings, Context], tuple[jax.Array, SideValues]]:
     """A function that runs a block, recomputing in the backward pass what `policy` says."""
-    if policy is Remat.NONE:
-        return lambda block, x, around, context: block(x, around, context)
-    saved = {
-        Remat.FULL: None,
-        Remat.DOTS: jax.checkpoint_policies.dots_saveable,
-        Remat.DOTS_NO_BATCH: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }[policy]
 
     def run(block: Block, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(block)
 
-        # In a scan the forward and backward passes are loops of their own, which XLA cannot merge back into one.
-        @functools.partial(jax.checkpoint, policy=saved, prevent_cse=not scanned)
-        def apply(values, x):
-            return nnx.merge(graph, values)(x, around, context)
+        def parameter(variable: nnx.Variable) -> nnx.Variable:
+            value, axes = variable.get_value(), variable.get_metadata()["axes"]
+            return variable.replace(context.ops.parameter(value, axes[len(axes) - value.ndim :]))  # less "layers"
 
-        return apply(values, x)
+        values = jax.tree.map(parameter, values, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+        def apply(values, x):
+            return nnx.merge(graph, values)(name_activation(x, "block_input"), around, context)
+
+        return rematerialized(apply, policy, scanned=scanned)(values, x)
 
     return run

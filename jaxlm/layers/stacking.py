@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.parallel.stages import ONE_STAGE, Stages
+
 
 @dataclasses.dataclass(frozen=True)
 class StackLayout:
@@ -16,14 +18,26 @@ class StackLayout:
 
     Attributes:
       path: keys from the root of the parameters to the stack, e.g. ("decoder",); its blocks lie under
-        `<path>/layers/<0..pattern-1>`, each leaf with a leading axis of `repeats`.
+        `<path>/layers/<0..pattern-1>`, each leaf with a leading axis of `rows`.
       pattern: number of different blocks that repeat (P).
       repeats: how often they repeat (R); the stack has P * R layers, layer i = repeat * P + position.
+      stages: the pipeline stages they are dealt to, which is the order in which a leaf holds them.
     """
 
     path: tuple[str, ...]
     pattern: int
     repeats: int
+    stages: Stages = ONE_STAGE
+
+    @property
+    def rows(self) -> tuple[int | None, ...]:
+        """Which repeat each row of a leaf holds; None: an identity layer, whose parameters are zeros."""
+        return tuple(int(r) if r < self.repeats else None for r in self.stages.order(self.repeats))
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """In which row of a leaf each repeat is."""
+        return tuple(self.rows.index(repeat) for repeat in range(self.repeats))
 
 
 def unstack(tree: Any, layouts: tuple[StackLayout, ...]) -> Any:
@@ -76,19 +90,19 @@ def _convert(tree: Any, layout: StackLayout, entries: int, change: Callable) -> 
 
 
 def _unstack_layers(layers: Mapping[str, Any], layout: StackLayout) -> dict[str, Any]:
-    def take(leaf: Any, repeat: int) -> Any:
-        if leaf.ndim == 0 or leaf.shape[0] != layout.repeats:
+    def take(leaf: Any, row: int) -> Any:
+        if leaf.ndim == 0 or leaf.shape[0] != len(layout.rows):
             raise ValueError(
                 f"A leaf of the stack {'/'.join(layout.path)} has shape {leaf.shape}, but its first axis must count "
-                f"{layout.repeats} repeats; give the layouts of the model that made this tree."
+                f"{len(layout.rows)} repeats; give the layouts of the model that made this tree."
             )
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
-        return leaf[repeat]
+        return leaf[row]
 
     return {
-        str(r * layout.pattern + p): jax.tree.map(functools.partial(take, repeat=r), layers[str(p)])
-        for r in range(layout.repeats)
+        str(r * layout.pattern + p): jax.tree.map(functools.partial(take, row=row), layers[str(p)])
+        for r, row in enumerate(layout.places)
         for p in range(layout.pattern)
     }
 
@@ -96,8 +110,10 @@ def _unstack_layers(layers: Mapping[str, Any], layout: StackLayout) -> dict[str,
 def _stack_layers(layers: Mapping[str, Any], layout: StackLayout) -> dict[str, Any]:
     def join(*leaves: Any) -> Any:
         if isinstance(leaves[0], jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
-        return np.stack(leaves) if isinstance(leaves[0], np.ndarray) else jnp.stack(leaves)
+            return jax.ShapeDtypeStruct((len(layout.rows), *leaves[0].shape), leaves[0].dtype)
+        numpy = np if isinstance(leaves[0], np.ndarray) else jnp
+        zeros = numpy.zeros_like(leaves[0])
+        return numpy.stack([zeros if repeat is None else leaves[repeat] for repeat in layout.rows])
 
     return {
         str(p): jax.tree.map(join, *(layers[str(r * layout.pattern + p)] for r in range(layout.repeats)))

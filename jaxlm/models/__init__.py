@@ -13,13 +13,16 @@ from jaxlm.models.config import (
 from jaxlm.models.language_model import LanguageModel
 from jaxlm.models.openelm import layerwise_scaling
 from jaxlm.models.replaced_token_detector import ReplacedTokenDetector
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 
 
-def build_model(config: ModelConfig, *, key: jax.Array) -> LanguageModel | ReplacedTokenDetector:
-    """The module that `config` describes, with parameters drawn from `key`."""
+def build_model(
+    config: ModelConfig, *, key: jax.Array, stages: Stages = ONE_STAGE
+) -> LanguageModel | ReplacedTokenDetector:
+    """The module that `config` describes, with parameters drawn from `key`, its layers dealt to pipeline `stages`."""
     if isinstance(config, ReplacedTokenDetectorConfig):
-        return ReplacedTokenDetector(config, key=key)
-    return LanguageModel(config, key=key)
+        return ReplacedTokenDetector(config, key=key, stages=stages)
+    return LanguageModel(config, key=key, stages=stages)
 
 
 __all__ = [

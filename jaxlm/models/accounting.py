@@ -16,15 +16,21 @@ Path = tuple[str, ...]
 _READ_FROM_ENCODER = (("cross_attention", "key"), ("cross_attention", "value"))
 
 
-def count_parameters(config: ModelConfig, *, where: Callable[[Path], bool] | None = None) -> int:
+def count_parameters(config: ModelConfig, *, where: Callable[[Path], bool] | None = None, active: bool = False) -> int:
     """Number of parameters; none is made.
 
     Args:
       config: the model.
       where: counts only parameters whose path it accepts, e.g. ("decoder", "layers", "0", "attention", "query",
         "kernel"); None counts all.
+      active: counts those that a token meets: of a layer with many experts the few that it goes through.
     """
-    return sum(math.prod(p.shape) for path, p in parameters(config) if where is None or where(path))
+    found = (p for path, p in parameters(config) if where is None or where(path))
+    return sum(_active_size(p) if active else math.prod(p.shape) for p in found)
+
+
+def _active_size(parameter: nnx.Param) -> int:
+    return round(math.prod(parameter.shape) * parameter.get_metadata().get("share", 1.0))
 
 
 def parameters(config: ModelConfig) -> Iterator[tuple[Path, nnx.Param]]:
@@ -38,11 +44,11 @@ def flops_per_token(config: ModelConfig, length: int, encoder_length: int = 0) -
     """Floating-point operations of one training step, forward and backward, divided by the tokens of its batch.
 
     A matrix of n entries costs 2 n a token forwards and twice that backwards, so 6 n; embedding tables that are
-    looked up cost nothing, output matrices count at every position. An attention layer costs, for H heads of size D,
-    12 H D for each (query, key) pair that its mask shows. A row of T tokens has T^2 such pairs in an encoder, T^2 / 2
-    under a causal mask (a prefix decoder counts as causal), and with a window of w keys on a side
-    w - w^2 / 2T a query for that side; documents packed into a row are not told apart. Norms, softmax,
-    rotations, the optimizer and anything recomputed count as nothing.
+    looked up cost nothing, output matrices count at every position, and of a layer's experts those that a token goes
+    through. An attention layer costs, for H heads of size D, 12 H D for each (query, key) pair that its mask shows.
+    A row of T tokens has T^2 such pairs in an encoder, T^2 / 2 under a causal mask (a prefix decoder counts as causal),
+    and with a window of w keys on a side w - w^2 / 2T a query for that side; documents packed into a row are not told
+    apart. Norms, softmax, rotations, the optimizer and anything recomputed count as nothing.
 
     Args:
       config: the model.
@@ -76,7 +82,7 @@ def _matrices(config: LanguageModelConfig, length: int, encoder_length: int) -> 
     """(entries, tokens that are multiplied with them) for every matrix."""
     heads = max(config.future_tokens, 1)
     for path, parameter in parameters(config):
-        size, tokens = math.prod(parameter.shape), length
+        size, tokens = _active_size(parameter), length
         if parameter.role not in ("hidden", "output") or path[0] == "pooler":
             continue
         if path[0] == "vocabulary_head":

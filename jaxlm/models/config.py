@@ -11,19 +11,31 @@ from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation
 from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, Parametrization
+from jaxlm.layers.quantized import Quantization
 from jaxlm.layers.stack import StackConfig
 
 
 class ComputeType(enum.Enum):
-    """Type of activations and of matrix products. Parameters, softmax, norms and logits are float32 in both."""
+    """Type of activations and of matrix products. Parameters, softmax, norms and logits are float32 in all.
+
+    INT8 and FP8: activations are bfloat16, and the linear layers of the stacks multiply in 8 bits, see `Quantization`.
+    Embeddings, the head, routers, experts (whose products are grouped) and attention itself do as in BFLOAT16.
+    """
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    FP8 = "fp8"
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The jax type."""
-        return jnp.dtype(self.value)
+        """The jax type of activations."""
+        return jnp.dtype("float32" if self is ComputeType.FLOAT32 else "bfloat16")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the linear layers of the stacks multiply, if not in `dtype`."""
+        return {ComputeType.INT8: Quantization.INT8, ComputeType.FP8: Quantization.FP8}.get(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +85,7 @@ class LanguageModelConfig:
       encoder: a stack or None.
       decoder: a stack or None.
       parametrization: standard, muP or CompleteP; None is standard.
-      compute: type of activations.
+      compute: type of activations and products; the one switch of precision.
       future_tokens: multi-token prediction (arXiv 2404.19737): n blocks side by side on top of the stack, block i
         predicting the (i+1)th next token, all through one head. 0 predicts the next token without such blocks.
       future_block: those blocks; needed if future_tokens > 0.

@@ -17,6 +17,7 @@ from jaxlm.layers.stack import Stack, remat
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.heads import Pooler, VocabularyHead
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 from pallas_kernels.cross_entropy import OutputProjection
 from pallas_kernels.masks import Causal, Mask, PrefixLM, Segments
 
@@ -29,17 +30,22 @@ class LanguageModel(nnx.Module):
     Parameters lie under `embedding`, `encoder`, `decoder`, `vocabulary_head`, `future`, `pooler`.
     """
 
-    def __init__(self, config: LanguageModelConfig, *, key: jax.Array):
+    def __init__(self, config: LanguageModelConfig, *, key: jax.Array, stages: Stages = ONE_STAGE):
         """Makes all parameters.
 
         Args:
           config: the model.
           key: jax key. Each parameter is a function of it and of its path.
+          stages: pipeline stages that the layers of each stack are dealt to, `Parallelism.stages`. They say where
+            layers are stored, and change no number.
         """
         dtype, root = config.compute.dtype, PathKey(key)
         make = ParameterMaker(config.init, config.scaling, config.width)
         self.embedding = Embedding(config.embedding, make, config.vocab_size, dtype=dtype, key=root.at("embedding"))
-        stacks = {name: Stack(stack, make, dtype=dtype, key=root.at(name)) for name, stack in config.stacks.items()}
+        stacks = {
+            name: Stack(stack, make, dtype=dtype, key=root.at(name), stages=stages)
+            for name, stack in config.stacks.items()
+        }
         self.encoder, self.decoder = stacks.get("encoder"), stacks.get("decoder")
         self.vocabulary_head = VocabularyHead(
             config.head,
@@ -72,11 +78,13 @@ class LanguageModel(nnx.Module):
         Args:
           batch: features by seqio's names, docs/architecture.md.
           context: operations and dropout key.
-          added_embeddings: [B, T, embedding width], added to the embeddings of a single stack's tokens.
+          added_embeddings: [B, T, embedding width], added to the embeddings of a single stack's tokens; in the mesh's
+            order.
 
         Returns:
           [B, T, E] for decoders, [B, S, E] for encoders, after the final norm. With multi-token prediction, those
-          that predict the next token. And the side values of all layers that ran, added up.
+          that predict the next token. Tokens are in the mesh's order, see `jaxlm.layers.context.Ops`. And the side
+          values of all layers that ran, added up.
         """
         if self.future is not None:
             (hidden,), side = self._future(batch, context, 1)
@@ -131,26 +139,23 @@ class LanguageModel(nnx.Module):
             return stack(
                 x,
                 self_mask(batch, architecture),
-                batch[f"{side}_positions"],
-                context=context.fold("stack"),
-                present=batch[f"{side}_segment_ids"] > 0,
+                **_tokens(batch, side, context),
+                context=self._in_stack(context, "stack"),
                 normalize=normalize,
             )
         encoded, encoder_side = self.encoder(
             self._embed(batch, "encoder", context, None),
             self_mask(batch, Architecture.ENCODER),
-            batch["encoder_positions"],
-            context=context.fold("encoder_stack"),
-            present=batch["encoder_segment_ids"] > 0,
+            **_tokens(batch, "encoder", context),
+            context=self._in_stack(context, "encoder_stack"),
         )
         hidden, decoder_side = self.decoder(
             self._embed(batch, "decoder", context, None),
             self_mask(batch, architecture),
-            batch["decoder_positions"],
-            context=context.fold("stack"),
+            **_tokens(batch, "decoder", context),
+            context=self._in_stack(context, "stack"),
             encoded=encoded,
             cross_mask=Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"]),
-            present=batch["decoder_segment_ids"] > 0,
             normalize=normalize,
         )
         return hidden, encoder_side + decoder_side
@@ -160,14 +165,9 @@ class LanguageModel(nnx.Module):
         # The blocks stand beside each other on the trunk and see what its own blocks see.
         stack = self.encoder if self.decoder is None else self.decoder
         mask = self_mask(batch, self.config.architecture)
-        around = stack.surroundings(
-            mask,
-            batch["decoder_positions"],
-            present=batch["decoder_segment_ids"] > 0,
-            more_blocks=(self.config.future_block,),
-        )
+        around = stack.surroundings(mask, **_tokens(batch, "decoder", context), more_blocks=(self.config.future_block,))
         run = remat(stack.config.remat, scanned=False)
-        inner = context.fold("future")
+        inner = self._in_stack(context, "future")
         hidden = []
         for i in range(count):
             x, side = run(self.future[str(i)], trunk, around, inner.fold(i))
@@ -175,14 +175,27 @@ class LanguageModel(nnx.Module):
             total += side
         return tuple(hidden), total
 
+    def _in_stack(self, context: Context, name: str) -> Context:
+        return dataclasses.replace(context.fold(name), quantization=self.config.compute.quantization)
+
     def _embed(self, batch: Batch, side: str, context: Context, added: jax.Array | None) -> jax.Array:
+        arrange, types = context.ops.arrange, batch.get(f"{side}_type_ids")
         return self.embedding(
-            batch[f"{side}_input_tokens"],
-            batch[f"{side}_positions"],
-            types=batch.get(f"{side}_type_ids"),
+            arrange(batch[f"{side}_input_tokens"]),
+            arrange(batch[f"{side}_positions"]),
+            types=None if types is None else arrange(types),
             added=added,
             context=context.fold(f"{side}_embedding"),
         )
+
+
+def _tokens(batch: Batch, side: str, context: Context) -> dict[str, jax.Array]:
+    """What a stack knows of its tokens, [B, T] each in the mesh's order: positions, and which are not padding."""
+    arrange = context.ops.arrange
+    return {
+        "positions": arrange(batch[f"{side}_positions"]),
+        "present": arrange(batch[f"{side}_segment_ids"] > 0),
+    }
 
 
 def self_mask(batch: Batch, architecture: Architecture) -> Mask:

@@ -1,5 +1,7 @@
 """ReplacedTokenDetector: a generator and a discriminator with shared or separate embeddings (ELECTRA, DeBERTaV3)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,18 +13,21 @@ from jaxlm.layers.stacking import StackLayout
 from jaxlm.models.config import EmbeddingSharing, ReplacedTokenDetectorConfig
 from jaxlm.models.heads import TokenBinaryHead
 from jaxlm.models.language_model import Batch, LanguageModel
+from jaxlm.parallel.stages import ONE_STAGE, Stages
 
 
 class ReplacedTokenDetector(nnx.Module):
     """Two encoders. `generator` is a LanguageModel, or None for uniform replacements; so is `discriminator`."""
 
-    def __init__(self, config: ReplacedTokenDetectorConfig, *, key: jax.Array):
+    def __init__(self, config: ReplacedTokenDetectorConfig, *, key: jax.Array, stages: Stages = ONE_STAGE):
         """Makes all parameters; see `LanguageModel`."""
         root = PathKey(key)
         self.generator = (
-            LanguageModel(config.generator, key=root.at("generator").key) if config.generator is not None else None
+            LanguageModel(config.generator, key=root.at("generator").key, stages=stages)
+            if config.generator is not None
+            else None
         )
-        self.discriminator = LanguageModel(config.discriminator, key=root.at("discriminator").key)
+        self.discriminator = LanguageModel(config.discriminator, key=root.at("discriminator").key, stages=stages)
         encoder = config.discriminator
         make = ParameterMaker(encoder.init, encoder.scaling, encoder.width)
         self.verdict = TokenBinaryHead(
@@ -45,7 +50,7 @@ class ReplacedTokenDetector(nnx.Module):
         """The scanned stacks among the parameters."""
         models = {"generator": self.generator, "discriminator": self.discriminator}
         return tuple(
-            StackLayout((name, *layout.path), layout.pattern, layout.repeats)
+            dataclasses.replace(layout, path=(name, *layout.path))
             for name, model in models.items()
             if model is not None
             for layout in model.layouts
@@ -56,6 +61,6 @@ class ReplacedTokenDetector(nnx.Module):
         added = None
         if self.config.sharing is EmbeddingSharing.GRADIENT_DISENTANGLED:
             table = jax.lax.stop_gradient(self.generator.embedding.tokens[...])
-            added = table[batch["encoder_input_tokens"]]
+            added = table[context.ops.arrange(batch["encoder_input_tokens"])]
         hidden, side = self.discriminator.hidden_states(batch, context=context, added_embeddings=added)
-        return self.verdict(hidden, context), side
+        return context.ops.restore(self.verdict(hidden, context)), side

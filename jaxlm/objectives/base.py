@@ -135,7 +135,7 @@ class LossConfig:
       token_chunk: compute logits, loss and their gradients for this many tokens of each device at a time, so that the
         [tokens, vocabulary] logits never exist whole; 0 chooses (`pallas_kernels.cross_entropy.chunk_tokens`).
       recompute_logits: compute logits a part of the vocabulary at a time, and again in the backward pass: a third more
-        work for the least memory, for large vocabularies (`token_chunk` is then of no use).
+        work for the least memory, for large vocabularies (`token_chunk` is then of no use). TPU kernels always do.
       num_datasets: also sum the loss per data set, for this many (`len(loader.dataset_names)`); 0 or 1 does not.
     """
 

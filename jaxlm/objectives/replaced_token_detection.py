@@ -192,7 +192,8 @@ class ReplacedTokenDetection(MaskedLM):
         else:
             key = context.fold(2).dropout_key
 
-        features, projection = generator.output(jax.lax.stop_gradient(hidden), context=context.fold(0))
+        hidden = context.ops.restore(jax.lax.stop_gradient(hidden))  # draws are numbered in the rows' own order
+        features, projection = generator.output(hidden, context=context.fold(0))
         batch_size, length = originals.shape
         tokens = config.token_chunk or chunk_tokens(originals.size, projection.vocab_size)
         width = min(max(tokens // batch_size, 1), length)  # positions of each row in a chunk

@@ -76,7 +76,7 @@ class MeshConfig:
         if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
             inner = tuple(1 if axis == "slices" else degree for axis, degree in degrees.items())
             outer = tuple(degree if axis == "slices" else 1 for axis, degree in degrees.items())
-            grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
-        else:
-            grid = mesh_utils.create_device_mesh(shape, devices)
+            grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+        else:  # an axis may need a part of a torus's axis: 7 x 32 x 8 on 8 x 8 x 28
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -13,7 +13,8 @@ from jax.sharding import Mesh, PartitionSpec
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 DEFAULT_RULES: Rules = (
-    ("batch", ("slices", "data", "fsdp", "expert")),
+    ("batch", ("slices", "stage", "data", "fsdp", "expert")),
+    ("layers", ("stage",)),
     ("length", ("sequence",)),
     ("embed", ("fsdp",)),
     ("mlp", ("tensor",)),
@@ -22,7 +23,10 @@ DEFAULT_RULES: Rules = (
     ("vocab", ("tensor",)),
     ("experts", ("expert",)),
 )
-"""Data parallel, FSDP, tensor parallel (Megatron's split) and expert parallel. Names without a rule are replicated."""
+"""Data parallel, FSDP, tensor parallel (Megatron's split), expert parallel, and layers dealt to pipeline stages.
+
+Outside of the layers (embedding, head) a pipeline's stages share the batch out. Names without a rule are replicated.
+"""
 
 
 def spec(

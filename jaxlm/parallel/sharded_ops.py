@@ -1,17 +1,33 @@
-"""What a model needs of the mesh: constraints, attention, cross-entropy."""
+"""What a model needs of the mesh: constraints, attention, experts, cross-entropy."""
 
+import contextlib
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.parallel.experts import Apply, Kernels, ShardedExperts, through_experts
 from jaxlm.parallel.parallelism import Parallelism
-from jaxlm.parallel.rules import degree
+from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence, run_in_stages
 from jaxlm.parallel.sharded_attention import ShardedAttention
+from jaxlm.parallel.sharded_cross_entropy import ShardedCrossEntropy
 from pallas_kernels.attention import attention
-from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy
+from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gradient_placed(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`x`, whose gradient lies as `sharding` says."""
+    return x
+
+
+_gradient_placed.defvjp(
+    lambda x, sharding: (x, None), lambda sharding, _, gradient: (jax.lax.with_sharding_constraint(gradient, sharding),)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,42 +36,86 @@ class ShardedOps:
 
     Attributes:
       parallel: the mesh and how arrays lie on it.
+      rows: int32 [B], which rows of the whole batch a layer is given, inside a pipeline; None: it is given all.
     """
 
     parallel: Parallelism
+    rows: jax.Array | None = None
 
     @property
     def splits_length(self) -> bool:
         """Whether rows are spread over devices along their length (sequence parallelism)."""
         return bool(self.parallel.spec(("length",)))
 
+    def arrange(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] in the order in which tokens lie on the mesh; see `jaxlm.parallel.row_order.RowOrder`."""
+        order = self.parallel.row_order(x.shape[1])
+        return x if order is None else order.arrange(x)
+
+    def restore(self, x: jax.Array) -> jax.Array:
+        """The reverse of `arrange`."""
+        order = self.parallel.row_order(x.shape[1])
+        return x if order is None else order.restore(x)
+
     def constrain(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         """`x`, laid out on the mesh as its logical axis names say; dimensions that do not divide are replicated."""
         return self._place(x, self.parallel.spec(names, x.shape))
 
+    def parameter(self, x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        """A layer's parameter `x`, of whose gradient each device is to get the piece that it stores.
+
+        Said here, in the loop over layers, gradients are scattered layer by layer; said of the gradients of all layers
+        after the loop, each would first be summed as a whole on every device.
+        """
+        return _gradient_placed(x, self.parallel.stored(names, x.shape)) if self.parallel.gathers else x
+
     def attention(
         self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """`pallas_kernels.attention.attention`, each device on its own examples and heads.
+        """`pallas_kernels.attention.attention`, each device on its own examples, heads and queries.
 
         Args:
           q: [B, T, H, D].
           k, v: [B, S, G, D], G key-value heads.
-          **options: mask, bias, scale, backend, ... passed on.
+          **options: mask, bias, scale, backend, ... passed on. Mask and bias are about rows before `arrange`.
 
         Returns:
           [B, T, H, D], and the log-sum-exp [B, H, T] with `return_lse`.
 
         Raises:
-          UnsupportedAttention: the backend refuses, or is not "xla" where rows are spread along their length.
+          UnsupportedAttention: the backend refuses, or mask or bias cannot be split where rows are.
         """
-        with jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh):  # kernels ask it what they will run on
+        with self._platform():
             if self.parallel.mesh.size == 1:
                 return attention(q, k, v, **options)
-            sharded = ShardedAttention(self.parallel)
-            if self.splits_length:
-                return sharded.along_rows(q, k, v, **options)
-            return sharded.by_examples_and_heads(q, k, v, **options)
+            return ShardedAttention(self.parallel)(q, k, v, rows=self.row_numbers(len(q)), **options)
+
+    def row_numbers(self, count: int) -> jax.Array:
+        """int32 [count]: which rows of the whole batch a layer is given."""
+        return jnp.arange(count, dtype=jnp.int32) if self.rows is None else self.rows
+
+    def run_layers(
+        self, layer: Layer, layers: StackedLayers, x: jax.Array, rows: Any, shared: Any
+    ) -> tuple[jax.Array, Any]:
+        """The repeats of a stack one after the other, in pipeline stages if the mesh has them; see `run_in_stages`."""
+        if self.parallel.mesh.shape["stage"] == 1:
+            return run_in_sequence(layer, layers, x, rows, shared, ops=self)
+        return run_in_stages(layer, layers, x, rows, shared, parallel=self.parallel, ops=ShardedOps)
+
+    def through_experts(
+        self,
+        apply: Apply,
+        kernels: Kernels,
+        axes: Mapping[str, tuple[str, ...]],
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+    ) -> jax.Array:
+        """Tokens through their experts, wherever these are; see `jaxlm.layers.context.Ops`."""
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return through_experts(apply, kernels, x, chosen, weights)
+            return ShardedExperts(self.parallel)(apply, kernels, axes, x, chosen, weights)
 
     def cross_entropy(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
@@ -63,31 +123,34 @@ class ShardedOps:
         """`pallas_kernels.cross_entropy.cross_entropy` of tokens spread over the mesh.
 
         Args:
-          features: [B, T, E].
-          projection: its matrix may be split over either axis.
-          labels, weights: [B, T].
-          **options: z_loss, chunk, ... passed on; a chunk is of each device's tokens.
+          features: [B, T, E], in the mesh's order.
+          projection: its matrix and bias lie on the mesh as "embed" and "vocab" say.
+          labels, weights: [B, T], in the rows' own order.
+          **options: z_loss, recompute, backend, ... passed on; a chunk is of each device's tokens or ids.
 
         Returns:
-          The sum, and `TokenScores` [B, T].
+          The sum, and `TokenScores` [B, T], in the rows' own order.
         """
-        batch, length = labels.shape
-        places = self.parallel.spec(("batch", "length"), labels.shape)
-        rows, columns = (degree(self.parallel.mesh, places, axis) for axis in (0, 1))
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return cross_entropy(features, projection, labels, weights, **options)
+            labels, weights = self.arrange(labels), self.arrange(weights)
+            total, scores = ShardedCrossEntropy(self.parallel).summed(features, projection, labels, weights, **options)
+            return total, jax.tree.map(self.restore, scores)
 
-        def to_groups(x):  # [B, T, ...] -> [row groups, column groups, tokens of a group, ...]
-            x = x.reshape(rows, batch // rows, columns, length // columns, *x.shape[2:])
-            x = jnp.moveaxis(x, 2, 1).reshape(rows, columns, -1, *x.shape[4:])
-            return self._place(x, places)
+    def token_scores(
+        self, features: jax.Array, projection: OutputProjection, labels: jax.Array, **options: Any
+    ) -> TokenScores:
+        """`pallas_kernels.cross_entropy.token_scores`, [B, T], of tokens spread over the mesh; see `cross_entropy`."""
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return token_scores(features, projection, labels, **options)
+            scores = ShardedCrossEntropy(self.parallel).scores(features, projection, self.arrange(labels), **options)
+            return jax.tree.map(self.restore, scores)
 
-        def from_groups(x):
-            x = x.reshape(rows, columns, batch // rows, length // columns)
-            return self._place(jnp.moveaxis(x, 1, 2).reshape(batch, length), places)
-
-        if self.parallel.mesh.size > 1:  # GSPMD partitions the plain form, and cannot partition a kernel
-            options["backend"] = "xla"
-        total, scores = cross_entropy(to_groups(features), projection, to_groups(labels), to_groups(weights), **options)
-        return total, jax.tree.map(from_groups, scores)
+    def _platform(self) -> contextlib.AbstractContextManager[Any]:
+        """Kernels ask the mesh in use what they will run on."""
+        return jax.sharding.use_abstract_mesh(self.parallel.mesh.abstract_mesh)
 
     def _place(self, x: jax.Array, places: PartitionSpec) -> jax.Array:
         return (

@@ -1,12 +1,26 @@
 """Small hooks into the training loop; what they remember is part of the checkpoint."""
 
-import pathlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, override
 
-import jax
-
 from jaxlm.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Spike:
+    """A step whose loss or gradient norm was an outlier, or not finite.
+
+    Attributes:
+      step: counted from 1.
+      loss, grad_norm: of it.
+      data: the loader's state before its batch; of this host alone (`jaxlm.data.loader.gather_state`).
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    data: Any
 
 
 class Callback:
@@ -34,6 +48,9 @@ class Callback:
 
     def on_log(self, step: int, values: Mapping[str, float]) -> None:
         """When an interval's metrics were read."""
+
+    def on_spike(self, spike: Spike) -> None:
+        """A spike was found; called at the next log or pause, before the run goes on or ends because of it."""
 
     def on_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """After an evaluation."""
@@ -105,35 +122,3 @@ class EarlyStopping(Callback):
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._best, self._without = state["best"], state["without"]
-
-
-class Profile(Callback):
-    """Records steps first + 1 ... last with jax's profiler, for XProf or Perfetto.
-
-    Args:
-      folder: where the trace goes.
-      first, last: training steps.
-    """
-
-    def __init__(self, folder: str | pathlib.Path, first: int, last: int):
-        self._folder, self._first, self._last = str(folder), first, last
-        self._running = False
-
-    @override
-    def on_step(self, step: int, state: TrainState) -> None:
-        if step == self._first:
-            jax.block_until_ready(state)
-            jax.profiler.start_trace(self._folder)
-            self._running = True
-        elif step == self._last:
-            jax.block_until_ready(state)
-            self._stop()
-
-    @override
-    def on_end(self, step: int) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False

@@ -15,7 +15,7 @@ from jaxlm.training import metrics
 from jaxlm.training.optimizers import Optimizer
 from jaxlm.training.parameters import ModelDefinition
 from jaxlm.training.prefetch import Prefetcher
-from jaxlm.training.state import TrainState
+from jaxlm.training.state import TrainState, working_copy
 from jaxlm.training.step import Batch, Metrics, StepConfig, counts, replicated, widen
 
 
@@ -40,6 +40,7 @@ def make_eval_step(
         params = state.ema_params
         if params is None:
             params = optimizer.evaluation_params(state.params, state.opt_state)
+        params = working_copy(params, optimizer.infos, parallel)
         _, found, side = objective.loss_sums(definition.merge(params), batch, context=context, config=loss)
         found = {**found, **side.metrics, **counts(batch, config.byte_lengths, loss.num_datasets)}
         return replicated(found, parallel.mesh)

@@ -1,26 +1,90 @@
-"""Skips a step whose loss or gradient norm is an outlier: pure, inside the jitted step, part of the checkpoint."""
+"""Guards training against spikes: finds them inside the jitted step, and says what becomes of the run.
 
+Finding is pure and its state part of the checkpoint; the host reads nothing until the next log. Whatever the policy,
+the update of a spike is never taken.
+"""
+
+import abc
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, override
 
 import jax
 import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
+class Policy(abc.ABC):
+    """What becomes of a run at a spike."""
+
+    @abc.abstractmethod
+    def gives_up(self, skip: jax.Array, in_a_row: jax.Array) -> jax.Array:
+        """Whether the loop must not build upon this step, bool scalar; inside jit.
+
+        Args:
+          skip: whether the step is a spike.
+          in_a_row: spikes in a row, with this one.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip(Policy):
+    """Goes on with the next batch, from the same parameters.
+
+    Attributes:
+      patience: the run ends after this many skipped steps in a row.
+    """
+
+    patience: int = 20
+
+    @override
+    def gives_up(self, skip: jax.Array, in_a_row: jax.Array) -> jax.Array:
+        return in_a_row >= self.patience
+
+
+@dataclasses.dataclass(frozen=True)
+class RollBack(Policy):
+    """Goes back to the newest checkpoint, and on from there with the data after the spike's batch.
+
+    PaLM did so by hand, from about 100 steps before a spike and over 200 to 500 batches (arXiv 2204.02311, section
+    5.1); the same batches did no harm to other parameters. Nothing about it is kept outside the checkpoints: a run
+    killed on the way meets the same spike again and goes back again.
+
+    Attributes:
+      skip: batches after the spike's own that are passed over too. Those between checkpoint and spike always are.
+      patience: the run ends when it would go back to one checkpoint more often.
+    """
+
+    skip: int = 0
+    patience: int = 3
+
+    @override
+    def gives_up(self, skip: jax.Array, in_a_row: jax.Array) -> jax.Array:
+        return skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Stop(Policy):
+    """Ends the run; the newest checkpoint is from before the spike."""
+
+    @override
+    def gives_up(self, skip: jax.Array, in_a_row: jax.Array) -> jax.Array:
+        return skip
+
+
+@dataclasses.dataclass(frozen=True)
 class SpikeGuard:
-    """When a step counts as a spike (OLMo 2, arXiv 2501.00656, skips steps by this rule).
+    """When a step counts as a spike (OLMo 2, arXiv 2501.00656, skips steps by this rule), and what follows.
 
     Attributes:
       sigma: a loss or gradient norm above mean + sigma standard deviations is a spike. So is one that isn't finite.
       window: number of earlier steps that mean and deviation are taken over. The guard only watches until half of
-        them have been seen (steps that are not finite are skipped from the start).
-      patience: the training loop gives up after this many skipped steps in a row.
+        them have been seen (steps that are not finite are spikes from the start).
+      policy: `Skip` (also if None), `RollBack` or `Stop`.
     """
 
     sigma: float = 6.0
     window: int = 128
-    patience: int = 20
+    policy: Policy | None = None
 
     def __post_init__(self):
         if self.window < 4:

@@ -18,14 +18,27 @@ from jax.experimental import multihost_utils
 
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.training import metrics
-from jaxlm.training.callbacks import Callback
+from jaxlm.training.callbacks import Callback, Spike
+from jaxlm.training.goodput import Activity, Ledger
 from jaxlm.training.prefetch import Prefetcher
 from jaxlm.training.state import TrainState
-from jaxlm.training.step import Batch, Metrics
+from jaxlm.training.step import Batch, Metrics, spike_signs
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is not finite any more, or the guard skips every step. The message is one sentence for the user."""
+    """A step that must not be built upon: not finite, or the guard's policy gives up. One sentence for the user.
+
+    Attributes:
+      step: the step, counted from 1.
+      data: the loader's state after its batch.
+    """
+
+    def __init__(self, step: int, data: Any):
+        super().__init__(
+            f"Training diverged at step {step}: loss or gradient is not finite, or the spike guard gave up; continue "
+            f"from the last checkpoint with a lower learning rate, clip_global_norm or a SpikeGuard."
+        )
+        self.step, self.data = step, data
 
 
 class Outcome(enum.Enum):
@@ -96,6 +109,7 @@ class Loop:
       evaluate: state -> values, e.g. an `Evaluator`; None does not evaluate.
       checkpoints: None saves nothing.
       callbacks: hooks.
+      ledger: is told what time is spent on.
       resolved_config: text saved with each checkpoint.
       flops_per_token: of the model, forward and backward, for MFU; None leaves MFU out.
     """
@@ -108,6 +122,7 @@ class Loop:
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     checkpoints: Checkpoints | None = None
     callbacks: Sequence[Callback] = ()
+    ledger: Ledger = dataclasses.field(default_factory=Ledger)
     resolved_config: str = ""
     flops_per_token: float | None = None
 
@@ -126,14 +141,15 @@ class Loop:
           be ahead).
 
         Raises:
-          TrainingDiverged: the loss or gradient of a step is not finite, or with a guard too many steps in a row
-            were skipped. Nothing was saved since.
+          TrainingDiverged: the loss or gradient of a step is not finite, or the guard's policy gave up. Nothing was
+            saved since.
         """
         step = int(state.step)
         progress = _Progress(self)
         outcome, last_saved = Outcome.FINISHED, step
         data_state = loader.state()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.ledger.spending(Activity.STEP))
             stack.callback(lambda: [callback.on_end(step) for callback in self.callbacks])
             batches = stack.enter_context(Prefetcher(loader, self.parallel, depth=self.config.prefetch))
             terminated = stack.enter_context(_termination())
@@ -143,10 +159,10 @@ class Loop:
                 if item is None:
                     outcome = Outcome.OUT_OF_DATA
                     break
-                batch, data_state = item
+                data_before, (batch, data_state) = data_state, item
                 state, found = self.step(state, batch)
                 step += 1
-                progress.dispatched(step, found)
+                progress.dispatched(found, _Dispatched(step, spike_signs(found), data_before, data_state))
                 for callback in self.callbacks:
                     callback.on_step(step, state)
 
@@ -160,8 +176,9 @@ class Loop:
                 if evaluate or save or due:
                     with progress.paused():
                         values = self._evaluate(step, state) if evaluate else {}
-                        for callback in due:
-                            callback.on_pause(step, state)
+                        with self.ledger.spending(Activity.OTHER):
+                            for callback in due:
+                                callback.on_pause(step, state)
                         if save:
                             self._save(step, state, data_state, values)
                             last_saved = step
@@ -169,7 +186,8 @@ class Loop:
             if self.checkpoints is not None:
                 if step > last_saved:
                     self._save(step, state, data_state, {})
-                self.checkpoints.wait()
+                with self.ledger.spending(Activity.SAVE):
+                    self.checkpoints.wait()
         return state, outcome, data_state
 
     def _evaluation_due(self, step: int, until: int) -> bool:
@@ -178,7 +196,8 @@ class Loop:
         return step % self.config.evaluation_period == 0 or step == until
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        values = self.evaluate(state)
+        with self.ledger.spending(Activity.EVALUATION):
+            values = self.evaluate(state)
         self._write(step, values)
         for callback in self.callbacks:
             callback.on_evaluation(step, values)
@@ -190,18 +209,35 @@ class Loop:
             from jaxlm.data.loader import gather_state
 
             data_state = gather_state(data_state)  # a packed stream's state is spread over the hosts
-        self.checkpoints.save(
-            step,
-            state,
-            data=data_state,
-            callbacks={callback.name: callback.state_dict() for callback in self.callbacks},
-            config=self.resolved_config,
-            metrics=values,
-        )
+        with self.ledger.spending(Activity.SAVE):
+            self.checkpoints.save(
+                step,
+                state,
+                data=data_state,
+                callbacks={callback.name: callback.state_dict() for callback in self.callbacks},
+                config=self.resolved_config,
+                metrics=values,
+            )
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self.writer is not None:
             self.writer.write(step, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dispatched:
+    """A step on its way.
+
+    Attributes:
+      step: counted from 1.
+      signs: on the devices: whether it is a spike, its loss and gradient norm.
+      data_before, data_after: the loader's state on either side of its batch.
+    """
+
+    step: int
+    signs: tuple[jax.Array, jax.Array, jax.Array]
+    data_before: Any
+    data_after: Any
 
 
 class _Progress:
@@ -211,6 +247,7 @@ class _Progress:
         self._loop = loop
         self._totals: metrics.Totals | None = None  # of the current interval, up to the last dispatched step
         self._behind: tuple[int, metrics.Totals] | None = None  # last dispatched step, not waited for yet
+        self._unchecked: list[_Dispatched] = []  # steps whose spikes were not looked for yet
         self._mark = time.perf_counter()  # when the last step was done, or a pause was over
         self._unlogged = 0  # steps done since the last log
         self._timed = 0  # of these, those in `_seconds`: all but a run's first, which compiles
@@ -223,11 +260,17 @@ class _Progress:
         """Time in here is data wait."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        self._waited += waited
+        # As long as the step before was running, nothing was lost.
+        if self._behind is None or self._behind[1].first_bad_step.is_ready():
+            self._loop.ledger.move(waited, Activity.DATA_WAIT)
 
-    def dispatched(self, step: int, found: Metrics) -> None:
+    def dispatched(self, found: Metrics, dispatched: _Dispatched) -> None:
         """A step was dispatched: now wait for the one before it."""
         before, self._behind = self._behind, None
+        step = dispatched.step
+        self._unchecked.append(dispatched)
         if self._totals is None:
             self._totals = metrics.zero(found)
         self._totals = metrics.add(self._totals, found, step)
@@ -257,6 +300,7 @@ class _Progress:
         """Time in here does not count as training. Nothing is saved or evaluated after a loss that is not finite."""
         self.settle()
         yield
+        self._loop.ledger.write()
         self._mark = time.perf_counter()
 
     def _is_due(self, step: int) -> bool:
@@ -266,6 +310,7 @@ class _Progress:
         jax.block_until_ready(totals)
         seconds = time.perf_counter() - self._mark
         self._mark += seconds
+        self._loop.ledger.done(step)
         self._unlogged += 1
         if self._first:
             self._first, self._waited = False, 0.0
@@ -293,13 +338,19 @@ class _Progress:
             callback.on_log(step, values)
 
     def _check(self, step: int, totals: metrics.Totals) -> None:
-        """Raises if the run cannot go on."""
+        """Tells the callbacks of spikes up to `step`, and raises if the run cannot go on."""
+        done = [dispatched for dispatched in self._unchecked if dispatched.step <= step]
+        self._unchecked = self._unchecked[len(done) :]
         bad = metrics.bad_step(totals)
+        if bad is None and not metrics.any_skipped(totals):
+            return
+        for dispatched, (flag, loss, grad_norm) in zip(done, jax.device_get([d.signs for d in done]), strict=True):
+            if flag:
+                spike = Spike(dispatched.step, float(loss), float(grad_norm), dispatched.data_before)
+                for callback in self._loop.callbacks:
+                    callback.on_spike(spike)
         if bad is not None:
-            raise TrainingDiverged(
-                f"Training diverged at step {bad}: loss or gradient is not finite, or the spike guard lost patience; "
-                f"continue from the last checkpoint with a lower learning rate, clip_global_norm or a SpikeGuard."
-            )
+            raise TrainingDiverged(bad, next(d.data_after for d in done if d.step == bad))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import time
 import jax
 import jax.numpy as jnp
 
+from jaxlm.parallel import xla_flags
+
 _PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -18,7 +20,8 @@ def facts() -> dict[str, str]:
     kind = processor() if device.platform == "cpu" else device.device_kind
     return {
         "devices": f"{jax.device_count()} x {kind}" + (f", {os.cpu_count()} cores" if device.platform == "cpu" else ""),
-        "hosts": str(jax.process_count()),
+        "processes": str(jax.process_count()),
+        **({"XLA flags": shown} if (shown := xla_flags.in_use()) else {}),
         "python": platform.python_version(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
@@ -44,6 +47,16 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def process_began() -> float:
+    """When this process began, seconds since 1970; now, where the system does not say (it is no Linux)."""
+    try:
+        fields = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        after_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # field 22 of proc(5), counted from behind the name
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - after_boot)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.time()
 
 
 def matmul_flops_per_second(size: int = 768, seconds: float = 0.15) -> float:

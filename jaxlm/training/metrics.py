@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.chips import chip_of
 from jaxlm.training.step import Metrics
 
 _NO_STEP = np.iinfo(np.int32).max
@@ -40,15 +41,24 @@ def add(totals: Totals, metrics: Metrics, step: jax.Array | int) -> Totals:
 def zero(metrics: Metrics) -> Totals:
     """Totals of no steps, for metrics of these shapes; laid out as they are, so that `add` compiles once."""
     everywhere = jax.tree.leaves(metrics)[0].sharding
-    return jax.device_put(
-        Totals(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), metrics), np.int32(_NO_STEP)), everywhere
-    )
+
+    def filled(value: int, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+        # Not device_put, which makes several processes compare what they put there, array by array.
+        return jax.make_array_from_callback(shape, everywhere, lambda _: np.full(shape, value, dtype))
+
+    zeros = jax.tree.map(lambda x: filled(0, x.shape, x.dtype), metrics)
+    return Totals(zeros, filled(_NO_STEP, (), np.dtype(np.int32)))
 
 
 def bad_step(totals: Totals) -> int | None:
     """The first step of the interval that diverged, if one did. Waits for the device."""
     step = int(totals.first_bad_step)
     return None if step == _NO_STEP else step
+
+
+def any_skipped(totals: Totals) -> bool:
+    """Whether the spike guard, if there is one, skipped a step of the interval. Waits for the device."""
+    return "skipped" in totals.metrics and float(totals.metrics["skipped"][0]) > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,31 +114,10 @@ def _entry_names(name: str, total: np.ndarray, names: Names) -> list[str]:
     return [f"{metric}/{entry}" for entry in {"dataset": names.datasets, "objective": names.objectives}[kind]]
 
 
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA GB200": 2500e12,
-}
-"""Dense bfloat16 FLOP/s of one jax device by the beginning of its `device_kind`, from the makers' data sheets.
-
-A TPU7x chip (2307 TFLOP/s) is two devices. NVIDIA's figures are for SXM boards, without sparsity.
-"""
-
-
 def peak_flops(device_kind: str) -> float | None:
-    """Peak of one device, FLOP/s; None where it is not known (a CPU), rather than a guess."""
-    matches = [kind for kind in PEAK_FLOPS if device_kind.startswith(kind)]
-    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+    """Peak of one device in bfloat16, FLOP/s (`jaxlm.chips`); None where it is not known, as of a CPU."""
+    chip = chip_of(device_kind)
+    return None if chip is None else chip.bf16
 
 
 def model_flops_utilization(

@@ -25,7 +25,8 @@ import optax
 
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.training.adafactor import scale_by_adafactor
-from jaxlm.training.guard import SpikeGuard
+from jaxlm.training.guard import Skip, SpikeGuard
+from jaxlm.training.moments import MomentStorage, stored
 from jaxlm.training.parameters import ParameterInfo, Tree, flatten, map_infos, select, unflatten, update
 from jaxlm.training.schedules import Schedule
 
@@ -79,13 +80,11 @@ class AdamW(Algorithm):
       b1, b2: decay of the first and second moment; 0.95 is what large language models use (GPT-3, arXiv 2005.14165, B;
         Adam's own is 0.999).
       eps: added to the root of the second moment.
-      mu_dtype: type of the first moment, e.g. "bfloat16"; None keeps the parameter's.
     """
 
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    mu_dtype: str | None = None
 
     @property
     @override
@@ -97,7 +96,7 @@ class AdamW(Algorithm):
         def adam(eps: float) -> optax.GradientTransformation:
             if self.b1 == 0:  # without a first moment to store
                 return optax.scale_by_rms(self.b2, eps, eps_in_sqrt=False, bias_correction=True)
-            return optax.scale_by_adam(self.b1, self.b2, eps, mu_dtype=self.mu_dtype)
+            return optax.scale_by_adam(self.b1, self.b2, eps)
 
         factors = {path: factor.eps for path, factor in flatten(multipliers).items()}
         if set(factors.values()) <= {1.0}:
@@ -148,16 +147,14 @@ class Lion(Algorithm):
     Attributes:
       b1: weight of the momentum in the direction.
       b2: decay of the momentum.
-      mu_dtype: type of the momentum; None keeps the parameter's.
     """
 
     b1: float = 0.9
     b2: float = 0.99
-    mu_dtype: str | None = None
 
     @override
     def transform(self, infos: Tree, multipliers: Tree) -> optax.GradientTransformation:
-        return optax.scale_by_lion(self.b1, self.b2, self.mu_dtype)
+        return optax.scale_by_lion(self.b1, self.b2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +202,6 @@ class Muon(Algorithm):
         decay serve both halves (0.2: Liu et al. 2025, arXiv 2502.16982); None scales by sqrt(max(1, out / in)).
       adam_b1, adam_b2, eps: of the AdamW half.
       adam_learning_rate_multiplier: its learning rate relative to the matrices'.
-      mu_dtype: type of both first moments; None keeps the parameter's.
     """
 
     beta: float = 0.95
@@ -216,7 +212,6 @@ class Muon(Algorithm):
     adam_b2: float = 0.95
     eps: float = 1e-8
     adam_learning_rate_multiplier: float = 1.0
-    mu_dtype: str | None = None
 
     @override
     def transform(self, infos: Tree, multipliers: Tree) -> optax.GradientTransformation:
@@ -235,12 +230,11 @@ class Muon(Algorithm):
                 ns_steps=self.ns_steps,
                 beta=self.beta,
                 nesterov=self.nesterov,
-                mu_dtype=self.mu_dtype,
                 weight_dimension_numbers=dimension_numbers,
             ),
             optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: s * u, updates, scales)),
         )
-        adam = AdamW(self.adam_b1, self.adam_b2, self.eps, self.mu_dtype)
+        adam = AdamW(self.adam_b1, self.adam_b2, self.eps)
         rest = {path: label for path, label in labels.items() if label == "adamw"}
         transforms = {"adamw": adam.transform(*(select(tree, unflatten(rest)) for tree in (infos, multipliers)))}
         return by_label({"muon": muon, **transforms}, labels)
@@ -308,8 +302,9 @@ class OptimizerConfig:
       groups: exceptions by pattern.
       freeze: patterns of parameters that stay as they are. They have no gradient and no optimizer state (where only
         some layers of a scanned stack are frozen, the stack's state is whole).
+      moments: how the algorithm's moments are stored between steps; None keeps float32.
       ema_decay: keep an exponential moving average of the parameters with this decay; None keeps none.
-      guard: skip steps that are outliers; None takes every step.
+      guard: what happens to steps that are outliers; None takes every step.
       schedule_free: average iterates; None does not.
     """
 
@@ -320,6 +315,7 @@ class OptimizerConfig:
     clip_global_norm: float | None = 1.0
     groups: tuple[ParameterGroup, ...] = ()
     freeze: tuple[str, ...] = ()
+    moments: MomentStorage | None = None
     ema_decay: float | None = None
     guard: SpikeGuard | None = None
     schedule_free: ScheduleFree | None = None
@@ -390,8 +386,8 @@ class Optimizer:
 
         Returns:
           what to add to the trained parameters, the new state, and {"grad_norm", "learning_rate", "diverged"}, with a
-          guard also "skipped". "diverged" is 1 where training cannot go on: loss or gradient are not finite, or the
-          guard has skipped as many steps in a row as it has patience for.
+          guard also "skipped". "diverged" is 1 where the loop must not build upon the step: loss or gradient are not
+          finite, or the guard's policy gives up.
         """
         name = self.config.algorithm.name
         if self.masks:
@@ -411,7 +407,7 @@ class Optimizer:
             updates = jax.tree.map(lambda u: jnp.where(skip, 0.0, u), updates)
             new_state[name] = jax.tree.map(lambda old, fresh: jnp.where(skip, old, fresh), state[name], new)
             scalars["skipped"] = skip.astype(jnp.float32)
-            diverged = new_state["guard"].in_a_row >= self.config.guard.patience
+            diverged = (self.config.guard.policy or Skip()).gives_up(skip, new_state["guard"].in_a_row)
         return updates, new_state, scalars | {"diverged": diverged.astype(jnp.float32)}
 
     def evaluation_params(self, params: Tree, state: dict[str, Any]) -> Tree:
@@ -455,7 +451,10 @@ def build_optimizer(
     trainable = unflatten(trained)
     multipliers = map_infos(lambda info: config.algorithm.multipliers(info, parametrization), trainable)
     rates = map_infos(lambda info, factors: _rates(info, factors, config, is_trained), trainable, multipliers)
-    algorithm = optax.chain(config.algorithm.transform(trainable, multipliers), _descend(config, total_steps, rates))
+    direction = config.algorithm.transform(trainable, multipliers)
+    if config.moments is not None:
+        direction = stored(direction, config.moments, trainable)
+    algorithm = optax.chain(direction, _descend(config, total_steps, rates))
     if config.schedule_free:
         algorithm = optax.contrib.schedule_free(
             algorithm,

@@ -7,6 +7,7 @@ is taken over a whole parameter (a norm, a factored moment) treats those layers 
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -38,9 +39,12 @@ class ParameterInfo:
       axes: logical name of each dimension; a scanned stack's arrays begin with "layers".
       role: how width enters: "input", "hidden", "output" or "vector".
       names: the path written with slashes for each layer in the array, in order of its leading dimension; one name
-        where the array is not stacked. Layers are counted as in an unrolled stack.
+        where the array is not stacked. Layers are counted as in an unrolled stack. An identity layer, which fills a
+        pipeline's stages, has the name of the stack's last layer.
       width: model width around this parameter: its own "embed" dimension, or the model's largest where it has none.
       depth: number of layers of its stack; None outside stacks.
+      identities: which rows of the leading dimension are identity layers: zeros, and no parameters of the model.
+      used_as: the type to which the model casts it before any use, where there is one.
     """
 
     path: tuple[str, ...]
@@ -51,6 +55,14 @@ class ParameterInfo:
     names: tuple[str, ...]
     width: int = 1
     depth: int | None = None
+    identities: tuple[int, ...] = ()
+    used_as: Any = None
+
+    @property
+    def size(self) -> int:
+        """Number of parameters of the model in the array."""
+        whole = math.prod(self.shape)
+        return whole - len(self.identities) * (whole // self.shape[0]) if self.identities else whole
 
     @property
     def stacked(self) -> bool:
@@ -142,9 +154,12 @@ def split_model(model: nnx.Module) -> tuple[ModelDefinition, Tree, Tree]:
                 f"{where} has axes {axes} and role {role} for shape {value.shape}; give nnx.Param an axes= name for "
                 f"each dimension and a role=."
             )
-        info = ParameterInfo(path, tuple(value.shape), value.dtype, tuple(axes), str(role), (where,))
+        info = ParameterInfo(
+            path, tuple(value.shape), value.dtype, tuple(axes), str(role), (where,), used_as=metadata.get("used_as")
+        )
         if info.stacked:
-            info = dataclasses.replace(info, names=_layer_names(path, info.shape[0], stacks))
+            names, identities = _layer_names(path, info.shape[0], stacks)
+            info = dataclasses.replace(info, names=names, identities=identities)
         keys.append((path, key))
         infos[path] = info
         _insert(params, path, value)
@@ -205,6 +220,17 @@ def update(tree: Tree, changed: Tree) -> Tree:
     return unflatten({**flatten(tree), **flatten(changed)})
 
 
+def info_of(path: tuple, by_path: dict[tuple[str, ...], ParameterInfo]) -> ParameterInfo | None:
+    """The parameter that a leaf belongs to, if it lies at that parameter's path inside a larger tree.
+
+    Args:
+      path: of the leaf, jax's keys: those of a training state, an optimizer's state, or the parameters themselves.
+      by_path: a `ParameterInfo` for each path, `flatten(infos)`.
+    """
+    names = tuple(entry.key if isinstance(entry, jax.tree_util.DictKey) else "" for entry in path)
+    return next((by_path[names[start:]] for start in range(len(names)) if names[start:] in by_path), None)
+
+
 def map_infos(function: Callable[..., Any], infos: Tree, *trees: Any) -> Tree:
     """`function(info, leaf, ...)` for each parameter."""
     return jax.tree.map(function, infos, *trees, is_leaf=lambda node: isinstance(node, ParameterInfo))
@@ -216,14 +242,16 @@ def _insert(tree: dict, path: tuple, leaf: Any) -> None:
     tree[path[-1]] = leaf
 
 
-def _layer_names(path: tuple[str, ...], repeats: int, layouts: dict) -> tuple[str, ...]:
-    """Names of the layers in one array of a scanned stack: layer = repeat * pattern + position."""
+def _layer_names(path: tuple[str, ...], rows: int, layouts: dict) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names of the layers in one array of a scanned stack, layer = repeat * pattern + position, and its identities."""
     for depth in range(len(path), 0, -1):
         layout = layouts.get(path[:depth])
         if layout is None:
             continue
         prefix, position, rest = path[:depth], int(path[depth]), path[depth + 1 :]
-        if layout.repeats != repeats:
-            raise ValueError(f"{'/'.join(path)} holds {repeats} layers, but its layout says {layout.repeats}.")
-        return tuple("/".join((*prefix, str(r * layout.pattern + position), *rest)) for r in range(repeats))
+        if len(layout.rows) != rows:
+            raise ValueError(f"{'/'.join(path)} holds {rows} layers, but its layout says {len(layout.rows)}.")
+        repeats = (layout.repeats - 1 if repeat is None else repeat for repeat in layout.rows)
+        names = tuple("/".join((*prefix, str(r * layout.pattern + position), *rest)) for r in repeats)
+        return names, tuple(row for row, repeat in enumerate(layout.rows) if repeat is None)
     raise ValueError(f"{'/'.join(path)} has a 'layers' axis, but the model's `layouts` name no stack that holds it.")

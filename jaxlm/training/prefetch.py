@@ -14,10 +14,25 @@ _END = object()
 
 
 def to_devices(batch: Mapping[str, np.ndarray], parallel: Parallelism) -> dict[str, jax.Array]:
-    """This host's slice of a batch as global arrays, split over examples."""
-    size = len(next(iter(batch.values()))) * jax.process_count()
+    """This host's rows of a batch (`Parallelism.host_rows`) as global arrays, split over examples."""
+    count = len(next(iter(batch.values())))
+    if jax.process_count() == 1:
+        size, rows = count, np.arange(count)
+    else:
+        parts = parallel.batch_parts  # the share that a host has is the same for any number of rows
+        size = count * parts // len(parallel.host_rows(parts))
+        rows = parallel.host_rows(size)
     sharding = parallel.batch_sharding(size)
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+    def place(x: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            first = np.searchsorted(rows, start)
+            return x[first : first + stop - start][:, *index[1:]]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+    return {name: place(x) for name, x in batch.items()}
 
 
 class Prefetcher:

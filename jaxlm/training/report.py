@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.training.goodput import read_ledger
 from jaxlm.training.run_folder import RunFolder
 
 _MAX_POINTS = 1000  # of a drawn curve; more are averaged
@@ -62,6 +63,7 @@ def write_report(folder: RunFolder, contents: ReportContents) -> pathlib.Path:
         _results(curves, contents.baselines),
         _section("Run", _table(("", ""), list(contents.facts.items()))),
         _section("Data", _datasets(contents.datasets)),
+        _section("Time", _goodput(folder)),
         _section("Samples", _samples(folder)),
         _section("Configuration", _configuration(folder)),
     ]
@@ -213,6 +215,16 @@ def _samples(folder: RunFolder) -> str:
         return ""
     newest = files[-1]
     return f"From `{folder.samples.name}/{newest.name}` (of {len(files)}):\n\n{_code(newest.read_text())}"
+
+
+def _goodput(folder: RunFolder) -> str:
+    """Where the time of all starts went."""
+    if not folder.goodput.exists():
+        return ""
+    found = read_ledger(folder.goodput)
+    rows = [(name, f"{seconds:,.1f}", f"{share:.1%}") for name, seconds, share in found.rows()]
+    starts = f"{found.starts} start{'s' if found.starts > 1 else ''}"
+    return f"Goodput {found.goodput:.1%}, over {starts}.\n\n" + _table(("spent on", "seconds", "share"), rows)
 
 
 def _configuration(folder: RunFolder) -> str:

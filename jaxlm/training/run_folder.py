@@ -8,6 +8,10 @@ metrics.jsonl       one line a step (`writers`)
 tensorboard/        the same for TensorBoard
 checkpoints/        see `jaxlm.checkpoints`
 samples/            one text file for each time samples were drawn
+goodput.jsonl       where the time went, over all starts (`goodput`)
+spikes.jsonl        batches whose loss or gradient was an outlier (`spikes`)
+hangs/              stacks of all threads, each time the watchdog ended a process (`watchdog`)
+profile/            traces and their summaries (`profile`)
 report.md loss.png results.json    written at the end (`report`)
 """
 
@@ -19,6 +23,7 @@ import json
 import os
 import pathlib
 import platform
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -85,6 +90,26 @@ class RunFolder:
     def samples(self) -> pathlib.Path:
         """Samples as text files."""
         return self.path / "samples"
+
+    @property
+    def goodput(self) -> pathlib.Path:
+        """The ledger of time, JSON lines."""
+        return self.path / "goodput.jsonl"
+
+    @property
+    def spikes(self) -> pathlib.Path:
+        """Spikes and the examples of their batches, JSON lines."""
+        return self.path / "spikes.jsonl"
+
+    @property
+    def hangs(self) -> pathlib.Path:
+        """What the watchdog left."""
+        return self.path / "hangs"
+
+    @property
+    def profile(self) -> pathlib.Path:
+        """Traces of jax's profiler."""
+        return self.path / "profile"
 
     @property
     def report(self) -> pathlib.Path:
@@ -160,6 +185,25 @@ class RunFolder:
         self.samples.mkdir(exist_ok=True)
         return Status.NEW if known is None else Status.CONTINUES
 
+    def await_claim(self, run_id: str, seconds: float = 30.0) -> None:
+        """Returns when this process sees the folder that the job's first process claimed.
+
+        Args:
+          run_id: `id` there.
+          seconds: network storage may show a new file a little later.
+
+        Raises:
+          RunFolderError: it sees another one, or none.
+        """
+        until = time.monotonic() + seconds
+        while (record := self._read()) is None or record["id"] != run_id:
+            if time.monotonic() > until:
+                raise RunFolderError(
+                    f"{self.path} on {platform.node()} is not the folder that the job's first process claimed; "
+                    f"MODEL_DIR must be on storage that all hosts share."
+                )
+            time.sleep(0.5)
+
     @property
     def id(self) -> str:
         """A short name of the run that no other has; for services that want one."""
@@ -181,13 +225,11 @@ class RunFolder:
 
         Called after restoring the checkpoint of `step`: the run will write those steps again.
         """
-        if not self.metrics.exists():
-            return 0
-        lines = self.metrics.read_text(errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
-        if len(kept) < len(lines):
-            _replace(self.metrics, "".join(kept))
-        return len(lines) - len(kept)
+        return _drop_after(self.metrics, step)
+
+    def forget_spikes(self, step: int) -> int:
+        """The same for spikes, at the start of a process alone: one that goes back over a spike keeps its line."""
+        return _drop_after(self.spikes, step)
 
     def write_samples(self, step: int, text: str) -> pathlib.Path:
         """Saves the samples drawn at `step`."""
@@ -253,8 +295,19 @@ def _replace(path: pathlib.Path, text: str) -> None:
     partial.replace(path)
 
 
+def _drop_after(path: pathlib.Path, step: int) -> int:
+    """Drops lines of steps after `step`, and torn ones, from a file of JSON lines; returns how many."""
+    if not path.exists():
+        return 0
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) is not None and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        _replace(path, "".join(kept))
+    return len(lines) - len(kept)
+
+
 def _step_of(line: str) -> int | None:
-    """The step of a metric line, or None if the line is torn."""
+    """The step of a line, or None if the line is torn."""
     if not line.endswith("\n"):
         return None
     try:

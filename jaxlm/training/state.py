@@ -9,9 +9,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.parallel.parallelism import Parallelism
+from jaxlm.parallel.parallelism import Memory, Parallelism
+from jaxlm.training.moments import moment_order
 from jaxlm.training.optimizers import Optimizer
-from jaxlm.training.parameters import ModelDefinition, ParameterInfo, Tree, flatten, split_model
+from jaxlm.training.parameters import (
+    ModelDefinition,
+    ParameterInfo,
+    Tree,
+    flatten,
+    info_of,
+    split_model,
+    unflatten,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -92,8 +101,9 @@ def abstract_state(params: Tree, optimizer: Optimizer, parallel: Parallelism) ->
 def state_shardings(state: Any, infos: Tree, parallel: Parallelism, *, reasons: list[str] | None = None) -> Any:
     """Shardings of a state, or of any tree with leaves that lie at a parameter's path and have its rank.
 
-    Parameters, averages and moments follow their parameter's logical axes; everything else (counters, the guard's
-    window) is replicated. Dimensions that do not divide are replicated.
+    Parameters, averages and moments follow their parameter's logical axes by `Parallelism.state_rules`; everything else
+    (counters, the guard's window) is replicated. Dimensions that do not divide are replicated. Moments lie in the
+    memory that `ParallelConfig.moments` names.
 
     Args:
       state: a tree of arrays or of `jax.ShapeDtypeStruct`.
@@ -107,15 +117,71 @@ def state_shardings(state: Any, infos: Tree, parallel: Parallelism, *, reasons: 
     by_path: dict[tuple[str, ...], ParameterInfo] = flatten(infos)
 
     def of_leaf(path: tuple, leaf: Any) -> NamedSharding:
-        names = tuple(entry.key if isinstance(entry, jax.tree_util.DictKey) else "" for entry in path)
-        for start in range(len(names)):
-            info = by_path.get(names[start:])
-            if info is not None and len(leaf.shape) == len(info.axes):
-                notes: list[str] = []
-                found = parallel.sharding(info.axes, tuple(leaf.shape), reasons=notes)
-                if reasons is not None and tuple(leaf.shape) == info.shape:
-                    reasons.extend(f"{'/'.join(info.path)}: {note}" for note in notes)
-                return found
-        return NamedSharding(parallel.mesh, PartitionSpec())
+        info = info_of(path, by_path)
+        if info is None or len(leaf.shape) != len(info.axes):
+            return NamedSharding(parallel.mesh, PartitionSpec())
+        notes: list[str] = []
+        found = parallel.stored(info.axes, tuple(leaf.shape), reasons=notes)
+        if reasons is not None and tuple(leaf.shape) == info.shape:
+            reasons.extend(f"{'/'.join(info.path)}: {note}" for note in notes)
+        on_host = parallel.config.moments is Memory.HOST and moment_order(path) is not None
+        return found.with_memory_kind(Memory.HOST.value) if on_host else found
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)
+
+
+def on_device(tree: Any, shardings: Any) -> Any:
+    """Inside jit: `tree`, which lies by `shardings`, with what is in the host's memory fetched from there."""
+    return jax.tree.map(lambda x, s: jax.device_put(x, _on_device(s)) if _on_host(s) else x, tree, shardings)
+
+
+def to_store(tree: Any, shardings: Any) -> Any:
+    """Inside jit: `tree` laid out by `shardings`, in the memory that they name."""
+    tree = jax.lax.with_sharding_constraint(tree, jax.tree.map(_on_device, shardings))
+    return jax.tree.map(lambda x, s: jax.device_put(x, s) if _on_host(s) else x, tree, shardings)
+
+
+def _on_host(sharding: NamedSharding) -> bool:
+    return sharding.memory_kind == Memory.HOST.value
+
+
+def _on_device(sharding: NamedSharding) -> NamedSharding:
+    return sharding.with_memory_kind(Memory.DEVICE.value) if _on_host(sharding) else sharding
+
+
+def working_copy(params: Tree, infos: Tree, parallel: Parallelism) -> Tree:
+    """Inside jit: stored parameters as the model is to be given them.
+
+    Where parameters are stored in other pieces than they are used in (`ParallelConfig.state_rules`), they are cast to
+    the types the model uses and gathered, once. Otherwise they are what is stored: under FSDP each layer casts and
+    gathers its own when it is its turn.
+
+    Args:
+      params: stored, or some of them.
+      infos: a `ParameterInfo` for each parameter.
+      parallel: how both lie on the mesh.
+    """
+    if not parallel.gathers:
+        return params
+    by_path = flatten(infos)
+
+    def gathered(path: tuple[str, ...], x: jax.Array) -> jax.Array:
+        info = by_path[path]
+        # Placed before and after the cast: else the partitioner is free to gather first and to cast what it gathered.
+        x = x if info.used_as is None else x.astype(info.used_as)
+        x = jax.lax.with_sharding_constraint(x, parallel.stored(info.axes, x.shape))
+        return jax.lax.with_sharding_constraint(x, parallel.sharding(info.axes, x.shape))
+
+    return unflatten({path: gathered(path, x) for path, x in flatten(params).items()})
+
+
+def stored_gradients(grads: Tree, infos: Tree, parallel: Parallelism) -> Tree:
+    """Inside jit: gradients of `working_copy`, in float32, of the pieces of parameters that a device stores."""
+    by_path = flatten(infos)
+
+    def scattered(path: tuple[str, ...], x: jax.Array) -> jax.Array:
+        if parallel.mesh.size > 1:
+            x = jax.lax.with_sharding_constraint(x, parallel.stored(by_path[path].axes, x.shape))
+        return x.astype(by_path[path].dtype)
+
+    return unflatten({path: scattered(path, x) for path, x in flatten(grads).items()})

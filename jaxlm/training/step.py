@@ -16,7 +16,7 @@ from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.training.optimizers import Optimizer
 from jaxlm.training.parameters import LAYER, ModelDefinition, ParameterInfo, Tree, flatten, update
-from jaxlm.training.state import TrainState, state_shardings
+from jaxlm.training.state import TrainState, on_device, state_shardings, stored_gradients, to_store, working_copy
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -69,7 +69,8 @@ def make_train_step(
     Returns:
       the jitted function. It takes the state's buffers (they must not be used again). Metrics hold what the objective
       reports, and "loss", "loss/<term>", "grad_norm", "learning_rate", "diverged", "tokens" and "bytes" (see `counts`),
-      with a guard "skipped", and "norms/<parameters|gradients|updates>/<layer>" on the steps that have them.
+      with a guard "skipped" and "spike_loss" (of skipped steps), and "norms/<parameters|gradients|updates>/<layer>" on
+      the steps that have them.
       A skipped step counts for nothing in the objective's metrics.
     """
     ops = ShardedOps(parallel)
@@ -88,31 +89,36 @@ def make_train_step(
 
     gradient = jax.value_and_grad(microbatch_loss, has_aux=True)
 
+    def scattered(found: tuple[Any, Tree]) -> tuple[Any, Tree]:
+        return found[0], stored_gradients(found[1], optimizer.infos, parallel)
+
     def whole_gradient(trained: Tree, frozen: Tree, batch: Batch, key: jax.Array):
         # The denominators of the whole batch, not of a microbatch: the mean of means would be another loss.
         weights = {**objective.loss_weights(batch), "tokens": count_tokens(batch)}
         weights = {term: jnp.where(w > 0, w, 1.0) for term, w in weights.items()}
         if config.microbatches == 1:
-            return gradient(trained, frozen, batch, weights, jax.random.fold_in(key, 0))
+            return scattered(gradient(trained, frozen, batch, weights, jax.random.fold_in(key, 0)))
         pieces = _microbatches(batch, config.microbatches, parallel)
 
         def accumulate(total, piece):
             i, microbatch = piece
-            return jax.tree.map(
-                jnp.add, total, gradient(trained, frozen, microbatch, weights, jax.random.fold_in(key, i))
-            ), None
+            found = scattered(gradient(trained, frozen, microbatch, weights, jax.random.fold_in(key, i)))
+            return scattered(jax.tree.map(jnp.add, total, found)), None
 
         first = jax.tree.map(lambda x: x[0], pieces)
-        zero = jax.eval_shape(gradient, trained, frozen, first, weights, key)
+        zero = jax.eval_shape(lambda *arguments: scattered(gradient(*arguments)), trained, frozen, first, weights, key)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
         return jax.lax.scan(accumulate, zero, (jnp.arange(config.microbatches), pieces))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = widen(batch)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        trained, frozen = optimizer.split(state.params)
-        (total, (terms, metrics)), grads = whole_gradient(trained, frozen, batch, key)
-        updates, opt_state, scalars = optimizer.update(grads, state.opt_state, trained, step=state.step, loss=total)
+        shardings = state_shardings(state, optimizer.infos, parallel)
+        working = working_copy(state.params, optimizer.infos, parallel)
+        (total, (terms, metrics)), grads = whole_gradient(*optimizer.split(working), batch, key)
+        trained, _ = optimizer.split(state.params)
+        opt_state = on_device(state.opt_state, shardings.opt_state)
+        updates, opt_state, scalars = optimizer.update(grads, opt_state, trained, step=state.step, loss=total)
         params = update(state.params, optax.apply_updates(trained, updates))
         ema_params = state.ema_params
         if (decay := optimizer.config.ema_decay) is not None:
@@ -121,7 +127,9 @@ def make_train_step(
         metrics |= {f"loss/{term}": (value, one) for term, value in terms.items()} | {"loss": (total, one)}
         metrics |= counts(batch, config.byte_lengths, loss.num_datasets)
         if "skipped" in scalars:  # its loss may be NaN, which a weight of 0 would not cure
-            metrics = jax.tree.map(lambda x: jnp.where(scalars["skipped"] > 0, 0.0, x), metrics)
+            skipped = scalars["skipped"] > 0
+            metrics = jax.tree.map(lambda x: jnp.where(skipped, 0.0, x), metrics)
+            metrics["spike_loss"] = (jnp.where(skipped, total, 0.0), scalars["skipped"])
         metrics |= {name: (value, one) for name, value in scalars.items()}
         if config.layer_norm_period:
             due = state.step % config.layer_norm_period == 0
@@ -130,10 +138,16 @@ def make_train_step(
             )
         new_state = TrainState(state.step + 1, params, opt_state, ema_params)
         # Without this the compiler may lay the new state out in another way than the old one, and compile again.
-        shardings = state_shardings(new_state, optimizer.infos, parallel)
-        return jax.lax.with_sharding_constraint(new_state, shardings), replicated(metrics, parallel.mesh)
+        return to_store(new_state, shardings), replicated(metrics, parallel.mesh)
 
     return jax.jit(step, donate_argnums=0)
+
+
+def spike_signs(metrics: Metrics) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of one step's metrics, on the devices: whether it is a spike (or not finite), its loss and its gradient norm."""
+    guarded = "skipped" in metrics
+    flag, loss = ("skipped", "spike_loss") if guarded else ("diverged", "loss")
+    return metrics[flag][0], metrics[loss][0], metrics["grad_norm"][0]
 
 
 def widen(batch: Batch) -> dict[str, jax.Array]:
@@ -174,6 +188,8 @@ def counts(batch: Batch, byte_lengths: np.ndarray | None, num_datasets: int) -> 
 def layer_norms(due: jax.Array, infos: Tree, trees: dict[str, Tree]) -> Metrics:
     """Norm of each layer of each tree, as metrics "norms/<tree>/<layer>" with weight 1 where `due`, else 0.
 
+    Identity layers of a pipeline have weight 0.
+
     A layer is what lies under ".../layers/<i>"; other parameters are grouped by the module that holds them. In a
     scanned stack a metric has one entry for each of the layers in it ([repeats]).
     """
@@ -194,8 +210,14 @@ def layer_norms(due: jax.Array, infos: Tree, trees: dict[str, Tree]) -> Metrics:
 
     shapes = jax.eval_shape(norms)
     values = jax.lax.cond(due, norms, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
-    weight = due.astype(jnp.float32)
-    return {name: (value, jnp.broadcast_to(weight, value.shape)) for name, value in values.items()}
+    identities = {group: list(flat_infos[paths[0]].identities) for group, paths in groups.items()}
+
+    def weight(name: str, value: jax.Array) -> jax.Array:
+        everywhere = jnp.broadcast_to(due.astype(jnp.float32), value.shape)
+        rows = identities[name.split("/", 2)[2]]
+        return everywhere.at[np.array(rows)].set(0.0) if rows else everywhere
+
+    return {name: (value, weight(name, value)) for name, value in values.items()}
 
 
 def layer_names(infos: Tree) -> dict[str, tuple[str, ...]]:

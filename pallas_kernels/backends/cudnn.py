@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import masks, platforms
 from pallas_kernels.biases import DenseBias
 from pallas_kernels.requests import Backend, Request
+from pallas_kernels.residuals import named
 
 _LARGE_HEADS = ("h100", "h200", "b100", "b200", "b300")  # Hopper and later
 
@@ -54,7 +55,7 @@ class CudnnBackend(Backend):
         )
         if lengths is not None:
             out = jnp.where((lengths > 0)[:, None, None, None], out, 0)
-        return out, None
+        return named(out, None)
 
 
 def _of_the_machine(request: Request) -> list[str]:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import platforms
-from pallas_kernels.fused import Inputs, fused_attention, inputs_of
+from pallas_kernels.biases import Bias
+from pallas_kernels.fused import Inputs, fused_attention, fused_gradients, inputs_of
 from pallas_kernels.gpu.attention_backward import Saved, key_value_gradients, query_gradient
 from pallas_kernels.gpu.attention_forward import forward
 from pallas_kernels.gpu.blocks import Blocks, blocks_of
@@ -46,6 +47,19 @@ class PallasGpuBackend(Backend):
     @override
     def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
         return fused_attention(_HopperKernels(), q, k, v, inputs_of(request))
+
+    @override
+    def gradients(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        request: Request,
+        lse: jax.Array,
+        delta: jax.Array,
+        gradient: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
+        return fused_gradients(_HopperKernels(), q, k, v, request, lse, delta, gradient)
 
 
 @dataclasses.dataclass(frozen=True)

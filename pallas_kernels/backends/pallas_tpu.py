@@ -5,7 +5,8 @@ from typing import override
 
 import jax
 
-from pallas_kernels.fused import inputs_of
+from pallas_kernels.biases import Bias
+from pallas_kernels.fused import fused_gradients, inputs_of
 from pallas_kernels.requests import Backend, Request
 from pallas_kernels.tpu.attention import TpuKernels
 
@@ -28,3 +29,18 @@ class PallasTpuBackend(Backend):
     @override
     def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
         return self.kernels.attend(q, k, v, inputs_of(request))
+
+    @override
+    def gradients(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        request: Request,
+        lse: jax.Array,
+        delta: jax.Array,
+        gradient: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
+        if self.kernels.in_parts(q, k, v, inputs_of(request)):
+            return super().gradients(q, k, v, request, lse, delta, gradient)
+        return fused_gradients(self.kernels, q, k, v, request, lse, delta, gradient)

@@ -9,6 +9,7 @@ import numpy as np
 
 from pallas_kernels import masks, platforms
 from pallas_kernels.requests import Backend, Request
+from pallas_kernels.residuals import ATTENTION_OUT
 
 _LANES = 128
 
@@ -144,6 +145,7 @@ def _kernel(band: _Band, heads: int, tq: int, tk: int, soft_cap: float | None, i
         q_seq_shards=1,
         attn_logits_soft_cap=soft_cap,
         interpret=interpret,
+        residual_checkpoint_name=ATTENTION_OUT,  # its log-sum-exp too
     )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dropout, masks
 from pallas_kernels.requests import Backend, Request
+from pallas_kernels.residuals import named
 
 # Scores of hidden keys. Far below any score, and finite: a row of them has a maximum to subtract.
 _HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -23,7 +24,7 @@ class XlaBackend(Backend):
 
     @override
     def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
-        return attend(q, k, v, request)
+        return named(*attend(q, k, v, request))
 
 
 def attend(

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dropout, platforms
-from pallas_kernels.biases import DenseBias
+from pallas_kernels.biases import Bias, DenseBias
 from pallas_kernels.diagonals import diagonal_sums
-from pallas_kernels.fused import Inputs, fused_attention, inputs_of
+from pallas_kernels.fused import Inputs, fused_attention, fused_gradients, inputs_of
 from pallas_kernels.plans import HIDDEN, plan_of_rows
 from pallas_kernels.requests import Backend, Request
 
@@ -46,6 +46,19 @@ class XlaBlocksBackend(Backend):
     @override
     def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
         return fused_attention(BlockKernels(_block(request)), q, k, v, inputs_of(request))
+
+    @override
+    def gradients(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        request: Request,
+        lse: jax.Array,
+        delta: jax.Array,
+        gradient: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
+        return fused_gradients(BlockKernels(_block(request)), q, k, v, request, lse, delta, gradient)
 
 
 def _block(request: Request) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import platforms
 from pallas_kernels.backends.xla import attend
 from pallas_kernels.requests import Backend, Request
+from pallas_kernels.residuals import named
 
 _CPU_BUDGET, _BUDGET = 2**22, 2**26
 _LEAST = 64  # queries: the scores of a head then take about what its keys take, so that fewer would save little
@@ -38,7 +39,7 @@ class XlaChunkedBackend(Backend):
         tq = q.shape[1]
         block = self._block(request)
         if block >= tq:
-            return attend(q, k, v, request)
+            return named(*attend(q, k, v, request))
         # The gradients of keys and values are sums over the blocks: taken in float32, whatever the type of k and v.
         one_block = jax.checkpoint(functools.partial(_one_block, request=request, dtypes=(k.dtype, v.dtype)))
         k, v = k.astype(jnp.float32), v.astype(jnp.float32)
@@ -49,10 +50,10 @@ class XlaChunkedBackend(Backend):
         out = out.swapaxes(0, 1).reshape(q.shape[0], whole * block, *out.shape[3:])
         lse = jnp.moveaxis(lse, 0, 2).reshape(*lse.shape[1:3], whole * block)
         if whole * block == tq:
-            return out, lse
+            return named(out, lse)
         # A shorter block of its own: slices of masks and biases that reach past the end would be moved back.
         last_out, last_lse = one_block(q[:, whole * block :], k, v, whole * block)
-        return jnp.concatenate([out, last_out], axis=1), jnp.concatenate([lse, last_lse], axis=2)
+        return named(jnp.concatenate([out, last_out], axis=1), jnp.concatenate([lse, last_lse], axis=2))
 
     def _block(self, request: Request) -> int:
         """Queries a block has: a power of two, so that the usual lengths are multiples of it."""

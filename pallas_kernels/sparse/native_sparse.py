@@ -6,32 +6,14 @@ gradient goes through all three, not through the selection, which learns because
 """
 
 import dataclasses
-from typing import NamedTuple, override
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import attention
-from pallas_kernels.masks import BlockSparse, Causal, IntervalMask, Mask, Window
+from pallas_kernels.masks import BlockSparse, Causal, Complete, Mask, Window
 from pallas_kernels.sparse import selection
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Complete(IntervalMask):
-    """Query q sees the compressed keys whose tokens are all at q or before it.
-
-    Attributes:
-      size: tokens that a compressed key sums up.
-      stride: key i begins at token i * stride.
-    """
-
-    size: int = dataclasses.field(metadata={"static": True})
-    stride: int = dataclasses.field(metadata={"static": True})
-
-    @override
-    def bounds(self, queries: jax.Array, tk: int, start: jax.Array | int) -> tuple[int, jax.Array]:
-        return 0, (queries + 1 - self.size) // self.stride + 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,12 +64,16 @@ class TpuKernels:
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
         """`fused_attention` with these kernels, one part after the other where lists for all have no room."""
+        if not self.in_parts(q, k, v, inputs):
+            return fused_attention(self, q, k, v, inputs)
+        by_heads = self._entries(q, k, v, inputs.block_sparse, 1) > schedule.MOST_ENTRIES
+        return _in_parts(self, q, k, v, inputs, by_heads)
+
+    def in_parts(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> bool:
+        """Whether lists for all examples have no room, so that `attend` takes one part after the other."""
         sparse = inputs.block_sparse
         examples = max(inputs.rows.lo.shape[0], 1 if sparse is None else sparse.index.shape[0])
-        if self._entries(q, k, v, sparse, examples) <= schedule.MOST_ENTRIES:
-            return fused_attention(self, q, k, v, inputs)
-        by_heads = self._entries(q, k, v, sparse, 1) > schedule.MOST_ENTRIES
-        return _in_parts(self, q, k, v, inputs, by_heads)
+        return self._entries(q, k, v, sparse, examples) > schedule.MOST_ENTRIES
 
     def refuses(self, request: Request) -> list[str]:
         """See `pallas_kernels.requests.Backend`."""

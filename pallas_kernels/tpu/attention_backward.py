@@ -86,6 +86,7 @@ def backward(
         out_shape={name: operand.array for name, operand in results.items()},
         input_output_aliases={before: sorted(results).index("dense_bias")} if zeros else {},
         compiler_params=operands.compiler_params(walk, sizes, [*given.values(), *results.values()], scratch.values()),
+        cost_estimate=operands.cost(walk, sizes, 3, 2, given, results),
         interpret=platforms.tpu_interpret(),
         name="attention_backward",
     )(*walk.prefetch, operands.scalars(inputs, first_key_block), {n: o.array for n, o in given.items()}, zeros)

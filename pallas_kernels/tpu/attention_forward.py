@@ -63,6 +63,7 @@ def forward(
         ),
         out_shape={name: operand.array for name, operand in results.items()},
         compiler_params=operands.compiler_params(walk, sizes, [*given.values(), *results.values()], scratch.values()),
+        cost_estimate=operands.cost(walk, sizes, 1, 1, given, results),
         interpret=platforms.tpu_interpret(),
         name="attention_forward",
     )(*walk.prefetch, operands.scalars(inputs), {name: operand.array for name, operand in given.items()})

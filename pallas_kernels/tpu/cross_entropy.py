@@ -2,13 +2,15 @@
 
 Three kernels, each with the logits of one tile [tokens, ids] in VMEM: the statistics pass over the vocabulary for each
 block of tokens, the gradient of the hidden states does so again, and that of the matrix passes over the tokens for each
-block of ids. Five matrix products in all, where the chunks in plain jax take four; in return no logit and no partial
-sum goes through the chip's main memory. Exponentials are taken in base 2, which is what the hardware has.
+block of ids. Five matrix products in all, where the chunks in plain jax take three or four; in return no logit and no
+partial sum goes through the chip's main memory, so the sum is taken in the same way. Exponentials are taken in base 2,
+which is what the hardware has.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, override
 
 import jax
@@ -17,7 +19,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import platforms
-from pallas_kernels.cross_entropy import Backend, OutputProjection, Request, Statistics, TokenScores, assembled
+from pallas_kernels.cross_entropy import (
+    Backend,
+    OutputProjection,
+    Request,
+    Statistics,
+    TokenScores,
+    scores_by,
+    weighted_sum,
+)
+from pallas_kernels.tpu import costs
 
 _LANES = 128
 _LOG2_E, _LN_2 = math.log2(math.e), math.log(2.0)
@@ -30,15 +41,13 @@ _BLOCK_BYTES, _GRADIENT_BLOCK_BYTES = 8 * 2**20, 4 * 2**20
 
 
 class TpuBackend(Backend):
-    """The TPU kernels, for logits that are computed again in the backward pass."""
+    """The TPU kernels, which compute logits again in the backward pass whether asked to or not."""
 
     name = "pallas_tpu"
 
     @override
     def refuses(self, hidden: jax.Array, projection: OutputProjection, request: Request) -> list[str]:
         reasons, width, vocabulary = [], hidden.shape[-1], projection.vocab_size
-        if not request.recompute:
-            reasons.append("it computes logits again in the backward pass, ask with recompute=True")
         if platforms.current().kind not in ("tpu", "cpu"):
             reasons.append(f"it runs on TPUs, not on a {platforms.current().kind}")
         if hidden.dtype not in (jnp.bfloat16, jnp.float32):
@@ -47,7 +56,7 @@ class TpuBackend(Backend):
             reasons.append(f"width {width} is not a multiple of {_LANES}")
         if vocabulary < _LANES:
             reasons.append(f"{vocabulary} ids are fewer than {_LANES}")
-        if request.chunk is not None and request.chunk % _LANES:
+        if request.recompute and request.chunk is not None and request.chunk % _LANES:
             reasons.append(f"chunk {request.chunk} is not a multiple of {_LANES}")
         mesh = jax.sharding.get_abstract_mesh()
         if math.prod(mesh.shape[axis] for axis in mesh.auto_axes) > 1:
@@ -55,13 +64,23 @@ class TpuBackend(Backend):
         return reasons
 
     @override
-    def scores(
+    def summed(
+        self,
+        hidden: jax.Array,
+        projection: OutputProjection,
+        labels: jax.Array,
+        weights: jax.Array,
+        request: Request,
+    ) -> tuple[jax.Array, TokenScores]:
+        as_scores = dataclasses.replace(request, recompute=True, chunk=None)  # the chunk was one of tokens
+        scores = scores_by(self, hidden, projection, labels, as_scores)
+        return weighted_sum(scores, weights, request) / request.parts, scores
+
+    @override
+    def statistics(
         self, hidden: jax.Array, projection: OutputProjection, labels: jax.Array, request: Request
-    ) -> TokenScores:
-        tokens = labels.shape
-        found = _statistics(request, hidden.reshape(-1, hidden.shape[-1]), projection, labels.reshape(-1, 1))
-        label, log_z, mean, largest = (x.reshape(tokens) for x in found)
-        return assembled(label, log_z, mean, largest, labels, projection.vocab_size)
+    ) -> Statistics:
+        return _statistics(request, hidden, projection, labels[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +124,11 @@ class _Tiles:
         logits = _dot(hidden, matrix, 1, 1 - self.vocab_axis) + bias
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits * (1.0 / self.soft_cap))
 
+    def cost(self, products: int, *moved: tuple[Any, int]) -> pl.CostEstimate:
+        """Of a kernel that passes over all logits with so many matrix products."""
+        entries = self.tokens * self.ids
+        return costs.estimate(2 * products * entries * self.width, entries, *moved)
+
     def ids_of(self, block: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
         """The id of each entry of a block of `shape` whose `axis` is the vocabulary."""
         return block * self.block_ids + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -129,21 +153,24 @@ def _tiles(hidden: jax.Array, projection: OutputProjection, request: Request, bl
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _statistics(request: Request, hidden: jax.Array, projection: OutputProjection, labels: jax.Array) -> Statistics:
-    """Of the logits of hidden [N, E]: label's, log Z, mean, largest, f32 [N] each; labels [N, 1]."""
+    """Of the logits of hidden [N, E]; labels [N, 1]."""
     tiles = _tiles(hidden, projection, request, _BLOCK_BYTES)
     row = lambda width: pl.BlockSpec((tiles.block_tokens, width), lambda i, j: (i, 0))  # noqa: E731
+    matrix, bias = _operands(projection, hidden.dtype)
+    result = jax.ShapeDtypeStruct((tiles.tokens, 4), jnp.float32)
     found = pl.pallas_call(
         functools.partial(_statistics_kernel, tiles, request.mean_logit),
         grid=(tiles.token_blocks, tiles.id_blocks),
         in_specs=[row(tiles.width), tiles.matrix_block(lambda i, j: j), tiles.bias_block(lambda i, j: j), row(1)],
         out_specs=row(4),
-        out_shape=jax.ShapeDtypeStruct((tiles.tokens, 4), jnp.float32),
+        out_shape=result,
         scratch_shapes=[pltpu.VMEM((tiles.block_tokens, _LANES), jnp.float32)] * 4,
         compiler_params=_parameters(),
+        cost_estimate=tiles.cost(1, ([matrix, bias], tiles.token_blocks), ([hidden, labels, result], 1)),
         interpret=platforms.tpu_interpret(),
         name="cross_entropy_statistics",
-    )(hidden, *_operands(projection, hidden.dtype), labels)
-    return tuple(found[:, i] for i in range(4))
+    )(hidden, matrix, bias, labels)
+    return Statistics(*(found[:, i] for i in range(4)))
 
 
 def _statistics_kernel(
@@ -208,17 +235,16 @@ def _over_lanes(combine: Any, x: jax.Array) -> jax.Array:
 
 def _statistics_forward(request, hidden, projection, labels):
     found = _statistics(request, hidden, projection, labels)
-    return found, (hidden, projection, labels, found[1])
+    return found, (hidden, projection, labels, found.log_z)
 
 
-def _statistics_backward(request, saved, cotangents):
+def _statistics_backward(request, saved, of):
     hidden, projection, labels, log_z = saved
-    of_label, of_log_z, of_mean, _ = cotangents  # the largest logit only tells what is correct
-    counts = (of_label != 0.0) | (of_log_z != 0.0) | (of_mean != 0.0)
+    counts = (of.label != 0.0) | (of.log_z != 0.0) | (of.mean != 0.0)  # the largest logit only tells what is correct
     hidden = jnp.where(counts[:, None], hidden, 0)
     log_z = jnp.where(counts, log_z, jnp.inf)
     # What a token's logits need to know of it, in one array for one copy a tile.
-    rows = jnp.stack([log_z * _LOG2_E, of_label, of_log_z, of_mean / projection.vocab_size], axis=1)
+    rows = jnp.stack([log_z * _LOG2_E, of.label, of.log_z, of.mean / projection.vocab_size], axis=1)
     tiles = _tiles(hidden, projection, request, _GRADIENT_BLOCK_BYTES)
     operands = (hidden, *_operands(projection, hidden.dtype), labels, rows)
     of_matrix, of_bias = _matrix_gradient(tiles, projection.matrix.dtype, operands)
@@ -232,23 +258,44 @@ _statistics.defvjp(_statistics_forward, _statistics_backward)
 
 def _hidden_gradient(tiles: _Tiles, operands: tuple[jax.Array, ...]) -> jax.Array:
     hidden = operands[0]
-    row = lambda width: pl.BlockSpec((tiles.block_tokens, width), lambda i, j: (i, 0))  # noqa: E731
+    return _gradient(_hidden_gradient_kernel, tiles, True, operands, {"rows": hidden})[0]
+
+
+def _matrix_gradient(tiles: _Tiles, dtype: jnp.dtype, operands: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """Of the matrix, in `dtype`, and of the bias, f32 [1, V]."""
+    _, matrix, bias, _, _ = operands
+    results = {"matrix": jax.ShapeDtypeStruct(matrix.shape, dtype), "bias": bias}
+    return _gradient(_matrix_gradient_kernel, tiles, False, operands, results)
+
+
+def _gradient(
+    kernel: Callable[..., None],
+    tiles: _Tiles,
+    by_tokens: bool,
+    operands: tuple[jax.Array, ...],
+    results: dict[str, jax.Array | jax.ShapeDtypeStruct],
+) -> list[jax.Array]:
+    """Runs a kernel over all tiles, blocks of tokens outermost or blocks of ids; it sums up results in float32."""
+    token = lambda i, j: i if by_tokens else j  # noqa: E731
+    of_ids = lambda i, j: j if by_tokens else i  # noqa: E731
+    row = lambda width: pl.BlockSpec((tiles.block_tokens, width), lambda *grid: (token(*grid), 0))  # noqa: E731
+    specs = {"rows": row(tiles.width), "matrix": tiles.matrix_block(of_ids), "bias": tiles.bias_block(of_ids)}
+    out_specs = [specs[name] for name in results]
+    hidden, matrix, *others = operands
+    again, once = ([matrix], [hidden]) if by_tokens else ([hidden], [matrix])
+    grid = tiles.token_blocks, tiles.id_blocks
+    outer, _ = grid = grid if by_tokens else grid[::-1]
     return pl.pallas_call(
-        functools.partial(_hidden_gradient_kernel, tiles),
-        grid=(tiles.token_blocks, tiles.id_blocks),
-        in_specs=[
-            row(tiles.width),
-            tiles.matrix_block(lambda i, j: j),
-            tiles.bias_block(lambda i, j: j),
-            row(1),
-            row(4),
-        ],
-        out_specs=row(tiles.width),
-        out_shape=jax.ShapeDtypeStruct(hidden.shape, hidden.dtype),
-        scratch_shapes=[pltpu.VMEM((tiles.block_tokens, tiles.width), jnp.float32)],
+        functools.partial(kernel, tiles),
+        grid=grid,
+        in_specs=[specs["rows"], specs["matrix"], specs["bias"], row(1), row(4)],
+        out_specs=out_specs,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in results.values()],
+        scratch_shapes=[pltpu.VMEM(spec.block_shape, jnp.float32) for spec in out_specs],
         compiler_params=_parameters(),
+        cost_estimate=tiles.cost(2, (again, outer), ([*once, *others, *results.values()], 1)),
         interpret=platforms.tpu_interpret(),
-        name="cross_entropy_hidden_gradient",
+        name="cross_entropy" + kernel.__name__.removesuffix("_kernel"),
     )(*operands)
 
 
@@ -277,24 +324,6 @@ def _hidden_gradient_kernel(
     @pl.when(block == tiles.id_blocks - 1)
     def _():
         out_ref[...] = sum_ref[...].astype(out_ref.dtype)
-
-
-def _matrix_gradient(tiles: _Tiles, dtype: jnp.dtype, operands: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """Of the matrix, in `dtype`, and of the bias, f32 [1, V]."""
-    _, matrix, bias, _, _ = operands
-    row = lambda width: pl.BlockSpec((tiles.block_tokens, width), lambda i, j: (j, 0))  # noqa: E731
-    matrix_block, bias_block = tiles.matrix_block(lambda i, j: i), tiles.bias_block(lambda i, j: i)
-    return pl.pallas_call(
-        functools.partial(_matrix_gradient_kernel, tiles),
-        grid=(tiles.id_blocks, tiles.token_blocks),
-        in_specs=[row(tiles.width), matrix_block, bias_block, row(1), row(4)],
-        out_specs=[matrix_block, bias_block],
-        out_shape=[jax.ShapeDtypeStruct(matrix.shape, dtype), jax.ShapeDtypeStruct(bias.shape, jnp.float32)],
-        scratch_shapes=[pltpu.VMEM(block.block_shape, jnp.float32) for block in (matrix_block, bias_block)],
-        compiler_params=_parameters(),
-        interpret=platforms.tpu_interpret(),
-        name="cross_entropy_matrix_gradient",
-    )(*operands)
 
 
 def _matrix_gradient_kernel(

@@ -8,6 +8,7 @@ nothing is transposed but decays of [B, T, H].
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear_chunk, platforms
+from pallas_kernels.tpu import costs
 
 _LANES = 128
 _GRID_STEP = 512  # time steps of a grid step, at most
@@ -44,6 +46,7 @@ def forward(inputs: _Inputs, *, scale: float, chunk: int) -> tuple[jax.Array, ja
     o, final = _run(
         functools.partial(_forward_kernel, chunk=chunk, scale=scale),
         layout,
+        (1, 1, 2),
         [layout.steps(q), layout.steps(k), layout.steps(v), layout.decays(log_decay), layout.state(state)],
         [layout.steps(v), layout.state(state)],
     )
@@ -59,6 +62,7 @@ def backward(inputs: _Inputs, do: jax.Array, d_final: jax.Array, *, scale: float
     states, _ = _run(
         functools.partial(_states_kernel, chunk=chunk),
         layout,
+        (0, 0, 1),
         [k_, v_, decays_, state_],
         [layout.states(empty_states), state_],
     )
@@ -67,6 +71,7 @@ def backward(inputs: _Inputs, do: jax.Array, d_final: jax.Array, *, scale: float
     dq, dk, dv, d_log_decay, d_state = _run(
         functools.partial(_backward_kernel, chunk=chunk, scale=scale),
         layout,
+        (3, 2, 4),
         [q_, k_, v_, decays_, layout.states(states), layout.steps(do), layout.state(d_final)],
         [q_, k_, v_, decays_, state_],
     )
@@ -226,8 +231,23 @@ def _up_to_lanes(x: jax.Array, axis: int, value: float = 0.0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
-def _run(kernel: Callable, layout: _Layout, operands: list[_Blocked], results: list[_Blocked]) -> list[jax.Array]:
-    """Runs `kernel`, which takes a reference for each operand and each result."""
+def _run(
+    kernel: Callable,
+    layout: _Layout,
+    products: tuple[int, int, int],
+    operands: list[_Blocked],
+    results: list[_Blocked],
+) -> list[jax.Array]:
+    """Runs `kernel`, which takes a reference for each operand and each result, of which the last is a state.
+
+    `products` are the matrix products of a chunk, for its declared cost: of scores with Dk, of scores with Dv, and of
+    states.
+    """
+    v_size, size = results[-1].array.shape[2:]
+    with_keys, with_values, with_states = products
+    steps = math.prod(layout.grid) * layout.chunks * layout.chunk
+    of_step = layout.chunk * (with_keys * size + with_values * v_size) + with_states * size * v_size
+    moved = [x.array for x in (*operands, *results)]
     return pl.pallas_call(
         kernel,
         grid=layout.grid,
@@ -237,6 +257,7 @@ def _run(kernel: Callable, layout: _Layout, operands: list[_Blocked], results: l
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=48 * 2**20
         ),
+        cost_estimate=costs.estimate(2 * steps * of_step, steps * layout.chunk, (moved, 1)),
         interpret=platforms.tpu_interpret(),
         name="linear_attention" + kernel.func.__name__.removesuffix("_kernel"),
     )(*(x.array for x in operands))

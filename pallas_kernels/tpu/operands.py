@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import platforms
 from pallas_kernels.fused import Inputs
+from pallas_kernels.tpu import costs
 from pallas_kernels.tpu.block_sizes import Blocks, round_up, vmem
 from pallas_kernels.tpu.schedule import Step, Walk
 from pallas_kernels.tpu.scores import LANES, LOG2_E
@@ -132,6 +133,26 @@ def compiler_params(
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel") + ("arbitrary",) * (len(walk.grid) - 2),
         vmem_limit_bytes=min(int(needed * _FUSED) + _SPILLED_TILES * tile + _SPARE, vmem(platforms.current().chip)),
+    )
+
+
+def cost(
+    walk: Walk, sizes: Sizes, by_size: int, by_v_size: int, given: dict[str, Operand], results: dict[str, Operand]
+) -> pl.CostEstimate:
+    """What a kernel declares: keys and values are loaded at every step, all else once.
+
+    Args:
+      walk: the kernel's grid.
+      sizes: of the call.
+      by_size, by_v_size: matrix products of a block of scores with heads of size D, and of size Dv.
+      given, results: what it reads and writes.
+    """
+    steps, blocks = walk.most_steps, sizes.blocks
+    pairs = steps * blocks.queries * blocks.keys
+    loaded = [jax.ShapeDtypeStruct((blocks.keys, size), given["k"].array.dtype) for size in (sizes.size, sizes.v_size)]
+    once = [operand.array for name, operand in (*given.items(), *results.items()) if name not in ("k", "v")]
+    return costs.estimate(
+        2 * pairs * (by_size * sizes.size + by_v_size * sizes.v_size), pairs, (loaded, steps), (once, 1)
     )
 
 

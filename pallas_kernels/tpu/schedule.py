@@ -9,6 +9,7 @@ keys of a key head on the chip, and so visits all rows of all query heads that s
 """
 
 import dataclasses
+import math
 from typing import Protocol
 
 import jax
@@ -57,9 +58,14 @@ class Step:
 
 
 class Walk(Protocol):
-    """A grid, the scalars that go before it, and how a step is read from both."""
+    """A grid, the scalars that go before it, and how a step is read from both.
+
+    Attributes:
+      most_steps: how many steps the grid can have, known while tracing.
+    """
 
     grid: tuple[int | jax.Array, ...]
+    most_steps: int
     prefetch: tuple[jax.Array, ...]
     has_partial: bool
 
@@ -84,6 +90,10 @@ class Whole:
     @property
     def grid(self) -> tuple[int, ...]:
         return self.sizes
+
+    @property
+    def most_steps(self) -> int:
+        return math.prod(self.sizes)
 
     @property
     def has_partial(self) -> bool:
@@ -130,6 +140,10 @@ class Listed:
     @property
     def grid(self) -> tuple[int | jax.Array, ...]:
         return (*self.repeats, self.count)
+
+    @property
+    def most_steps(self) -> int:
+        return math.prod(self.repeats) * len(self.place)
 
     @property
     def prefetch(self) -> tuple[jax.Array, ...]:

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import platforms
+from pallas_kernels.tpu import costs
 
 _CHUNK = 128  # steps of a grid step: as many as a vector has lanes
 _GROUP = 16  # steps of one turn of a kernel's loop: as many rows as a tile of bfloat16 has
@@ -91,6 +92,8 @@ def _scan_backward(saved, gradients):
         ],
         scratch_shapes=[pltpu.VMEM((_CHUNK + 1, entries, layout.channels), jnp.float32)],
         compiler_params=layout.params,
+        # A state's entry in a step: its decay, forwards again, and the derivatives of what it is made of and gives.
+        cost_estimate=costs.estimate(20 * x.size * entries, x.size * entries, ([x, dt, dy, x, dt, states], 1)),
         interpret=platforms.tpu_interpret(),
         name="selective_scan_backward",
     )(x, dt, a, b, c, d, restart, states, dy, d_final)
@@ -118,6 +121,8 @@ def _forward(x, dt, a, b, c, d, restart, state):
             jax.ShapeDtypeStruct((batch, chunks, *a.shape), jnp.float32),
         ],
         compiler_params=layout.params,
+        # h = exp(dt a) h + dt b x and y += c h, for each entry of the state.
+        cost_estimate=costs.estimate(7 * x.size * entries, x.size * entries, ([x, dt, x], 1), ([a], batch * chunks)),
         interpret=platforms.tpu_interpret(),
         name="selective_scan_forward",
     )(x, dt, a, b, c, d, restart, state)

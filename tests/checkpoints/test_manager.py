@@ -341,7 +341,44 @@ def test_manifest_lists_every_file(tmp_path):
     assert found - listed == {"_CHECKPOINT_METADATA", "manifest.json", "commit_success.txt"}
 
 
+def test_when_to_save_by_time(tmp_path, monkeypatch):
+    """Seconds since the last save, beside or in place of steps."""
+    now = [100.0]
+    monkeypatch.setattr("jaxlm.checkpoints.manager.time.monotonic", lambda: now[0])
+    with CheckpointManager(tmp_path, CheckpointConfig(period=None, seconds=60.0)) as manager:
+        assert not manager.should_save(1000)
+        now[0] = 160.0
+        assert manager.should_save(1001) and not manager.should_save(0)
+        manager.save(1001, {"w": jnp.zeros(1)})
+        assert not manager.should_save(1002)
+        now[0] = 219.0
+        assert not manager.should_save(1003)
+    with CheckpointManager(tmp_path, CheckpointConfig(period=10, seconds=60.0)) as manager:
+        assert manager.should_save(2000) and not manager.should_save(2001)
+        now[0] = 300.0
+        assert manager.should_save(2001)
+
+
+def test_several_differences_are_named_together(tmp_path):
+    """A few leaves of each kind, then a count."""
+    params = {str(i): jnp.zeros((i + 1,)) for i in range(9)}
+    other = {**{str(i): jnp.zeros((i + 2,)) for i in range(6)}, "6": jnp.zeros((7,), jnp.bfloat16), "new": jnp.zeros(1)}
+    with CheckpointManager(tmp_path, EVERY_STEP) as manager:
+        manager.save(1, params)
+        with pytest.raises(CheckpointError) as refused:
+            manager.restore(abstract(other))
+    assert str(refused.value).endswith(
+        "lacks new, which this model and optimizer have; it has 7, 8, which this model and optimizer lack; it has "
+        "0 of shape [1], but this model wants [2]; 1 of shape [2], but this model wants [3]; "
+        "2 of shape [3], but this model wants [4]; 3 of shape [4], but this model wants [5] and 2 more; it has "
+        "6 as float32, but this run wants bfloat16, which would change its values; "
+        "use the configuration saved with it, or start a new run with a warm start from it."
+    )
+
+
 def test_config_is_checked():
+    with pytest.raises(ValueError, match="neither period nor seconds"):
+        CheckpointConfig(period=None)
     with pytest.raises(ValueError, match="keep_last must be at least 2"):
         CheckpointConfig(keep_last=1)
     with pytest.raises(ValueError, match="period"):

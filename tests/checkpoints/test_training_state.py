@@ -18,6 +18,7 @@ from jaxlm.layers.stack import Layers, StackConfig
 from jaxlm.layers.stacking import unstack
 from jaxlm.models.config import HeadConfig, LanguageModelConfig
 from jaxlm.models.language_model import LanguageModel
+from jaxlm.training.moments import MomentStorage
 from jaxlm.training.optimizers import Adafactor, AdamW, Muon, OptimizerConfig, build_optimizer
 from jaxlm.training.parameters import split_model
 from jaxlm.training.schedules import Constant
@@ -32,7 +33,7 @@ def block(heads):
     )
 
 
-def make_state(layers, algorithm, freeze=()):
+def make_state(layers, algorithm, freeze=(), moments=None):
     """A state with random numbers in every leaf, the same ones scanned or unrolled, and the model's layouts.
 
     The model has two kinds of blocks that alternate, behind one that stands alone.
@@ -51,7 +52,7 @@ def make_state(layers, algorithm, freeze=()):
     model = nnx.eval_shape(lambda: LanguageModel(config, key=jax.random.key(0)))
     _, params, infos = split_model(model)
     optimizer = build_optimizer(
-        OptimizerConfig(algorithm=algorithm, learning_rate=Constant(1e-3), ema_decay=0.99, freeze=freeze),
+        OptimizerConfig(algorithm, Constant(1e-3), ema_decay=0.99, freeze=freeze, moments=moments),
         infos,
         total_steps=10,
         parametrization=Parametrization(),
@@ -60,7 +61,7 @@ def make_state(layers, algorithm, freeze=()):
     on_disk = naming.sources(state, model.layouts)
     parts = {}
     for i, path in enumerate(sorted(on_disk)):  # the names on disk give both forms the same numbers
-        parts.setdefault(on_disk[path].path, []).append((on_disk[path].repeat, i))
+        parts.setdefault(on_disk[path].path, []).append((on_disk[path].row, i))
 
     def fill(path, leaf):
         def numbers(i, shape):
@@ -77,7 +78,7 @@ def make_state(layers, algorithm, freeze=()):
 
 
 CASES = {
-    "adamw": (AdamW(mu_dtype="bfloat16"), ()),
+    "adamw": (AdamW(), (), MomentStorage()),
     "adafactor": (Adafactor(), ()),
     "muon": (Muon(), ()),
     # Every other layer: in the scanned state one block of the pattern has no moments at all.
@@ -109,5 +110,5 @@ def test_names_on_disk_are_those_of_unstack():
     assert set(naming.sources(state, layouts)) == set(by_unstack)
     for path, source in naming.sources(state, layouts).items():
         leaf = naming.flatten(state)[source.path]
-        leaf = leaf if source.repeat is None else leaf[source.repeat]
+        leaf = leaf if source.row is None else leaf[source.row]
         assert np.array_equal(leaf, by_unstack[path])

@@ -20,9 +20,12 @@ ROOTS = {
     "objectives": "%OBJECTIVE",
     "data": "%DATA",
     "vocabularies": "%VOCABULARY",
+    "parallel": "@jaxlm.run.RunConfig()",
     "runs": "@jaxlm.run.RunConfig()",
 }
 
+# What is included before the files of a folder that change another's values.
+BEFORE = {"parallel": ("--gin_file=gin_configs/runs/quickstart.gin",)}
 
 # What a file says that leaves values to those that include it.
 OPEN = ("a value is required here; give it with", "no macro MODEL is defined")
@@ -31,7 +34,8 @@ OPEN = ("a value is required here; give it with", "no macro MODEL is defined")
 def resolved(file: pathlib.Path) -> object | str:
     """The configuration; of a file that leaves values to those that include it, the sentence that asks for them."""
     try:
-        return resolve(ROOTS[file.parts[0]], [f"--gin_file=gin_configs/{file}"])
+        before = BEFORE.get(file.parts[0], ())
+        return resolve(ROOTS[file.parts[0]], [*before, f"--gin_file=gin_configs/{file}"])
     except ConfigError as error:
         if not any(sentence in str(error) for sentence in OPEN):
             raise

@@ -13,7 +13,7 @@ from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.objectives.supervised import Supervised
 
 
-def read(folder, host_index=0, host_count=1, state=None):
+def read(folder, host=0, hosts=1, state=None):
     """Five batches of a host, and the position of all hosts after them."""
     rng = np.random.default_rng(0)
     pairs = tuple({"inputs": "i" * int(n), "targets": str(k)} for k, n in enumerate(rng.integers(1, 20, 50)))
@@ -30,8 +30,7 @@ def read(folder, host_index=0, host_count=1, state=None):
         objective=Supervised(),
         architecture=Architecture.CAUSAL_DECODER,
         batch_size=4,
-        host_index=host_index,
-        host_count=host_count,
+        rows=range(host * 4 // hosts, (host + 1) * 4 // hosts),
     )
     if state:
         loader.restore(state)

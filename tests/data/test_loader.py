@@ -81,12 +81,17 @@ def joined(slices):
     return {name: np.concatenate([one[name] for one in slices]) for name in slices[0]}
 
 
+def share(batch_size, host, hosts):
+    """Rows of a host, if the hosts share the batch out in order."""
+    return range(host * batch_size // hosts, (host + 1) * batch_size // hosts)
+
+
 def hosts_of(build, hosts, **options):
-    return [build(host_index=h, host_count=hosts, **options) for h in range(hosts)]
+    return [build(rows=share(8, h, hosts), **options) for h in range(hosts)]
 
 
 def test_batches_have_the_features_they_promise(build):
-    loader = build(host_count=2, host_index=1)
+    loader = build(rows=share(8, 1, 2))
     for batch in take(loader, 2):
         assert {name: (array.shape, array.dtype) for name, array in batch.items()} == loader.features
         weights = batch.get("decoder_loss_weights", batch.get("encoder_loss_weights"))
@@ -101,6 +106,14 @@ def test_hosts_share_out_the_same_batches(build, hosts):
     slices = [take(loader, 6) for loader in hosts_of(build, hosts)]
     for k, batch in enumerate(whole):
         same(joined([one[k] for one in slices]), batch)
+
+
+def test_a_host_reads_the_rows_that_its_devices_hold(build):
+    """On a torus a host's devices may hold rows that are not next to each other, or that other hosts hold too."""
+    whole = take(build(), 4)
+    for rows in ([0, 1, 4, 5], [2, 3, 6, 7], [2, 3]):
+        for batch, part in zip(whole, take(build(rows=rows), 4), strict=True):
+            same(part, {name: x[rows] for name, x in batch.items()})
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (4, 2), (1, 4), (4, 1)])
@@ -119,6 +132,46 @@ def test_a_run_resumes_exactly_on_any_number_of_hosts(build, before, after):
     slices = [take(loader, 4) for loader in resumed]
     for k in range(4):
         same(joined([one[k] for one in slices]), whole[3 + k])
+
+
+@pytest.mark.parametrize("saved_by", [1, 2])
+def test_a_position_is_gone_on_with_for_an_earlier_step(build, saved_by):
+    """A run that went back from step 5 to 2 reads what comes after 5, and its own positions are as good as any."""
+    loaders = hosts_of(build, saved_by)
+    for loader in loaders:
+        take(loader, 5)
+    later, loader = merge_states([loader.state() for loader in loaders]), build()
+    take(loader, 2)
+    before = loader.state()
+    loader.restore(later, step=2)
+    assert loader.state()["step"] == 2
+    on = take(loader, 4)
+    middle = build()
+    middle.restore(later, step=2)
+    take(middle, 2)
+    resumed = build()
+    resumed.restore(json.loads(json.dumps(middle.state())))
+    for a, b in zip(take(resumed, 2), on[2:], strict=True):
+        same(a, b)
+    ids = loader.examples_at(later)
+    assert ids and ids != loader.examples_at(before)
+    # One more time back to the same step, as when the spike comes again.
+    loader.restore(merge_states([loader.state()]), step=2)
+    assert loader.state()["step"] == 2
+    assert loader.examples_at(loader.state()) not in (ids, loader.examples_at(before))
+    take(loader, 1)
+
+
+def test_going_back_skips_exactly_the_batches_between(data):
+    """Without rates that change with the step, the stream after step 5 is what it would have been."""
+    mixture = data["text"].tasks_and_rates[0][0]
+    whole = take(lm_loader(text_config(data, mixture=mixture)), 9)
+    loader = lm_loader(text_config(data, mixture=mixture))
+    take(loader, 5)
+    loader.restore(loader.state(), step=2)
+    for a, b in zip(take(loader, 4), whole[5:], strict=True):
+        same(a, b)
+    assert loader.state()["step"] == 6
 
 
 def test_reading_ahead_changes_nothing(build):
@@ -260,7 +313,7 @@ def test_noise_differs_between_epochs_hosts_and_data_sets(make_text):
         loader = build_loader(config, objective=MaskedLM(), architecture=Architecture.ENCODER, batch_size=20, **options)
         return joined(take(loader, 8))["encoder_loss_weights"][:, :60]
 
-    one, other = (masks(host_index=h, host_count=2) for h in range(2))
+    one, other = (masks(rows=share(20, h, 2)) for h in range(2))
     everything = np.concatenate([one, other])
     assert len({tuple(mask) for mask in everything}) == len(everything)
     # 9 of 60 are masked: two independent masks share 1.35 on average.
@@ -299,6 +352,21 @@ def test_a_single_short_document_fills_what_it_can(make_text):
     assert (batch["decoder_segment_ids"].sum(1) == len(task.source.train[0]) + 1).all()
 
 
+def test_examples_are_named_so_that_their_text_is_found(data):
+    """Windows by number, on any number of hosts."""
+    config = text_config(data)
+    loaders = [lm_loader(config, rows=share(8, h, 2)) for h in range(2)]
+    rows = joined(take(loaders[0], 3)[2:] + take(loaders[1], 3)[2:])
+    position = lm_loader(config).state() | {"step": 2}
+    for loader in loaders:
+        ids = loader.examples_at(position)
+        assert len(ids) == 8 and all(len(row) == 1 for row in ids)
+        for [(dataset, index, epoch)], tokens, number in zip(ids, rows["decoder_target_tokens"], rows["dataset_ids"]):
+            alone = lm_loader(text_config(data, mixture=data["text"].tasks()[number[0]]), batch_size=1, one_pass=True)
+            assert (dataset, epoch) == (loader.dataset_names[number[0]], 0)
+            np.testing.assert_array_equal(joined(alone)["decoder_target_tokens"][index], tokens)
+
+
 # Packed stream --------------------------------------------------------------------------------------------------
 
 
@@ -327,11 +395,28 @@ def test_the_streams_state_is_small_and_restored_quickly(data):
     loader.close()
 
 
+def test_the_streams_examples_are_named_on_any_number_of_hosts(data):
+    """A row's inputs and targets are those of the pairs that are named, in order."""
+    pairs = {task.name: list(task.source.read(task.source.shards("train")[0])) for task in data["pairs"].tasks()}
+    whole, half = stream_loader(stream_config(data)), stream_loader(stream_config(data), rows=share(32, 1, 2))
+    take(whole, 1)
+    position = whole.state()
+    batch = take(whole, 1)[0]
+    ids = half.examples_at(position)
+    assert ids == whole.examples_at(position)
+    for row, identities in zip(batch["decoder_target_tokens"], ids, strict=True):
+        expected = [
+            VOCABULARY.encode(pairs[name][index]["targets"])[: LENGTHS["targets"]] for name, index, _ in identities
+        ]
+        found = VOCABULARY.decode(row)
+        assert [text for text in (VOCABULARY.decode(np.array(t)) for t in expected) if text not in found] == []
+
+
 def test_batch_sizes_that_do_not_divide_the_shards(data):
     """6 rows and 4 shards share gcd 2: two hosts at most, and both see what one sees."""
     config = stream_config(data, virtual_shards=4, look_ahead=16)
     whole = take(stream_loader(config, 6), 5)
-    slices = [take(stream_loader(config, 6, host_index=h, host_count=2), 5) for h in range(2)]
+    slices = [take(stream_loader(config, 6, rows=share(6, h, 2)), 5) for h in range(2)]
     for k, batch in enumerate(whole):
         same(joined([one[k] for one in slices]), batch)
 
@@ -372,9 +457,11 @@ def test_the_stream_has_every_pair_once_an_epoch(make_pairs):
 
 
 def test_what_shards_cannot_share_is_refused(data):
-    with pytest.raises(ValueError, match="3 hosts cannot share 64 virtual shards"):
-        stream_loader(stream_config(data), 33, host_count=3)
-    loaders = [stream_loader(stream_config(data), host_index=h, host_count=2) for h in range(2)]
+    with pytest.raises(
+        ValueError, match="33 rows from 64 virtual shards in groups of 33, and .* hold a part of a group"
+    ):
+        stream_loader(stream_config(data), 33, rows=range(11))
+    loaders = [stream_loader(stream_config(data), rows=share(32, h, 2)) for h in range(2)]
     with pytest.raises(ValueError, match="lacks virtual shard 32, because one host of several saved its own"):
         loaders[1].restore(loaders[0].state())
 
@@ -423,7 +510,7 @@ def test_what_does_not_go_together_is_refused_by_name(data):
     refused("supervised needs examples with inputs", DataConfig(text, LENGTHS, plan), Supervised(), both)
     refused("supervised cannot fill rows", DataConfig(pairs, {"targets": 8}, plan), Supervised(), causal)
     refused("no task or mixture named 'sdtlib'", DataConfig("sdtlib", LENGTHS), FullLM(), causal)
-    refused("cannot be divided among 3 hosts", DataConfig(text, LENGTHS), FullLM(), causal, host_count=3)
+    refused(r"Rows \[2, 4\] of a batch of 4 were asked for", DataConfig(text, LENGTHS), FullLM(), causal, rows=(2, 4))
     masked = DataConfig(text, LENGTHS, document_mask=True)
     refused("cannot keep the documents of a row apart", masked, SpanCorruption(), both)
     random_lengths = "Packing.PLAN needs examples whose length is the same"

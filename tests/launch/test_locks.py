@@ -29,11 +29,14 @@ def requirements(monkeypatch) -> dict:
     return given
 
 
-def test_base_is_a_part_of_test():
-    assert pins("base").items() <= pins("test").items()
+@pytest.mark.parametrize("lock", ["test", "tpu", "cuda"])
+def test_base_is_a_part_of_every_other(lock):
+    assert pins("base").items() <= pins(lock).items()
 
 
-@pytest.mark.parametrize(("lock", "extras"), [("base", []), ("test", ["seqio", "dev"])])
+@pytest.mark.parametrize(
+    ("lock", "extras"), [("base", []), ("test", ["seqio", "dev"]), ("tpu", ["tpu"]), ("cuda", ["cuda"])]
+)
 def test_locks_fit_the_ranges(monkeypatch, lock, extras):
     setup = requirements(monkeypatch)
     wanted = setup["install_requires"] + [r for extra in extras for r in setup["extras_require"][extra]]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.architecture import Architecture
-from jaxlm.layers import AttentionConfig
+from jaxlm.layers import AttentionConfig, FeedForwardConfig, MixtureOfExpertsConfig
 from jaxlm.models import EmbeddingSharing, HeadConfig, ReplacedTokenDetectorConfig
 from jaxlm.models.accounting import count_parameters, flops_per_token
 
@@ -93,6 +93,20 @@ def test_windows_and_causal_halves(config):
     assert cost(None) == cost(None, PREFIX) == cost((5000, 0)) == 500
     assert cost((100, 0)) == cost((100, 50)) == 100 - 5
     assert cost(None, ENCODER) == 1000 and cost((100, 50), ENCODER) == (100 - 5) + (50 - 1.25)
+
+
+def test_experts_count_by_those_that_a_token_goes_through(config):
+    """Two of eight experts cost as much as one layer of twice their width, and the router's 16 x 8 entries."""
+    plain = config(CAUSAL)
+
+    def cost(feed_forward):
+        blocks = tuple(dataclasses.replace(block, feed_forward=feed_forward) for block in plain.decoder.blocks)
+        return flops_per_token(dataclasses.replace(plain, decoder=dataclasses.replace(plain.decoder, blocks=blocks)), 8)
+
+    experts = MixtureOfExpertsConfig(12, num_experts=8, experts_per_token=2)
+    assert cost(experts) - cost(FeedForwardConfig(24)) == 3 * 6 * 16 * 8
+    shared = dataclasses.replace(experts, shared=FeedForwardConfig(10))
+    assert cost(shared) - cost(experts) == 3 * 6 * 3 * 16 * 10
 
 
 def test_lengths_must_fit_the_architecture(config):

@@ -21,8 +21,10 @@ PUBLISHED = {
     "gpt2/medium": 354_823_168,
     "gpt2/large": 774_030_080,
     "gpt2/xl": 1_557_611_200,
+    "mt_nlg/530b": 529_600_819_200,  # "530 billion"; with the vocabulary filled up to 51,200
     "llama3/8b": 8_030_261_248,
     "llama3/70b": 70_553_706_496,
+    "mixtral/8x7b": 46_702_792_704,
     "modernbert/base": 149_655_232,  # with the masked-LM head
     "modernbert/large": 395_881_664,
     "olmo2/1b": 1_484_916_736,
@@ -76,10 +78,16 @@ def test_every_size_is_covered():
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (FOLDER / "tiny").glob("*.gin") if p.stem != "family"))
 def test_every_parameter_has_axes_and_a_role(name):
-    known = {"vocab", "embed", "mlp", "heads", "kv_heads", "head_dim", "length", "relpos_buckets", "layers", None}
+    known = {"vocab", "embed", "mlp", "heads", "kv_heads", "head_dim", "length", "relpos_buckets", "layers", "experts"}
     for path, parameter in parameters(preset(f"tiny/{name}")):
-        assert len(parameter.axes) == len(parameter.shape) and set(parameter.axes) <= known, path
+        assert len(parameter.axes) == len(parameter.shape) and set(parameter.axes) <= known | {None}, path
         assert parameter.role in ("input", "hidden", "output", "vector"), path
+
+
+def test_a_token_meets_two_of_mixtrals_eight_experts():
+    """arXiv 2401.04088, 2.2: 47B parameters, of which 13B are active."""
+    assert count_parameters(preset("mixtral/8x7b"), active=True) == 12_879_925_248
+    assert count_parameters(preset("llama3/8b"), active=True) == PUBLISHED["llama3/8b"]
 
 
 def test_openelm_grows_from_layer_to_layer():

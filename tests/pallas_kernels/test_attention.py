@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dropout, masks
-from pallas_kernels.attention import attention
+from pallas_kernels.attention import Origin, attention, attention_gradients
 from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
 
 B, TQ, TK, D, DV = 2, 6, 8, 4, 3
@@ -236,3 +236,54 @@ def test_gradients_that_kernels_do_not_compute_are_errors(make, message):
 def test_options_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         attention(*arrays(), **{"mask": masks.Full(), **options})
+
+
+@pytest.mark.parametrize("backend", ["xla", "xla_chunked", "xla_blocks", "pallas_tpu"])
+def test_gradients_of_parts_add_up_to_those_of_the_whole(backend):
+    """Keys cut in two; a part whose keys some queries do not see, dropout and a bias included."""
+    q, k, v = map(jnp.asarray, arrays())
+    table = jnp.asarray(np.random.default_rng(1).normal(size=(8, 4)), jnp.float32)
+    gradient, lse_gradient = (
+        jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32) for shape in ((B, TQ, 4, DV), (B, 4, TQ))
+    )
+    ids = np.array([[1, 1, 1, 2, 2, 0]] * B), np.array([[1] * 3 + [2] * 5] * B)
+    mask, cut = masks.Causal() & masks.Segments(*ids), 3
+    call = dict(dropout_rate=0.3, dropout_key=jax.random.key(0), soft_cap=3.0)
+
+    @jax.jit
+    def whole(q, k, v, table):
+        def run(q, k, v, table):
+            return attention(q, k, v, mask=mask, bias=RelativeBias(table, 6), return_lse=True, backend="xla", **call)
+
+        (out, lse), pull = jax.vjp(run, q, k, v, table)
+        return out, lse, pull((gradient, jnp.where(jnp.isneginf(lse), 0.0, lse_gradient)))
+
+    @jax.jit
+    def parts(q, k, v, table, out, lse):
+        delta = jnp.einsum("bqhd,bqhd->bhq", gradient, out) - jnp.where(jnp.isneginf(lse), 0.0, lse_gradient)
+        rows, found = mask.rows(TQ, TK), []
+        for start, stop in ((0, cut), (cut, TK)):
+            keys = (0, TQ, start, stop - start)
+            part = rows.part(*keys)
+            bias, pull = jax.vjp(lambda t, keys=keys: RelativeBias(t, 6).part(*keys), table)
+            *grads, d_bias = attention_gradients(
+                q,
+                k[:, start:stop],
+                v[:, start:stop],
+                lse=lse,
+                delta=delta,
+                gradient=gradient,
+                mask=masks.Intervals(part.lo, part.hi),
+                bias=bias,
+                origin=Origin(key=start),
+                backend=backend,
+                **call,
+            )
+            found.append((*grads, pull(d_bias)[0]))
+        first, second = found
+        keys = (jnp.concatenate([a, b], axis=1) for a, b in zip(first[1:3], second[1:3]))
+        return first[0] + second[0], *keys, first[3] + second[3]
+
+    out, lse, expected = whole(q, k, v, table)
+    for a, b in zip(parts(q, k, v, table, out, lse), expected):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)

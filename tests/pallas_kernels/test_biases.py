@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.biases import AlibiBias, RelativeBias, relative_buckets
+from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias, relative_buckets
 
 
 def bucket(offset, buckets, max_distance, bidirectional):
@@ -63,3 +63,26 @@ def test_alibi_is_minus_slope_times_distance():
     np.testing.assert_array_equal(bias[0, 1, 2], -0.25 * np.array([2, 1, 0, 1]))
     np.testing.assert_array_equal(bias[0, 0], bias[0, 1] * 2)
     np.testing.assert_array_equal(AlibiBias(np.array([0.5, 0.25])).dense(2, 4, jnp.int32(1)), bias[:, :, 1:])
+
+
+@pytest.mark.parametrize("kind", ["relative", "alibi", "dense"])
+def test_a_part_is_the_bias_of_these_queries_and_keys(kind):
+    """Starts are traced, as on a device that knows only then which part it has; slices of the part are right too."""
+    rng, tq, tk = np.random.default_rng(0), 9, 11
+    bias = {
+        "relative": RelativeBias(jnp.asarray(rng.normal(size=(8, 2)), jnp.float32), 6, True),
+        "alibi": AlibiBias(np.array([0.5, 0.25], np.float32)),
+        "dense": DenseBias(jnp.asarray(rng.normal(size=(2, tq, tk)), jnp.float32)),
+    }[kind]
+    whole = np.broadcast_to(np.asarray(bias.dense(tq, tk)), (1, 2, tq, tk))
+
+    @jax.jit
+    def cut(query, key):
+        part = bias.part(query, 4, key, 3)
+        part.check(1, 2, 4, 3)
+        return part.dense(4, 3), part.dense(2, 3, 1)
+
+    for query, key in [(0, 0), (5, 1), (2, 8)]:
+        among = whole[:, :, query : query + 4, key : key + 3]
+        for found, expected in zip(cut(query, key), (among, among[:, :, 1:3])):
+            np.testing.assert_allclose(np.broadcast_to(found, expected.shape), expected, rtol=1e-6)

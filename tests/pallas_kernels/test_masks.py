@@ -91,6 +91,23 @@ def _check_forms(mask, expected, tq=TK, tk=TK):
     np.testing.assert_array_equal(np.broadcast_to(rows.dense(tk), (BATCH, 1, tq, tk))[:, 0], expected)
     for block in [(4, 4), (2, 8)]:
         _check_plan(mask.plan(tq, tk, *block), expected[:, None])
+    _check_parts(mask, rows, expected)
+
+
+def _check_parts(mask, rows, expected):
+    """Cut to some queries and some keys, the intervals are the mask of these; and nothing is visible beyond `reach`."""
+    for (query, tq), (key, tk) in [((0, 3), (4, 3)), ((6, 3), (2, 5)), ((3, 2), (0, 2))]:
+        found = rows.part(query, tq, key, tk)
+        part, among = masks.Intervals(found.lo, found.hi), expected[:, query : query + tq, key : key + tk]
+        np.testing.assert_array_equal(_dense(part, tq, tk), among)
+        np.testing.assert_array_equal(found.any, among.any())
+        part.check(BATCH, 1, tq, tk)
+    distance = np.arange(expected.shape[2]) - np.arange(expected.shape[1])[:, None]
+    left, right = mask.reach
+    if left is not None:
+        assert not expected[:, distance < -left].any()
+    if right is not None:
+        assert not expected[:, distance > right].any()
 
 
 def _check_plan(plan, expected):
@@ -250,3 +267,20 @@ def test_segments_out_of_order():
 def test_blocks_that_do_not_divide_the_lists_blocks():
     with pytest.raises(ValueError, match=r"block=\(4, 4\) must be multiples of the kernel's blocks \(3, 4\)"):
         BLOCKS.plan(TK, TK, 3, 4)
+
+
+def test_reach_is_what_is_known_beforehand():
+    ids = masks.Segments(np.ones((BATCH, TK), np.int32))
+    assert (masks.Causal() & ids).reach == (None, 0)
+    assert (masks.Causal() & masks.Window(5, 2) & ids).reach == (5, 0)
+    assert (masks.Window(1, 4) | masks.Chunked(3)).reach == (2, 4)
+    assert (masks.Window(1, 4) | masks.GlobalTokens(1)).reach == (None, None)
+    assert masks.Causal(np.zeros(BATCH, np.int32)).reach == masks.Full().reach == (None, None)
+
+
+def test_intervals_name_arrays_that_do_not_fit():
+    bounds = np.zeros((BATCH, 1, TK), np.int32)
+    with pytest.raises(ValueError, match=r"Intervals.lo must have the shape"):
+        masks.Intervals(bounds, bounds).check(BATCH, 1, TK + 1, TK)
+    with pytest.raises(ValueError, match=r"Intervals.hi must have the shape"):
+        masks.Intervals(bounds, bounds[:1]).check(BATCH, 1, TK, TK)

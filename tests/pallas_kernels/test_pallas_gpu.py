@@ -14,15 +14,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from benchmarks import attention_gpu
-from pallas_kernels import ahead_of_time, masks
+from pallas_kernels import ahead_of_time, conformance, masks
 from pallas_kernels.attention import UnsupportedAttention, attention
 from pallas_kernels.backends.pallas_gpu import PallasGpuBackend
 from pallas_kernels.biases import AlibiBias
+from pallas_kernels.conformance import CASES, Case
 from pallas_kernels.fused import inputs_of
 from pallas_kernels.gpu import operands
 from pallas_kernels.requests import WHOLE, Request
-from tests.pallas_kernels import conformance
-from tests.pallas_kernels.conformance import CASES, Case
 
 BF16, F16 = jnp.dtype("bfloat16"), jnp.dtype("float16")
 

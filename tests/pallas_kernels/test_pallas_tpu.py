@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import ahead_of_time, masks
+from pallas_kernels import ahead_of_time, conformance, masks
 from pallas_kernels.attention import UnsupportedAttention, attention
 from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends.pallas_tpu import PallasTpuBackend
@@ -19,7 +19,6 @@ from pallas_kernels.tpu import attention as tpu_attention
 from pallas_kernels.tpu import attention_backward, attention_forward, block_sizes, schedule
 from pallas_kernels.tpu.attention import TpuKernels
 from pallas_kernels.tpu.block_sizes import Blocks
-from tests.pallas_kernels import conformance
 
 SMALL = Blocks(128, 128, 128, 128)
 ORDINARY = ("packed prefix", "block sparse", "relative", "dropout")
@@ -283,6 +282,19 @@ def compiled(
 )
 def test_compiles(topology, feature, small_blocks):
     compiled(topology, **FEATURES[feature])
+
+
+@compiles
+def test_the_compiler_is_told_the_work(small_blocks):
+    """Two products forward and five backward over all blocks, since nobody knows beforehand which a mask hides."""
+    program = compiled("v6e:2x2")
+    pairs, size = 2 * 512 * 512, 64
+    costs = [cost for _, cost in ahead_of_time.declared_costs(program)]
+    assert [cost.flops for cost in costs] == [2 * pairs * 2 * size, 2 * pairs * 5 * size]
+    assert all(cost.transcendentals == pairs for cost in costs)
+    q, k = 2 * 512 * size * 2, 512 * size * 2
+    assert all(cost.bytes > 2 * q + 2 * k for cost in costs)
+    assert program.cost_analysis()["flops"] >= 2 * pairs * 7 * size
 
 
 @compiles

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import ahead_of_time, masks
+from pallas_kernels import ahead_of_time, conformance, masks
 from pallas_kernels.attention import attention
 from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends.splash import SplashBackend
-from tests.pallas_kernels import conformance
 
 WHY_NOT = ahead_of_time.why_not("v6e:2x2")
 

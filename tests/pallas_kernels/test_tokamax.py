@@ -3,11 +3,10 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import masks, platforms
+from pallas_kernels import conformance, masks, platforms
 from pallas_kernels.attention import UnsupportedAttention, attention
 from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends import tokamax
-from tests.pallas_kernels import conformance
 
 
 def test_absent_or_of_another_version_it_says_what_to_install(monkeypatch):

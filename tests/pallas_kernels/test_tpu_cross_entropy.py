@@ -101,14 +101,15 @@ def test_no_races_and_no_memory_that_nobody_wrote(no_races):
         assert relative(ours, theirs) < 1e-5
 
 
-def test_the_sum_and_ignored_tokens():
-    """`cross_entropy` with recompute=True runs on the kernels; NaN under weight 0 changes nothing."""
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_sum_and_ignored_tokens(recompute):
+    """`cross_entropy` runs on the kernels in either form; NaN under weight 0 changes nothing."""
     hidden, matrix, _ = arrays(1)
     weights = (np.arange(N) % 3 > 0).astype(np.float32)
     hidden[weights == 0], labels = np.nan, np.where(weights > 0, LABELS, -100)
 
     def total(hidden, matrix, backend):
-        options = dict(z_loss=0.01, label_smoothing=0.1, recompute=True, backend=backend, chunk=128)
+        options = dict(z_loss=0.01, label_smoothing=0.1, recompute=recompute, backend=backend, chunk=128)
         return cross_entropy(hidden, OutputProjection(matrix), labels, weights, **options)[0]
 
     for ours, theirs in zip(
@@ -130,13 +131,6 @@ def test_refusals_name_the_reason_and_who_can(shapes, options, reason):
     hidden, matrix = (np.zeros(shape, *shapes[2:]) for shape in shapes[:2])
     with pytest.raises(UnsupportedCrossEntropy, match=f"pallas_tpu cannot: .*{reason}.* Backends that can: xla"):
         token_scores(hidden, OutputProjection(matrix), LABELS, backend="pallas_tpu", **options)
-
-
-def test_gradients_in_the_forward_pass_are_refused():
-    with pytest.raises(UnsupportedCrossEntropy, match="ask with recompute=True"):
-        cross_entropy(
-            np.zeros((N, E), np.float32), OutputProjection(np.zeros((E, V))), LABELS, np.ones(N), backend="pallas_tpu"
-        )
 
 
 def test_a_mesh_of_several_devices_is_refused():
@@ -177,4 +171,9 @@ def compiled(topology, tokens=1024, width=256, ids=1500):
     [pytest.param(name, marks=() if name.startswith("v6e") else pytest.mark.full) for name in ahead_of_time.TPUS],
 )
 def test_compiles(topology):
-    assert "cross_entropy_statistics" in compiled(topology).as_text()
+    """And is told the work: a product for the statistics and two for each gradient."""
+    costs = ahead_of_time.declared_costs(compiled(topology))
+    assert "cross_entropy_statistics" in costs[0][0]
+    product, entries = 2 * 1024 * 256 * 1500, 1024 * 1500
+    assert sorted(cost.flops for _, cost in costs) == [product, 2 * product, 2 * product]
+    assert all(cost.transcendentals == entries and cost.bytes > 1500 * 256 * 2 for _, cost in costs)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from tests.pallas_kernels import conformance
+from pallas_kernels import conformance
 
 
 @pytest.mark.parametrize("name", conformance.CASES)

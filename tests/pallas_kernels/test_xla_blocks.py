@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import masks
+from pallas_kernels import conformance, masks
 from pallas_kernels.attention import UnsupportedAttention, attention
 from pallas_kernels.diagonals import diagonal_sums
-from tests.pallas_kernels import conformance
 
 ORDINARY = ["packed prefix", "longformer, packed", "block sparse", "relative", "dropout", "cross"]
 NARROW = ["packed prefix"]

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import masks
+from pallas_kernels import conformance, masks
 from pallas_kernels.attention import attention
 from pallas_kernels.attention_backends import ATTENTION
 from pallas_kernels.backends.xla_chunked import XlaChunkedBackend
-from tests.pallas_kernels import conformance
 
 
 @pytest.fixture(autouse=True)

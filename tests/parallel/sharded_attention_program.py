@@ -10,7 +10,7 @@ from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.parallel.sharded_ops import ShardedOps
 from pallas_kernels import masks
-from pallas_kernels.attention import UnsupportedAttention, attention
+from pallas_kernels.attention import attention
 from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
 
 T, D = 256, 16
@@ -109,16 +109,6 @@ def gathers():
     return program.as_text().count("all-gather(")
 
 
-def refusal():
-    """What a kernel says of rows that are split along their length."""
-    ops = ShardedOps(ParallelConfig(MeshConfig(sequence=2)).on())
-    x = jnp.zeros((4, T, 2, D))
-    try:
-        ops.attention(x, x, x, mask=masks.Causal(), backend="splash")
-    except UnsupportedAttention as error:
-        return str(error)
-
-
 def alibi():
     """Slopes are split along heads; they have no gradient."""
     q = jnp.asarray(rng.normal(size=(4, T, 4, D)), jnp.float32)
@@ -133,7 +123,6 @@ print(
         dict(
             errors={name: jax.tree.leaves(run(*case)) for name, case in CASES.items()},
             gathers=gathers(),
-            refusal=refusal(),
             alibi=alibi(),
         )
     )

@@ -70,3 +70,16 @@ def test_wrong_rules_and_axes_are_refused():
         spec(("embed",), DEFAULT_RULES, FakeMesh(), (8, 8))
     with pytest.raises(ValueError, match="make the batch size a multiple of 4"):
         Parallelism(FakeMesh(), ParallelConfig(MeshConfig())).batch_sharding(6)
+
+
+def test_experts_that_cannot_be_split_are_one_sentence():
+    class FourForExperts(FakeMesh):
+        shape = FakeMesh.shape | {"expert": 4}
+
+    parallel = Parallelism(FourForExperts(), ParallelConfig(MeshConfig()))
+    parallel.check_experts({4, 8})
+    Parallelism(FakeMesh(), ParallelConfig(MeshConfig())).check_experts(set())
+    with pytest.raises(ValueError, match="MeshConfig.expert splits experts over 4 devices, but the model has none"):
+        parallel.check_experts(set())
+    with pytest.raises(ValueError, match="The 6 experts of a layer .* make .*num_experts a multiple of 4"):
+        parallel.check_experts({6})

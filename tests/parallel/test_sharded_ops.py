@@ -19,7 +19,3 @@ def test_a_mesh_gives_what_one_device_gives(answer):
 
 def test_kernels_bring_no_all_gather(answer):
     assert answer["gathers"] == 0
-
-
-def test_rows_split_along_their_length_are_refused_by_name(answer):
-    assert answer["refusal"].startswith("splash cannot work on rows that the mesh splits along their length")

@@ -11,6 +11,7 @@ import pytest
 
 from jaxlm import train
 from jaxlm.checkpoints import stored
+from jaxlm.exit_status import ExitStatus
 from jaxlm.training.compiles import CompileCounter
 
 PAIR = "TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8}"
@@ -123,11 +124,12 @@ CONFIGURATIONS = {
 def refused(workshop, capsys):
     """A function (run's folder, gin file, bindings): (exit status, its one line of error). Nothing may be compiled."""
 
-    def refuse(run, gin, *bindings):
+    def refuse(run, gin, *bindings, profile=None):
+        flags = [] if profile is None else [f"--profile={profile}"]
         capsys.readouterr()
         with CompileCounter() as compiles:
             try:
-                status = train.main(workshop.arguments(run, gin, *bindings))
+                status = train.main([*workshop.arguments(run, gin, *bindings), *flags])
             except SystemExit as ended:
                 status = ended.code
         assert not compiles.names
@@ -285,9 +287,16 @@ def test_the_process_says_it_too(workshop, repository):
     assert result.stderr.startswith("jaxlm.train: The vocabulary has 370 ids") and result.stderr.count("\n") == 1
 
 
+def test_a_bad_range_of_steps_to_profile(workshop, refused, tmp_path):
+    status, error = refused(tmp_path / "run", workshop.gin("plain"), profile="5-3")
+    assert status == 1 and "A profile of steps 5 to 3 cannot be made" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_diverged(workshop, capsys):
     """A loss that is not finite ends the run; the last checkpoint is from before."""
-    assert train.main(workshop.arguments("diverged", workshop.gin("plain"), "LEARNING_RATE=1e38")) == 1
+    arguments = workshop.arguments("diverged", workshop.gin("plain"), "LEARNING_RATE=1e38")
+    assert train.main(arguments) == ExitStatus.DIVERGED == 4
     error = capsys.readouterr().err
     assert matches(r"Training diverged at step \d+: .*; continue from the last checkpoint with", error)
     assert stored.open_latest(workshop.folder / "diverged" / "checkpoints") is None

@@ -9,6 +9,7 @@ from jaxlm import train
 from jaxlm.checkpoints import stored
 from jaxlm.configuration import resolve, resolved_text
 from jaxlm.run import RunConfig
+from jaxlm.training.goodput import Activity, read_ledger
 
 STEPS = 60
 
@@ -19,8 +20,10 @@ def run(workshop, repository):
     gin = workshop.gin(
         "docs",
         "LEARNING_RATE = 1e-2\nsample.SamplingConfig.max_new_tokens = 8\nEVAL_PERIOD = 30\nCHECKPOINT_PERIOD = 30\n"
-        f"FILES = '{repository / 'docs'}'\nTRAIN_STEPS = {STEPS}\nrun.RunConfig.baselines = True",
-        imports=("run", "decoding.sample"),
+        f"FILES = '{repository / 'docs'}'\nTRAIN_STEPS = {STEPS}\nrun.RunConfig.baselines = True\n"
+        "run.RunConfig.profile = @profile.ProfileConfig()\n"
+        "profile.ProfileConfig.first = 20\nprofile.ProfileConfig.last = 21",
+        imports=("run", "decoding.sample", "training.profile"),
     )
     return gin, workshop.folder / "docs", workshop.observe("docs", gin)
 
@@ -42,6 +45,25 @@ def test_it_leaves_what_it_promises(run, metrics):
     record = json.loads((folder / "run.json").read_text())
     assert record["finished_at_step"] == STEPS and len(record["starts"]) == 1
     assert "model.width = 32" in (folder / "config_diff.txt").read_text()
+    assert "Steps 20 to 21 on 1 device" in (folder / "profile" / "steps_20-21" / "summary.txt").read_text()
+
+
+def test_its_time_is_accounted_for(run):
+    """Every activity that the run had, in the ledger, at the end of the output, and in the report."""
+    _, folder, seen = run
+    found = read_ledger(folder.joinpath("goodput.jsonl"))
+    activities = {
+        Activity.START_UP,
+        Activity.COMPILE,
+        Activity.STEP,
+        Activity.EVALUATION,
+        Activity.SAVE,
+        Activity.OTHER,
+    }
+    assert activities <= set(found.seconds) and (found.starts, found.step, found.lost_steps) == (1, STEPS, 0)
+    assert found.text() in seen["output"]
+    report = (folder / "report.md").read_text()
+    assert "## Time" in report and "| training steps | " in report
 
 
 def test_it_shows_plan_progress_and_samples(run):

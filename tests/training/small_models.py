@@ -10,7 +10,8 @@ from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
 from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, Parametrization
 from jaxlm.layers.positions import Rope
-from jaxlm.layers.stack import Remat, StackConfig
+from jaxlm.layers.remat import Remat
+from jaxlm.layers.stack import StackConfig
 from jaxlm.models.config import HeadConfig, LanguageModelConfig
 
 VOCABULARY = 64

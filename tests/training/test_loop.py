@@ -17,6 +17,7 @@ from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training.callbacks import Callback, EarlyStopping, Periodically
 from jaxlm.training.compiles import CompileCounter
 from jaxlm.training.evaluation import Evaluator, make_eval_step
+from jaxlm.training.guard import Skip, SpikeGuard, Stop
 from jaxlm.training.loop import Loop, LoopConfig, Outcome, TrainingDiverged
 from jaxlm.training.metrics import Names
 from jaxlm.training.optimizers import AdamW, OptimizerConfig, build_optimizer
@@ -68,24 +69,31 @@ class Parts:
         self.tiny = tiny
         self.parallel = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
         self.make = lambda key: tiny.Model(key, dropout=0.1, scan=True)
-        definition, self.abstract, infos = abstract_model(self.make)
-        self.layouts = definition.layouts
-        self.optimizer = build_optimizer(
-            OptimizerConfig(AdamW(), Constant(0.01)), infos, total_steps=100, parametrization=Parametrization()
+        self.definition, self.abstract, self.infos = abstract_model(self.make)
+        self.layouts = self.definition.layouts
+        self.optimizer = self.optimizer_with(None)
+        self.step = self.train_step(None)
+        self.eval_step = make_eval_step(
+            self.definition, tiny.Objective(), self.optimizer, self.parallel, config=StepConfig(), loss=LossConfig()
         )
-        arguments = (definition, tiny.Objective(), self.optimizer, self.parallel)
-        options = {"config": StepConfig(), "loss": LossConfig()}
-        self.step = make_train_step(*arguments, **options)
-        self.eval_step = make_eval_step(*arguments, **options)
 
-    def state(self):
-        return init_state(self.make, self.optimizer, self.parallel, seed=0)
+    def optimizer_with(self, guard):
+        config = OptimizerConfig(AdamW(), Constant(0.01), guard=guard)
+        return build_optimizer(config, self.infos, total_steps=100, parametrization=Parametrization())
+
+    def train_step(self, guard):
+        arguments = (self.definition, self.tiny.Objective(), self.optimizer_with(guard), self.parallel)
+        return make_train_step(*arguments, config=StepConfig(), loss=LossConfig())
+
+    def state(self, guard=None):
+        return init_state(self.make, self.optimizer_with(guard), self.parallel, seed=0)
 
     def loader(self, **options):
         return Loader(self.tiny.batch, **options)
 
     def loop(self, **options):
-        return Loop(self.step, self.parallel, **{"config": LoopConfig(), "names": Names()} | options)
+        options = {"step": self.step, "config": LoopConfig(), "names": Names()} | options
+        return Loop(parallel=self.parallel, **options)
 
     def evaluator(self, batches=2):
         return Evaluator(self.eval_step, lambda: self.loader(end=batches), self.parallel, Names())
@@ -177,6 +185,32 @@ def test_nan_ends_the_run_with_the_step_and_saves_nothing_after_it(parts):
     with pytest.raises(TrainingDiverged, match=r"diverged at step 6: .* SpikeGuard"):
         loop.run(parts.state(), parts.loader(poison=5), until=50)
     assert [step for step, *_ in saves.saved] == [2, 4]
+
+
+def test_spikes_are_told_of_at_the_next_log_with_their_batch(parts):
+    """In-graph flags, read only with the log; the position is that before the batch, whatever was read ahead."""
+    seen = []
+
+    class Notes(Callback):
+        def on_spike(self, spike):
+            seen.append(spike)
+
+        def on_log(self, step, values):
+            seen.append(step)
+
+    guard = SpikeGuard(policy=Skip(patience=2))
+    step = parts.train_step(guard)
+    loop = parts.loop(callbacks=(Notes(),), config=LoopConfig(log_period=4), step=step)
+    state, outcome, _ = loop.run(parts.state(guard), parts.loader(poison=5), until=9)
+    assert outcome is Outcome.FINISHED and int(state.opt_state["guard"].skipped) == 1
+    assert [s if isinstance(s, int) else s.step for s in seen] == [4, 6, 8, 9]
+    spike = seen[1]
+    assert spike.data == {"position": 5} and not np.isfinite(spike.loss)
+    with pytest.raises(TrainingDiverged) as diverged:
+        parts.loop(config=LoopConfig(log_period=4), step=parts.train_step(SpikeGuard(policy=Stop()))).run(
+            parts.state(guard), parts.loader(poison=5), until=9
+        )
+    assert (diverged.value.step, diverged.value.data) == (6, {"position": 6})
 
 
 def test_the_end_of_the_data_ends_the_run(parts):

@@ -15,6 +15,23 @@ def test_meshes_agree_in_loss_and_gradients_leaf_by_leaf(run_python):
         assert (found["sharded"] > 0) == (name != "data"), (name, found)
 
 
+def test_experts_agree_across_meshes_and_drop_nothing(run_python):
+    """Two of four experts and a shared one, with router losses, packed rows and padding; and all tokens at two."""
+    output = run_python(["tests/training/experts_program.py"], devices=8, timeout=600).stdout
+    answer = json.loads(output.strip().splitlines()[-1])
+    crowded = answer.pop("crowded")
+    assert len(answer) == 3
+    for name, found in answer.items():
+        assert found["start"] <= 2e-8, (name, found)
+        assert found["loss"] <= 1e-6, (name, found)
+        assert found["gradients"] <= 1e-5, (name, found)
+        assert found["sharded"] > 0
+        assert {"loss/router_balance", "loss/router_z", "router/load", "router/entropy"} <= set(found["metrics"])
+        for one, other in found["metrics"].values():
+            assert abs(one - other) <= 1e-5 * abs(one), (name, found)
+    assert crowded["load"] == 2.0 and crowded["error"] <= 1e-5
+
+
 def test_a_step_compiles_once_however_its_state_was_made(run_python):
     """Law 7 on a mesh: a state laid out in another way than the step returns it would compile the step twice."""
     output = run_python(["tests/training/layout_program.py"], devices=4).stdout

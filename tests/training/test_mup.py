@@ -11,7 +11,7 @@ import pytest
 
 from jaxlm.layers.context import Context
 from jaxlm.layers.parameters import InitConfig, InitScheme, Parametrization, Scaling
-from jaxlm.layers.stack import Remat
+from jaxlm.layers.remat import Remat
 from jaxlm.models.language_model import LanguageModel
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM

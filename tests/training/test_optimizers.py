@@ -13,7 +13,8 @@ from jaxlm.layers.parameters import Parametrization, Scaling
 from jaxlm.layers.stacking import StackLayout, stack, unstack
 from jaxlm.training import optimizers
 from jaxlm.training.adafactor import scale_by_adafactor
-from jaxlm.training.guard import SpikeGuard
+from jaxlm.training.guard import Skip, SpikeGuard
+from jaxlm.training.moments import MomentStorage
 from jaxlm.training.optimizers import SGD, Adafactor, AdamW, Lion, Muon, OptimizerConfig, ParameterGroup, ScheduleFree
 from jaxlm.training.parameters import ParameterInfo, flatten
 from jaxlm.training.parameters import update as put
@@ -53,7 +54,8 @@ def tree_of(model_infos, seed, scale=0.1):
 
 
 ALGORITHMS = {
-    "adamw": (AdamW(mu_dtype="bfloat16"), {}),
+    "adamw": (AdamW(), {}),
+    "adamw_bfloat16": (AdamW(), {"moments": MomentStorage()}),
     "adafactor": (Adafactor(min_dim_size_to_factor=8), {}),
     "adafactor_whole": (Adafactor(multiply_by_parameter_scale=False), {}),
     "lion": (Lion(), {}),
@@ -250,6 +252,26 @@ def test_muon_orthogonalises_attention_kernels_as_matrices(tiny):
         assert 0.6 < values.min() and values.max() < 1.3, values
 
 
+@pytest.mark.parametrize("algorithm", [Muon(), Adafactor(min_dim_size_to_factor=16)])
+def test_experts_in_one_array_are_separate_parameters(algorithm):
+    """Each is orthogonalised, factored and clipped by itself, in a scanned stack too."""
+    shape, axes = (16, 24), ("embed", "mlp")
+    stacked = ParameterInfo(
+        ("experts",), (2, 3, *shape), jnp.float32, ("layers", "experts", *axes), "hidden", ("0/experts", "1/experts")
+    )
+    apart = {f"{i}{j}": ParameterInfo((f"{i}{j}",), shape, jnp.float32, axes, "hidden", (f"{i}{j}",))
+             for i in range(2) for j in range(3)}  # fmt: skip
+    config = OptimizerConfig(algorithm, Constant(0.1), clip_global_norm=None)
+    values = [np.random.default_rng(seed).normal(size=stacked.shape) for seed in range(3)]
+    values[1][1, 2] *= 100.0  # one expert's gradient is large
+    together = [{"experts": jnp.asarray(v, jnp.float32)} for v in values]
+    one_by_one = [{name: tree["experts"][int(name[0]), int(name[1])] for name in apart} for tree in together]
+    found = run(build(config, {"experts": stacked}), together[0], together[1:])[0]["experts"]
+    expected = run(build(config, apart), one_by_one[0], one_by_one[1:])[0]
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[int(name[0]), int(name[1])], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("algorithm", [AdamW(), Lion(), Muon(), Adafactor(), SGD()])
 def test_mup_multipliers(algorithm, tiny):
     """Table 8 of muP and table 1 of CompleteP at four times the width of the tuned model."""
@@ -311,7 +333,7 @@ class TestGuard:
     def test_a_skipped_step_changes_nothing(self, tiny):
         _, _, infos = abstract_model(lambda key: tiny.Model(key))
         params, grads = tree_of(infos, 0), tree_of(infos, 1)
-        config = OptimizerConfig(AdamW(), Constant(0.1), weight_decay=0.1, guard=SpikeGuard(patience=2))
+        config = OptimizerConfig(AdamW(), Constant(0.1), weight_decay=0.1, guard=SpikeGuard(policy=Skip(patience=2)))
         optimizer = build(config, infos)
         bad = jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads)
         new, state, scalars = run(optimizer, params, [bad])

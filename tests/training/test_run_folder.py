@@ -99,3 +99,15 @@ def test_changed_configuration_keeps_the_old_one(tmp_path):
     folder.release()
     assert folder.config.read_text() == "A.x = 2\n"
     assert (tmp_path / "config.1.gin").read_text() == "A.x = 1\n"
+
+
+def test_another_hosts_folder_of_the_same_name_is_not_this_one(tmp_path):
+    """Hosts whose MODEL_DIR is not shared would each keep a part of the checkpoints."""
+    folder = RunFolder(tmp_path / "run")
+    folder.open({"model": "m"}, total_steps=1)
+    folder.await_claim(folder.id)
+    for other in (RunFolder(tmp_path / "elsewhere"), folder):
+        with pytest.raises(
+            RunFolderError, match="is not the folder that the job's first process claimed; MODEL_DIR must"
+        ):
+            other.await_claim("another", seconds=0.0)

@@ -111,7 +111,7 @@ def test_gradient_is_that_of_fixed_masks():
     weigh = np.random.default_rng(5).normal(size=q.shape)
 
     def dense(q, compressed, selected, near, gates):
-        shown = (nsa.Complete(CONFIG.size, CONFIG.stride), fixed, masks.Causal() & masks.Window(WINDOW - 1, 0))
+        shown = (masks.Complete(CONFIG.size, CONFIG.stride), fixed, masks.Causal() & masks.Window(WINDOW - 1, 0))
         out = 0.0
         for i, (branch, mask) in enumerate(zip((compressed, selected, near), shown)):
             out += gates[..., i : i + 1] * nsa.attention(q, *branch, mask=mask, backend="xla")

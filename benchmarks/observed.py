@@ -1,4 +1,4 @@
-"""`python -m jaxlm.train ARGUMENTS` under observation: python observed.py OUT ARGUMENTS.
+"""`python -m jaxlm.train ARGUMENTS` under observation: python benchmarks/observed.py OUT ARGUMENTS.
 
 OUT receives JSON: {"status": exit status, "compiled": names of what XLA compiled, "modules": all that were imported,
 "batches": {step: digest of the batch it was trained on}}.
@@ -41,6 +41,7 @@ class Observer:
 
 
 def main() -> None:
+    """Runs the trainer, and writes what was seen."""
     out = pathlib.Path(sys.argv.pop(1))
     status = 0
     with Observer() as seen, CompileCounter() as compiles:

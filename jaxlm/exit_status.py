@@ -1,0 +1,24 @@
+"""The exit statuses of `python -m jaxlm.train`: all there are, and what a scheduler should do about each."""
+
+import enum
+
+
+class ExitStatus(enum.IntEnum):
+    """What a run says when its process ends. From 75 on: start the same command again, nobody needs to look.
+
+    FINISHED: all steps are done, now or before.
+    FAILED: bad input, no usable checkpoint, or a save that failed; one sentence on standard error says which.
+    CONFIGURATION: the gin files or flags do not make a configuration; nothing was touched.
+    ENDED_EARLY: the data ended, or a callback wanted to stop, before the last step.
+    DIVERGED: the loss is not finite, or the spike guard stopped the run. Started again it would do the same.
+    PREEMPTED: asked to end (SIGTERM, Ctrl-C), and saved; the same command continues. 75 is EX_TEMPFAIL of sysexits.h.
+    HUNG: the watchdog saw no progress, wrote the stacks of all threads and ended the process.
+    """
+
+    FINISHED = 0
+    FAILED = 1
+    CONFIGURATION = 2
+    ENDED_EARLY = 3
+    DIVERGED = 4
+    PREEMPTED = 75
+    HUNG = 76

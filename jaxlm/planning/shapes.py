@@ -1,0 +1,115 @@
+"""What a step needs by its shapes alone, without compiling: enough to leave out what cannot fit, and to give advice."""
+
+import dataclasses
+import math
+
+from jaxlm.layers.block import BlockConfig
+from jaxlm.layers.remat import Remat
+from jaxlm.models.config import LanguageModelConfig, ModelConfig, ReplacedTokenDetectorConfig
+from jaxlm.parallel.parallelism import Parallelism
+from jaxlm.parallel.rules import degree
+from jaxlm.parallel.stages import Recompute
+from jaxlm.planning.memory import bytes_on_a_device
+from jaxlm.run import BatchLayout, Program, RunConfig
+from jaxlm.training.state import abstract_state
+
+_KEPT = {
+    Remat.NONE: "everything",
+    Remat.BLOCK: "inputs and attention",
+    Remat.FULL: "inputs",
+    Remat.OFFLOAD: "nothing",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """Bytes on one device, to be taken as a rough guess; the compiler knows better.
+
+    Attributes:
+      state: parameters, their average, the optimizer's state.
+      gradients: of all parameters.
+      saved: activations kept for the backward pass, of one microbatch.
+      working: the largest block's activations and the loss's logits.
+    """
+
+    state: int
+    gradients: int
+    saved: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.state + self.gradients + self.saved + self.working
+
+
+def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Parallelism) -> Expected:
+    """What a step of `run` is expected to take of a device in this mesh."""
+    state = abstract_state(program.abstract, program.optimizer, parallel)
+    saved = working = 0
+    rows = layout.features["dataset_ids"][0][0]
+    for model in _models(program.model):
+        for name, stack in model.stacks.items():
+            length = layout.features.get(f"{name}_segment_ids", layout.features["dataset_ids"])[0][1]
+            tokens = _tokens(rows, length, run.step.microbatches, parallel)
+            blocks = [_widths(block, model, parallel) for block in stack.all_blocks]
+            size = model.compute.dtype.itemsize
+            kept = _KEPT.get(stack.remat, "products")
+            inside = tokens * size * sum(block[kept] for block in blocks)
+            at_once = tokens
+            if (stages := parallel.mesh.shape["stage"]) > 1:
+                # Outside the pipeline a stage has its share of the tokens and inside all of them, but of the layers a
+                # share: `inside` is right as it is. All go through it one microbatch at a time.
+                pipeline = run.parallel.pipeline
+                at_once = tokens * stages // pipeline.microbatches
+                if pipeline.recompute is Recompute.STAGE:
+                    inputs = tokens * stages * size * model.width * pipeline.rounds
+                    inside = inputs + inside // pipeline.microbatches
+            saved += inside
+            working = max(working, at_once * size * max(block["everything"] for block in blocks))
+        logits = min(tokens, 2048) * model.vocab_size * 4
+        working += 2 * logits + 2 * model.vocab_size * model.width * 4 // _split(parallel, "vocab", model.vocab_size)
+    return Expected(
+        state=bytes_on_a_device(state),
+        gradients=bytes_on_a_device(state.params),
+        saved=saved,
+        working=working,
+    )
+
+
+def _models(model: ModelConfig) -> list[LanguageModelConfig]:
+    if isinstance(model, ReplacedTokenDetectorConfig):
+        return [m for m in (model.generator, model.discriminator) if m is not None]
+    return [model]
+
+
+def _tokens(rows: int, length: int, microbatches: int, parallel: Parallelism) -> int:
+    """Of one microbatch, on one device."""
+    places = parallel.spec(("batch", "length"), (rows, length))
+    ways = math.prod(degree(parallel.mesh, places, axis) for axis in (0, 1))
+    return -(-rows * length // (microbatches * ways))
+
+
+def _split(parallel: Parallelism, name: str, size: int) -> int:
+    """How many ways the mesh splits a dimension of that logical name, where nothing else of the array is split."""
+    return degree(parallel.mesh, parallel.spec((name,), (size,)), 0)
+
+
+def _widths(block: BlockConfig, model: LanguageModelConfig, parallel: Parallelism) -> dict[str, int]:
+    """Numbers that a token has in a block, on one device: its input, results of products, everything in between."""
+    attentions = [a for a in (block.attention, block.cross_attention) if a is not None]
+    heads = sum((2 * a.num_heads) * a.head_dim // _split(parallel, "heads", a.num_heads) for a in attentions)
+    keys = sum(2 * a.kv_heads * a.head_dim // _split(parallel, "kv_heads", a.kv_heads) for a in attentions)
+    hidden = getattr(block.feed_forward, "hidden", 0)
+    hidden *= getattr(block.feed_forward, "experts_per_token", 1)  # of a mixture of experts
+    hidden = hidden // _split(parallel, "mlp", hidden) if hidden else 0
+    gated = 2 if getattr(block.feed_forward, "gated", False) else 1
+    products = heads + keys + gated * hidden + model.width * (1 + len(attentions))
+    everything = products + hidden + model.width * (1 + len(attentions))
+    return {
+        "nothing": 0,
+        "inputs": model.width,
+        "inputs and attention": model.width + heads // 2,
+        "products": products + model.width,
+        "everything": everything,
+    }

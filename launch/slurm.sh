@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains on GPU nodes of a Slurm cluster: ./launch/slurm.sh --nodes=2 --gpu=h100 [--dry-run] --gin_file=my_run.gin \
+#     --gin.MODEL_DIR=/shared/runs/mine
+#   --nodes, --gpus-per-node   how many; each GPU is a process, which is what jax expects under Slurm
+#   --gpu        h100 or h200: the preset of compiler flags
+#   --name       of the job
+#   --time       limit, such as 24:00:00; two minutes before it the run saves, ends and is queued again
+#   --partition, --account     by default the cluster's own
+#   --options    more options of sbatch, separated by spaces: --options='--qos=high --exclusive'
+# This clone, its .venv and MODEL_DIR must be on storage that all nodes share. Environment variables go along, so secrets
+# need not be named here.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+options nodes gpu gpus-per-node=8 name=jaxlm time= partition= account= options= -- "$@"
+number nodes "$nodes"
+number gpus-per-node "$gpus_per_node"
+[[ "$gpu" == h[12]00 ]] || die "--gpu is '$gpu'; there are compiler flags for h100 and h200."
+ensure_environment "$(lock_for gpu)"
+
+batch=(--job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus_per_node" --gpus-per-node="$gpus_per_node")
+batch+=(--signal=TERM@120 --requeue --open-mode=append --chdir="$root")
+for option in time partition account; do
+  [[ -z "${!option}" ]] || batch+=("--$option=${!option}")
+done
+read -ra more <<<"$options"
+train=("$venv/bin/python" -m jaxlm.train --distributed=on --xla_preset="$gpu" "${arguments[@]}")
+# 75 is the exit status of a run that was asked to end, saved and can go on.
+run sbatch "${batch[@]}" "${more[@]}" \
+  --wrap="srun --kill-on-bad-exit=1 $(quoted "${train[@]}"); status=\$?
+[ \$status != 75 ] || scontrol requeue \$SLURM_JOB_ID
+exit \$status"

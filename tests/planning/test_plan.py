@@ -1,0 +1,182 @@
+"""`python -m jaxlm.plan`: the run's own step, for machines that are not there, without the run's data."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+
+from jaxlm.configuration import resolve
+from jaxlm.layers.remat import Remat
+from jaxlm.planning.advice import advice
+from jaxlm.planning.memory import refused
+from jaxlm.planning.program import Memory, compile_plan, prepare, with_remat
+from jaxlm.planning.topology import topology
+from jaxlm.planning.variants import levers_of, worth_trying
+from jaxlm.run import RunConfig, expected_layout, layout_of, open_checked
+from pallas_kernels import ahead_of_time
+
+PODS = pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "runs" / "pods"
+TINY = (
+    "--gin_file=gin_configs/models/tiny/{model}.gin",
+    "--gin_file=gin_configs/objectives/{objective}.gin",
+    "--gin_file=gin_configs/data/corpus.gin",
+    "--gin_file=gin_configs/runs/pretrain.gin",
+    "--gin.MODEL_DIR=nowhere",
+    "--gin.TRAIN_STEPS=10",
+    "--gin.BATCH_SIZE=8",
+)
+
+
+def tiny(model="causal_decoder", objective="full_lm", lengths="{'targets': 64}", **bindings):
+    flags = [flag.format(model=model, objective=objective) for flag in TINY]
+    flags += [f"--gin.TASK_FEATURE_LENGTHS={lengths}", *(f"--gin.{name}={value}" for name, value in bindings.items())]
+    return resolve(RunConfig, flags)
+
+
+def test_the_command_plans_without_data_and_saves(run_python, tmp_path):
+    flags = [flag.format(model="causal_decoder", objective="full_lm") for flag in TINY]
+    flags += ["--gin.TASK_FEATURE_LENGTHS={'targets': 64}", "--gin.MeshConfig.fsdp=2"]
+    done = run_python(["-m", "jaxlm.plan", *flags, "--topology=cpu:4", f"--save={tmp_path / 'plan'}"])
+    assert "data 2 x fsdp 2" in done.stdout and "temporaries" in done.stdout
+    saved = json.loads((tmp_path / "plan" / "plan.json").read_text())["plan"]
+    assert saved["mesh"] == {"data": 2, "fsdp": 2} and saved["fits"]
+    assert saved["memory"]["parameters"] * 2 == saved["parameters"] * 4  # float32 in two parts
+    kinds = {collective["kind"] for collective in saved["costs"]["collectives"]}
+    axes = {tuple(collective["axes"]) for collective in saved["costs"]["collectives"]}
+    assert "all-gather" in kinds and ("fsdp",) in axes
+    # Of matrix products alone, the model's own work on a device is nearly all that it does.
+    assert saved["model_flops"] / 4 <= 1.05 * saved["costs"]["matmul_flops"]
+    assert "| memory, a device |" in (tmp_path / "plan" / "plan.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--topology=v9:2x2"], "There is no topology 'v9:2x2'"),
+        ([], "For which machine"),
+        (["--topology=cpu:3", "--gin.MeshConfig.fsdp=2"], "does not divide the 3 devices"),
+        (["--topology=cpu:3"], "cannot be split over 3 devices"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, message, run_python):
+    own = [flag.format(model="causal_decoder", objective="full_lm") for flag in TINY]
+    done = run_python(["-m", "jaxlm.plan", *own, "--gin.TASK_FEATURE_LENGTHS={'targets': 64}", *flags], check=False)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr and done.stderr.startswith("jaxlm.plan: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "model, objective, lengths",
+    [
+        ("causal_decoder", "full_lm", "{'targets': 64}"),
+        ("prefix_decoder", "prefix_lm", "{'targets': 64}"),
+        ("encoder_decoder", "span_corruption", "{'inputs': 64, 'targets': 32}"),
+        ("encoder", "masked_lm", "{'targets': 64}"),
+    ],
+)
+def test_the_expected_batch_is_what_the_loader_gives(model, objective, lengths, tmp_path):
+    (tmp_path / "a.txt").write_text("A text that is long enough to be read and hidden in part. " * 200)
+    flags = [flag.format(model=model, objective=objective) for flag in TINY if "corpus" not in flag]
+    flags.insert(2, "--gin_file=gin_configs/data/files.gin")
+    flags += [f"--gin.TASK_FEATURE_LENGTHS={lengths}", f"--gin.FILES='{tmp_path}/*.txt'"]
+    run = resolve(RunConfig, [*flags, f"--gin.DataConfig.cache_directory='{tmp_path}/cache'"])
+    loader = open_checked(run, run.phases[0])
+    real, expected = layout_of(loader), expected_layout(run, run.phases[0])
+    batch = next(loader)
+    loader.close()
+    assert expected.features == dict(real.features)
+    assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+        name: (shape, dtype) for name, (shape, dtype) in expected.features.items()
+    }
+    assert expected.datasets == real.datasets and expected.objective == real.objective
+
+
+def test_advice_names_the_lever_and_its_worth():
+    if reason := ahead_of_time.why_not("v5e:2x2"):
+        pytest.skip(reason)
+    run = tiny(BATCH_SIZE=64, WIDTH=1024, NUM_LAYERS=64, HIDDEN=65536, **{"MeshConfig.fsdp": 1})
+    prepared = prepare(run, topology("v5e:2x2"))
+    assert prepared.expected.state > prepared.machine.chip.memory
+    plan = compile_plan_refused(prepared)
+    assert not plan.fits
+    sentences = advice(plan, prepared)
+    assert "It needs" in sentences[0]
+    (fsdp,) = [sentence for sentence in sentences if "fsdp 1 -> 4" in sentence]
+    other = prepare(
+        tiny(BATCH_SIZE=64, WIDTH=1024, NUM_LAYERS=64, HIDDEN=65536, **{"MeshConfig.fsdp": 4}), prepared.machine
+    )
+    saved = prepared.expected.total - other.expected.total
+    assert f"{saved / 2**30:.2f} GiB a device" in fsdp
+
+
+def compile_plan_refused(prepared):
+    """The plan of a step whose compiler refuses, without the minutes that it takes to find out."""
+
+    class Refusing:
+        def lower(self, *_):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 61.50G of 15.75G hbm.")
+
+    import dataclasses
+
+    return compile_plan(dataclasses.replace(prepared, program=dataclasses.replace(prepared.program, step=Refusing())))
+
+
+def test_what_a_compiler_says_when_it_refuses():
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile: Used 20.00G of 15.75G hbm. Exceeded by 4G")
+    assert refused(error) == (20 * 2**30, int(15.75 * 2**30))
+    assert refused(jax.errors.JaxRuntimeError("INTERNAL: something else")) is None
+
+
+def test_the_search_leaves_out_what_cannot_work():
+    run = tiny(BATCH_SIZE=16)
+    good, bad = worth_trying(run, topology("cpu:1"))
+    assert {levers.mesh.fsdp for levers, _ in good} == {1}
+    assert {levers.remat for levers, _ in good} >= {Remat.NONE, Remat.FULL}
+    assert {levers.microbatches for levers, _ in good} == {1, 2, 4, 8}
+    assert not bad
+    first, prepared = good[0]
+    assert first.remat is Remat.NONE and first.microbatches == 1  # all fits: nothing is recomputed
+    assert levers_of(first.on(run), 1) == first
+    # More is kept, less is expected to be free.
+    full = prepare(with_remat(run, Remat.FULL), topology("cpu:1"))
+    assert full.expected.saved < prepared.expected.saved and full.expected.state == prepared.expected.state
+
+
+def test_memory_adds_up():
+    memory = Memory(1, 2, 3, arguments=10, temporaries=20, outputs=5, host=0, program=0)
+    assert memory.peak == 35
+
+
+@pytest.mark.parametrize("file", sorted(PODS.glob("*.gin")), ids=lambda path: path.stem)
+def test_pod_presets_have_a_batch_for_every_model(file):
+    run = resolve(RunConfig, [f"--gin_file={file}"])
+    layout = expected_layout(run, run.phases[0])
+    assert all(shape[0] == run.batch_size for shape, _ in layout.features.values())
+
+
+def test_a_step_for_a_tpu_runs_the_kernels_of_a_tpu():
+    """A small decoder on four chips, in seconds: what a pod's plan does in minutes."""
+    if reason := ahead_of_time.why_not("v6e:2x2"):
+        pytest.skip(reason)
+    run = tiny(
+        lengths="{'targets': 256}",
+        COMPUTE="bfloat16",
+        REMAT="full",
+        WIDTH=256,
+        NUM_HEADS=2,
+        NUM_KV_HEADS=2,
+        HEAD_DIM=128,
+        HIDDEN=512,
+        **{"MeshConfig.fsdp": 4},
+    )
+    plan = compile_plan(prepare(run, topology("v6e:2x2")))
+    assert plan.fits and plan.limit > 30 * 2**30
+    assert plan.costs.kernels["attention_forward"] == 2 * 2  # twice a layer: rematerialisation
+    assert plan.costs.kernels["attention_backward"] == 2
+    # 8 N products of a layer's matrices (the block's last is not recomputed) and 6 of the head's.
+    layer, tokens = 4 * 256 * 256 + 3 * 256 * 512, 8 * 256 // 4
+    expected = 2 * (8 * layer - 2 * 256 * 512) * tokens + 6 * 256 * 384 * tokens
+    assert plan.costs.matmul_flops == pytest.approx(expected, rel=0.01)
+    assert {axis for c in plan.costs.collectives for axis in c.axes} == {"fsdp"}
+    assert 0 < plan.estimate.mfu < 1 and plan.estimate.bound in ("compute", "memory", "network")
