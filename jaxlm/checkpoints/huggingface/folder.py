@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.huggingface import families
@@ -15,6 +16,7 @@ from jaxlm.checkpoints.huggingface.family import Family, Json
 from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, write_tensors
 from jaxlm.checkpoints.huggingface.tensors import Shape, Table, resolve
 from jaxlm.layers.stacking import StackLayout
+from jaxlm.models import build_model
 from jaxlm.models.config import LanguageModelConfig
 
 CONFIG = "config.json"
@@ -22,53 +24,77 @@ CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceFolder:
-    """A folder as `save_pretrained` leaves it.
+    """A folder as `save_pretrained` leaves it, to be read like one of our own checkpoints (`stored.StoredCheckpoint`).
 
     Attributes:
-      path: the folder.
+      folder: where it is.
       family: its adapter.
       fields: the parsed `config.json`.
       config: the model it describes, in float32, initialised anyhow.
       tensors: its tensors, by name.
+      table: which of them holds which parameter.
+      shapes: {path: shape} of the parameters, layers one by one.
     """
 
-    path: pathlib.Path
+    folder: pathlib.Path
     family: Family
     fields: Json
     config: LanguageModelConfig
     tensors: TensorFolder
+    table: Table
+    shapes: Mapping[str, Shape]
 
-    def load(self, params: Any, layouts: tuple[StackLayout, ...]) -> Any:
-        """The parameters, placed one after the other.
+    @property
+    def leaves(self) -> dict[naming.Path, jax.ShapeDtypeStruct]:
+        """{path: shape and type} as in a checkpoint: ("params", "decoder", "layers", "17", ...)."""
+        return {
+            ("params", *path.split("/")): jax.ShapeDtypeStruct(self.shapes[path], self.tensors.dtype(entry.name))
+            for entry in self.table
+            for path in entry.paths
+        }
 
-        Args:
-          params: the model's parameters as a tree of `jax.ShapeDtypeStruct` (or arrays): shapes, types, shardings.
-          layouts: its scanned stacks.
+    def read(self, requests: Mapping[naming.Path, stored.Request]) -> dict[naming.Path, jax.Array]:
+        """The arrays asked for, tensor after tensor; see `stored.StoredCheckpoint.read`."""
+        home = {path: entry for entry in self.table for path in entry.paths}
+        split: dict[str, tuple[np.ndarray, ...]] = {}  # fused tensors come again for each of their parameters
 
-        Raises:
-          ValueError: a tensor is missing, is one too many, or has another shape.
-        """
-        requests = stored.requests_for(params, layouts)
-        layers = {naming.show(path): r.layer for r in requests.values() for path in r.paths}
-        table = resolve(self.family.table(self.config), {path: layer.shape for path, layer in layers.items()})
-        check(table, {path: layer.shape for path, layer in layers.items()}, self.tensors.shapes, str(self.path))
-        home = {path: entry for entry in table for path in entry.paths}
-        read: dict[str, tuple[np.ndarray, ...]] = {}  # fused tensors come again for each of their parameters
-
-        def parameter(path: str) -> jax.Array:
-            entry, wanted = home[path], layers[path]
-            if entry.name not in read:
-                read.clear()
-                shapes = tuple(layers[p].shape for p in entry.paths)
-                read[entry.name] = entry.form.split(self.tensors.read(entry.name), shapes)
-            value = read[entry.name][entry.paths.index(path)]
+        def parameter(path: naming.Path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+            name = naming.show(path[1:])
+            entry = home[name]
+            if entry.name not in split:
+                split.clear()
+                shapes = tuple(self.shapes[part] for part in entry.paths)
+                split[entry.name] = entry.form.split(self.tensors.read(entry.name), shapes)
+            value = split[entry.name][entry.paths.index(name)]
             return jax.device_put(np.asarray(value, wanted.dtype), wanted.sharding)
 
         values = {}
-        for path, request in requests.items():
-            parts = [parameter(naming.show(p)) for p in request.paths]
-            values[path] = stored.stacker(request.sharding)(*parts) if request.stacked else parts[0]
-        return jax.tree.unflatten(jax.tree.structure(params), [values[path] for path in naming.flatten(params)])
+        for name, request in requests.items():
+            parts = [parameter(path, request.layer) for path in request.paths]
+            values[name] = stored.stacker(request)(*parts) if request.stacked else parts[0]
+        return values
+
+    def load(self, params: Any, layouts: tuple[StackLayout, ...]) -> Any:
+        """All parameters.
+
+        Args:
+          params: those of the model `config` as a tree of `jax.ShapeDtypeStruct` (or arrays): shapes, types, shardings.
+          layouts: its scanned stacks.
+        """
+        values = self.read(stored.requests_for({"params": params}, layouts))
+        paths = naming.flatten(params)
+        return jax.tree.unflatten(jax.tree.structure(params), [values["params", *path] for path in paths])
+
+
+def parameter_shapes(config: LanguageModelConfig) -> dict[str, Shape]:
+    """{path: shape} of a model's parameters, layers one by one."""
+    model = nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0)))
+    tree, shapes = nnx.to_pure_dict(nnx.state(model)), {}
+    leaves = naming.flatten(tree)
+    for path, source in naming.sources(tree, model.layouts).items():
+        shape = tuple(leaves[source.path].shape)
+        shapes[naming.show(path)] = shape if source.row is None else shape[1:]
+    return shapes
 
 
 def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> HuggingFaceFolder:
@@ -79,8 +105,9 @@ def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> Hu
       ignore: fields of `config.json` to pass over although no adapter knows them.
 
     Raises:
-      FileNotFoundError: no `config.json` there.
-      ValueError: a model that no adapter knows, or that differs from what its adapter knows.
+      FileNotFoundError: no `config.json`, no tensors, or a file of them is missing.
+      ValueError: a model that no adapter knows, or that differs from what its adapter knows; a tensor is missing, one
+        too many or of another shape; a damaged file.
     """
     path = pathlib.Path(path)
     if not (path / CONFIG).exists():
@@ -89,7 +116,10 @@ def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> Hu
     family = families.by_config(values)
     tensors = TensorFolder(path)
     config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
-    return HuggingFaceFolder(path, family, values, config, tensors)
+    shapes = parameter_shapes(config)
+    table = resolve(family.table(config), shapes)
+    check(table, shapes, tensors.shapes, str(path))
+    return HuggingFaceFolder(path, family, values, config, tensors, table, shapes)
 
 
 def export(

@@ -110,7 +110,7 @@ def test_and_back_bit_for_bit(case, workshop, tmp_path):
 
     def value(path):
         leaf = np.asarray(leaves[sources[path].path])
-        return leaf if sources[path].repeat is None else leaf[sources[path].repeat]
+        return leaf if sources[path].row is None else leaf[sources[path].row]
 
     ids = {name: getattr(model.config, name) for name in ("pad_token_id",) if getattr(model.config, name) is not None}
     family = export(
@@ -175,7 +175,7 @@ def test_what_no_class_computes_is_refused_by_name(workshop, tmp_path):
 def test_configurations_of_transformers_4_are_read(workshop):
     """`rope_theta` and `rope_scaling` instead of `rope_parameters`."""
     folder, _, _ = workshop.ours(CASES[0])
-    values = json.loads((folder.path / "config.json").read_text())
+    values = json.loads((folder.folder / "config.json").read_text())
     parameters = values.pop("rope_parameters")
     values |= {"rope_theta": parameters.pop("rope_theta"), "rope_scaling": parameters}
     assert folder.family.model_of(values) == folder.config
