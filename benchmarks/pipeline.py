@@ -170,22 +170,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default=["measured", "compiled"], help="measured, compiled")
     parts = parser.parse_args().parts
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results["machine"] = machine.facts()
-
-    def save() -> None:
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-
     if "measured" in parts:
-        results["measured"] = measured()
-        save()
+        save("measured", measured())
     if "compiled" in parts:
-        results["compiled"] = {}
+        found = {}
         for name, (mesh, pipeline, remat) in COMPILED.items():
-            results["compiled"][name] = compiled(mesh, pipeline, remat)
-            print(name, json.dumps(results["compiled"][name]), flush=True)
-            save()
-    print(json.dumps(results, indent=2))
+            found[name] = compiled(mesh, pipeline, remat)
+            save("compiled", found)
+
+
+def save(part: str, found: dict[str, Any]) -> None:
+    """Writes and prints one part's figures; those of the other stay."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(results | {"machine": machine.facts(), part: found}, indent=2) + "\n")
+    print(json.dumps(found, indent=2), flush=True)
 
 
 if __name__ == "__main__":

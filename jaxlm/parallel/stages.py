@@ -23,7 +23,8 @@ class Pipeline:
     """How microbatches go through the stages, of which there are `MeshConfig.stage`.
 
     Beside `StepConfig.microbatches`, which cuts the batch into pieces whose gradients are added up one after the
-    other: each such piece is cut again into `microbatches`, which follow each other through the stages.
+    other: each such piece is cut again into `microbatches`, which follow each other through the stages. What a layer
+    does not add up over tokens (the balance of experts) is of one of these.
 
     Attributes:
       microbatches: M, a multiple of the stages S. Stages are idle for a share (S - 1) / (M * rounds + S - 1) of the

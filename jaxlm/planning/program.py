@@ -1,7 +1,6 @@
 """A run's own training step, compiled for a machine that need not be there, and what its compiler says of it."""
 
 import dataclasses
-import math
 import resource
 import time
 from collections.abc import Mapping
@@ -198,7 +197,7 @@ def compile_plan(prepared: Prepared) -> Plan:
         mesh={axis: degree for axis, degree in mesh.items() if degree > 1},
         devices=parallel.mesh.size,
         model=program.model.architecture.value,
-        parameters=sum(math.prod(info.shape) for info in flatten(program.infos).values()),
+        parameters=sum(info.size for info in flatten(program.infos).values()),
         batch_size=prepared.phase.batch_size,
         row_tokens=program.row_tokens,
         microbatches=prepared.run.step.microbatches,

@@ -4,13 +4,19 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxlm.layers.stacking import StackLayout, stack, unstack
 from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
+from jaxlm.parallel.pipeline import StackedLayers
+from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.parallel.stages import Pipeline, Recompute, Stages
+from jaxlm.planning.costs import costs
+from jaxlm.planning.topology import topology
+from pallas_kernels import ahead_of_time
 
 
 def test_stages_are_the_same_layers_in_sequence(run_python):
@@ -19,6 +25,37 @@ def test_stages_are_the_same_layers_in_sequence(run_python):
     assert len(answer) == 3
     for name, difference in answer.items():
         assert difference != "NaN" and difference <= 2e-6, (name, answer)
+
+
+def layer(ops, x, index, w, rows, shared):
+    """A product with a split matrix."""
+    return x + jnp.tanh(x @ w) * (1 + index), {}
+
+
+@pytest.mark.parametrize("pipeline", [Pipeline(4), Pipeline(4, 2, "stage")], ids=["gpipe", "circular"])
+def test_only_microbatches_cross_stages_on_tpus(pipeline):
+    """Compiled for four v5e: no parameter and no gradient goes over the axis `stage`."""
+    if reason := ahead_of_time.why_not("v5e:2x2"):
+        pytest.skip(reason)
+    mesh = MeshConfig(data=1, stage=2, fsdp=2)
+    parallel = ParallelConfig(mesh, pipeline=pipeline).on(topology("v5e:2x2").devices())
+
+    def loss(w, x):
+        y, _ = ShardedOps(parallel).run_layers(layer, StackedLayers(w, 4, parallel.stages), x, (), ())
+        return jnp.sum(y * jnp.cos(jnp.arange(256)))
+
+    w, x = (4, 256, 256), (16, 8, 256)
+    places = parallel.sharding(("layers", "embed", "mlp"), w), parallel.sharding(("batch", "length", "embed"), x)
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=at) for shape, at in zip((w, x), places)]
+    with jax.sharding.use_abstract_mesh(parallel.mesh.abstract_mesh):
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=places).lower(*shapes).compile()
+    found = costs(compiled.as_text(), dict(parallel.mesh.shape)).collectives
+    crossing = {c.kind: c.bytes for c in found if "stage" in c.axes or not c.axes}
+    microbatch, steps = 4 * 8 * 256 * 4 / 2, parallel.stages.steps(4)
+    assert set(crossing) == {"collective-permute"}, found
+    # Forwards and backwards, or forwards twice: to the next stage, and on from slot to slot; and each row's number.
+    assert crossing["collective-permute"] <= 2 * (2 * steps) * (microbatch + 4 * 4), found
+    assert any(c.kind in ("all-gather", "all-reduce", "reduce-scatter") and c.axes == ("fsdp",) for c in found)
 
 
 @pytest.mark.parametrize(

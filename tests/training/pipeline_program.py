@@ -14,6 +14,7 @@ from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.context import Context
+from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig
 from jaxlm.layers.positions import RelativePositions
 from jaxlm.layers.stack import Remat
 from jaxlm.layers.stacking import unstack
@@ -65,12 +66,12 @@ class Run:
         @jax.value_and_grad
         def loss(params, batch):
             model = definition.merge(params)
-            hidden, _ = model.hidden_states(batch, context=context)
+            hidden, extra = model.hidden_states(batch, context=context)
             weights = (batch[f"{side}_segment_ids"] > 0) / 100
             total, _ = context.ops.cross_entropy(
                 *model.output(hidden, context=context), batch[f"{side}_input_tokens"], weights
             )
-            return total
+            return total + sum(extra.losses.values(), 0.0) / 100
 
         value, grads = loss(self.params, to_devices(batch, self.parallel))
         return float(value), flatten(unstack(jax.device_get(grads), definition.layouts))
@@ -93,6 +94,14 @@ def encoder_decoder(model):
     )
 
 
+def with_experts(model):
+    """Its feed-forward layers are experts. Their balance is taken over a microbatch, so it is left out."""
+    (block,) = model.decoder.blocks
+    experts = MixtureOfExpertsConfig(32, num_experts=4, experts_per_token=2, balance_loss=0.0, z_loss=1.0)
+    block = dataclasses.replace(block, feed_forward=experts)
+    return dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, blocks=(block,)))
+
+
 def as_encoder(model):
     return dataclasses.replace(model, architecture=Architecture.ENCODER, encoder=model.decoder, decoder=None)
 
@@ -108,13 +117,15 @@ MODELS = {
         SIX, architecture=Architecture.PREFIX_DECODER, decoder=dataclasses.replace(SIX.decoder, remat=Remat.NONE)
     ),
     "encoder": as_encoder(decoder(layers=2)),
+    "experts": with_experts(decoder()),
     "encoder-decoder": encoder_decoder(decoder(dropout=0.1)),
 }
 CASES = {  # six layers in stages of two: two identity layers
     ("decoder", "stage x fsdp x tensor"): (MeshConfig(stage=2, fsdp=2, tensor=2), Pipeline(4)),
     ("decoder", "4 stages"): (MeshConfig(stage=4, data=1), Pipeline(8)),
     ("prefix decoder", "2 rounds"): (MeshConfig(stage=2, data=1), Pipeline(4, 2, "stage")),
-    ("encoder", "stage"): (MeshConfig(stage=2, data=1), Pipeline(2)),
+    ("encoder", "stage x sequence"): (MeshConfig(stage=2, data=1, sequence=2), Pipeline(2)),
+    ("experts", "stage x expert"): (MeshConfig(stage=2, data=1, expert=2), Pipeline(4)),
     ("encoder-decoder", "stage x data"): (MeshConfig(stage=2, data=2), Pipeline(4)),
 }
 
@@ -126,7 +137,7 @@ for (name, case), (mesh, pipeline) in CASES.items():
         runs[name, "alone"] = Run(MODELS[name], one_device)
         alone[name] = runs[name, "alone"].loss_and_gradient(text, key)
     loss, grads = alone[name]
-    count = mesh.stage * mesh.fsdp * mesh.tensor * max(mesh.data, 1)
+    count = 8 if mesh.data == -1 else mesh.stage * mesh.data * mesh.expert * mesh.sequence
     runs[name, case] = Run(MODELS[name], ParallelConfig(mesh, pipeline=pipeline).on(jax.devices()[:count]))
     other_loss, other = runs[name, case].loss_and_gradient(text, key)
     total = np.sqrt(sum((g**2).sum() for g in grads.values()))
