@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from jaxlm.checkpoints import naming, stored
+from jaxlm.checkpoints.huggingface import folder as huggingface
 from jaxlm.checkpoints.manifest import FILE_NAME, CheckpointError, Verify
 from jaxlm.layers.stacking import StackLayout
 
@@ -43,7 +44,7 @@ class WarmStart:
     All patterns are regular expressions that must match a whole name on disk.
 
     Attributes:
-      path: a run's folder, its `checkpoints` folder, or the folder of one step.
+      path: a run's folder, its `checkpoints` folder, the folder of one step, or a Hugging Face model's folder.
       step: the step to take, or None for the newest intact one.
       take: leaves to take: those that match any of these patterns.
       drop: leaves to leave out, though `take` matches them.
@@ -156,9 +157,13 @@ def warm_start(
     return jax.tree.unflatten(jax.tree.structure(params), filled), account
 
 
-def _find(config: WarmStart, verify: Verify, report: Callable[[str], None]) -> stored.StoredCheckpoint:
+def _find(
+    config: WarmStart, verify: Verify, report: Callable[[str], None]
+) -> stored.StoredCheckpoint | huggingface.HuggingFaceFolder:
     """The checkpoint that `config.path` means."""
     path = epath.Path(config.path).resolve()
+    if (path / huggingface.CONFIG).exists():
+        return huggingface.open_folder(path)
     if (path / FILE_NAME).exists() and path.name.isdecimal():
         return stored.open_checkpoint(path.parent, int(path.name), verify)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -173,7 +178,7 @@ def _find(config: WarmStart, verify: Verify, report: Callable[[str], None]) -> s
 
 
 def _matched(
-    checkpoint: stored.StoredCheckpoint, config: WarmStart
+    checkpoint: stored.StoredCheckpoint | huggingface.HuggingFaceFolder, config: WarmStart
 ) -> tuple[dict[naming.Path, naming.Path], list[naming.Path]]:
     """({name in the model: name on disk}, dropped names), by the patterns alone."""
     found: dict[naming.Path, naming.Path] = {}
@@ -201,7 +206,7 @@ def _matched(
 
 
 def _filled(
-    checkpoint: stored.StoredCheckpoint,
+    checkpoint: stored.StoredCheckpoint | huggingface.HuggingFaceFolder,
     weights: Weights,
     params: Mapping[naming.Path, jax.Array],
     requests: Mapping[naming.Path, stored.Request],

@@ -34,10 +34,15 @@ class Placement(enum.Enum):
 
 
 class Arrangement(enum.Enum):
-    """SEQUENTIAL: the feed-forward reads the attention's result. PARALLEL: both read the same norm (GPT-J, PaLM)."""
+    """How attention and feed-forward follow each other.
+
+    SEQUENTIAL: the feed-forward reads the attention's result. PARALLEL: both read the same norm of the block's input
+    (GPT-J, PaLM). PARALLEL_NORMS: each reads a norm of its own of the block's input (GPT-NeoX, arXiv 2204.06745, 2.1).
+    """
 
     SEQUENTIAL = "sequential"
     PARALLEL = "parallel"
+    PARALLEL_NORMS = "parallel_norms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +72,11 @@ class BlockConfig:
     def __post_init__(self):
         object.__setattr__(self, "placement", Placement(self.placement))
         object.__setattr__(self, "arrangement", Arrangement(self.arrangement))
-        if self.arrangement is Arrangement.PARALLEL and (
+        if self.arrangement is not Arrangement.SEQUENTIAL and (
             self.placement is not Placement.PRE or self.cross_attention is not None
         ):
             raise ValueError(
-                "A parallel block has placement 'pre' and no cross-attention: one norm feeds both branches."
+                "A parallel block has placement 'pre' and no cross-attention: its branches read norms of one input."
             )
         if self.cross_attention is not None and self.cross_attention.position is not None:
             raise ValueError(
@@ -169,9 +174,9 @@ class Block(nnx.Module):
             out, side = self.feed_forward(y, inner, present=around.present)
             return inner.fold("out").dropout(out, dropout), side
 
-        if self.config.arrangement is Arrangement.PARALLEL:
+        if self.config.arrangement is not Arrangement.SEQUENTIAL:
             y = _normed(x, self.attention_norms)
-            fed, side = feed(y)
+            fed, side = feed(y if self.feed_forward_norms is None else _normed(x, self.feed_forward_norms))
             x = self._join(x, attend(y) + fed, self.attention_norms)
         else:
             x = self._join(x, attend(_normed(x, self.attention_norms)), self.attention_norms)

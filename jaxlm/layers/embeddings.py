@@ -47,7 +47,9 @@ class Embedding(nnx.Module):
         learned = isinstance(config.positions, LearnedPositions)
         self.positions = (
             make.embedding(
-                key.at("positions"), (("length", config.positions.max_length), *embed), make.init.position_std
+                key.at("positions"),
+                (("length", config.positions.max_length + config.positions.unused), *embed),
+                make.init.position_std,
             )
             if learned
             else None
@@ -94,7 +96,7 @@ class Embedding(nnx.Module):
         if self.multiplier != 1.0:
             x = x * jnp.asarray(self.multiplier, self.dtype)
         if self.positions is not None:
-            x = x + _look_up(self.positions, positions).astype(self.dtype)
+            x = x + _look_up(self.positions, positions + self.config.positions.unused).astype(self.dtype)
         elif self.config.positions is not None:
             x = x + self.config.positions(positions, x.shape[-1]).astype(self.dtype)
         if self.types is not None:

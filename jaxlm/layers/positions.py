@@ -201,9 +201,11 @@ class LearnedPositions:
 
     Attributes:
       max_length: number of positions.
+      unused: rows of the table before the first position's (RoBERTa has two).
     """
 
     max_length: int
+    unused: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,6 +142,17 @@ def test_parallel_block_reads_one_norm_twice(make, build):
     assert block.feed_forward_norms is None
 
 
+def test_parallel_branches_may_have_a_norm_each(make, build):
+    config = block_config(arrangement=Arrangement.PARALLEL_NORMS)
+    block = build(lambda key: Block(config, make, dtype=F32, key=key))
+    norms = block.attention_norms["before"], block.feed_forward_norms["before"]
+    norms[1].scale[...] = jnp.linspace(0.5, 2.0, norms[1].scale[...].size)
+    y = norms[0](X)
+    expected = X + block.attention(y, y, Causal(), rotation=None, bias=None, context=LOCAL)
+    expected = expected + block.feed_forward(norms[1](X), LOCAL)[0]
+    np.testing.assert_allclose(block(X, AROUND, LOCAL)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_cross_attention_reads_the_encoder(make, build):
     config = block_config(cross_attention=AttentionConfig(2, 8))
     block = build(lambda key: Block(config, make, dtype=F32, key=key))

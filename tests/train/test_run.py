@@ -10,6 +10,7 @@ from jaxlm.checkpoints import stored
 from jaxlm.configuration import resolve, resolved_text
 from jaxlm.run import RunConfig
 from jaxlm.training.goodput import Activity, read_ledger
+from tools import convert_checkpoint
 
 STEPS = 60
 
@@ -138,6 +139,25 @@ def test_warm_start(run, workshop, losses, same_arrays, capsys):
     names = [path for path in theirs.leaves if path[0] == "params"]
     assert same_arrays(ours, theirs, names), "a learning rate of 0 keeps them"
     assert ours.step == 2 and ours.data["step"] == 2
+
+
+def test_its_model_goes_to_hugging_face_and_back(run, workshop, same_arrays, losses, tmp_path, capsys):
+    """A warm start from what was exported is one from the run itself."""
+    _, folder, _ = run
+    out = str(tmp_path / "exported")
+    assert convert_checkpoint.main([str(folder), out, "--dry-run"]) == 0
+    line = "model.layers.1.mlp.up_proj.weight [64, 32] <- decoder/layers/1/feed_forward/up/kernel"
+    assert line in capsys.readouterr().out
+    assert convert_checkpoint.main([str(folder), out]) == 0
+    assert "as a LlamaForCausalLM" in capsys.readouterr().out
+    text = f"TRAIN_STEPS = 1\nLEARNING_RATE = 0.0\nwarm_start.WarmStart.path = '{out}'\n"
+    text += "run.RunConfig.warm_start = @warm_start.WarmStart()\n"
+    gin = workshop.gin("from_exported", text, imports=("run", "checkpoints.warm_start"))
+    warm = workshop.train("from_exported", gin)
+    ours, theirs = stored.open_latest(warm / "checkpoints"), stored.open_latest(folder / "checkpoints")
+    assert same_arrays(ours, theirs, [path for path in theirs.leaves if path[0] == "params"])
+    assert convert_checkpoint.main([str(folder), out]) == 1
+    assert "exists already; remove it" in capsys.readouterr().err
 
 
 def test_main_returns_the_status_of_a_refusal(workshop, run, capsys):

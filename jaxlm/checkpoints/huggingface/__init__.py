@@ -1,0 +1,1 @@
+"""Hugging Face models: adapters between their folders and ours, one file a family."""

@@ -1,0 +1,67 @@
+"""The families there are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, modernbert, olmo, t5
+from jaxlm.checkpoints.huggingface.family import Family
+from jaxlm.models.config import LanguageModelConfig
+
+FAMILIES: tuple[Family, ...] = (
+    llama.Llama(),
+    llama.Mistral(),
+    llama.Qwen2(),
+    llama.Qwen3(),
+    gemma.Gemma(),
+    gemma.Gemma2(),
+    gemma.Gemma3(),
+    olmo.Olmo2(),
+    gpt2.GPT2(),
+    gpt_neox.GPTNeoX(),
+    t5.T5(),
+    t5.MT5(),
+    bert.Bert(),
+    bert.Roberta(),
+    bert.ElectraGenerator(),
+    modernbert.ModernBert(),
+)
+"""In the order in which a model is offered to them for export."""
+
+
+def by_config(values: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`.
+
+    Raises:
+      ValueError: no adapter for it.
+    """
+    kind, architectures = values.get("model_type"), values.get("architectures") or []
+    of_kind = [family for family in FAMILIES if family.model_type == kind]
+    found = [family for family in of_kind if family.architecture in architectures] or of_kind
+    if not found or (architectures and found[0].architecture not in architectures):
+        known = ", ".join(sorted(family.architecture for family in FAMILIES))
+        raise ValueError(f"There is no adapter for {architectures or kind}; there are {known}.")
+    return found[0]
+
+
+def by_model(config: LanguageModelConfig, name: str | None = None) -> Family:
+    """The first family that can express a model.
+
+    Args:
+      config: the model.
+      name: of a `model_type`, to ask that one alone.
+
+    Raises:
+      ValueError: none can, or not the one named; the message has the nearest family's reasons.
+    """
+    asked = [family for family in FAMILIES if name in (None, family.model_type)]
+    reasons = {family: family.refusals(config) for family in asked}
+    for family, refusals in reasons.items():
+        if not refusals:
+            return family
+    if not reasons:
+        raise ValueError(f"There is no family {name!r}; there are {sorted({f.model_type for f in FAMILIES})}.")
+    nearest = min(reasons, key=lambda family: len(reasons[family]))
+    raise ValueError(
+        f"No Hugging Face class computes this model; the nearest is {nearest.architecture}, but "
+        f"{'; '.join(reasons[nearest][:3])}."
+    )

@@ -1,0 +1,158 @@
+"""Folders, without transformers: nothing is lost, nothing half-written looks whole, errors name things."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxlm.checkpoints import naming
+from jaxlm.checkpoints.huggingface import families
+from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, write_tensors
+from jaxlm.checkpoints.huggingface.folder import export, open_folder, parameter_shapes
+from jaxlm.checkpoints.warm_start import WarmStart, warm_start
+from jaxlm.models import build_model
+from jaxlm.training.state import abstract_model
+from tests.checkpoints.huggingface.family_cases import CASES
+
+LLAMA = CASES[0]
+
+
+def config_of(case):
+    """The model of a case, by what `config.json` would hold at least."""
+    family = next(family for family in families.FAMILIES if family.architecture == case.model)
+    return family, family.model_of({"model_type": family.model_type, **case.options})
+
+
+def values_of(shapes):
+    """A number of its own for every entry of every parameter."""
+    rng = np.random.default_rng(0)
+    return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+
+
+def written(folder, case=LLAMA, **options):
+    family, config = config_of(case)
+    values = values_of(parameter_shapes(config))
+    shapes = {path: value.shape for path, value in values.items()}
+    export(folder, config, shapes, values.__getitem__, family=family.model_type, **options)
+    return config, values
+
+
+@pytest.fixture
+def folder(tmp_path):
+    written(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_parameter_comes_back(case, tmp_path):
+    config, values = written(tmp_path / "model", case)
+    found = open_folder(tmp_path / "model")
+    assert found.config == config
+    definition, params, _ = abstract_model(lambda key: build_model(config, key=key))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), params)
+    loaded = found.load(target, definition.layouts)
+    leaves = naming.flatten(loaded)
+    for path, source in naming.sources(loaded, definition.layouts).items():
+        leaf = leaves[source.path] if source.row is None else leaves[source.path][source.row]
+        np.testing.assert_array_equal(leaf, values[naming.show(path)], naming.show(path))
+
+
+def test_shards_hold_what_one_file_holds(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"t{i}": rng.normal(size=(i + 1, 5)).astype(dtype) for i, dtype in enumerate(["f4", "f2", ml_dtypes.bfloat16])
+    }
+    pending = {name: Pending(x.shape, x.dtype, lambda x=x: x) for name, x in arrays.items()}
+    for name, size in (("one", 1 << 30), ("three", 1)):
+        (tmp_path / name).mkdir()
+        write_tensors(tmp_path / name, pending, shard_bytes=size)
+        tensors = TensorFolder(tmp_path / name)
+        for tensor, x in arrays.items():
+            assert tensors.dtype(tensor) == x.dtype and tensors.shapes[tensor] == x.shape
+            np.testing.assert_array_equal(tensors.read(tensor), x)
+    assert len(list((tmp_path / "three").glob("*.safetensors"))) == 3
+
+
+def test_a_run_may_start_from_it(folder):
+    """`WarmStart.path` takes the folder; leaves are matched by name as from a run's own checkpoint."""
+    config, values = config_of(LLAMA)[1], values_of(parameter_shapes(config_of(LLAMA)[1]))
+    definition, params, _ = abstract_model(lambda key: build_model(config, key=key))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    fresh = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), here), params)
+    lines = []
+    config = WarmStart(str(folder), drop=("vocabulary_head/kernel",), missing="initialise")
+    started, account = warm_start(fresh, config, definition.layouts, report=lines.append)
+    assert account.new == ("vocabulary_head/kernel",) and not np.asarray(started["vocabulary_head"]["kernel"]).any()
+    up = started["decoder"]["layers"]["0"]["feed_forward"]["up"]["kernel"]
+    np.testing.assert_array_equal(up[3], values["decoder/layers/3/feed_forward/up/kernel"])
+
+
+def test_a_folder_that_is_there_is_left_alone(folder):
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(FileExistsError, match="exists already; remove it"):
+        written(folder)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    family, config = config_of(LLAMA)
+    shapes = parameter_shapes(config)
+
+    def value(path):
+        if path.endswith("down/kernel"):
+            raise OSError("the disk is full")
+        return np.zeros(shapes[path], np.float32)
+
+    with pytest.raises(OSError, match="the disk is full"):
+        export(tmp_path / "model", config, shapes, value)
+    assert not list(tmp_path.iterdir())
+
+
+def edited(folder, **changes):
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}, "no adapter for .*Rwkv.*; there are .*Llama"),
+        ({"partial_attention": 3}, "has partial_attention = 3, which the adapter does not know"),
+        ({"hidden_size": ...}, "lacks 'hidden_size'"),
+        ({"hidden_act": "gelu_fast"}, "activation 'gelu_fast' is not among"),
+        ({"intermediate_size": 47}, r"mlp\..* has shape .*, but config.json describes"),
+        ({"num_hidden_layers": 3}, r"has in excess model\.layers\.3\."),
+        ({"num_hidden_layers": 5}, r"lacks model\.layers\.4\."),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE scaling of type 'longrope'"),
+    ],
+)
+def test_other_models_are_refused_in_a_sentence(folder, changes, message):
+    edited(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        open_folder(folder)
+
+
+def test_damaged_folders_are_refused(folder, tmp_path):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        open_folder(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    with pytest.raises(ValueError, match="can run code when they are read"):
+        open_folder(folder)
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        open_folder(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    written(tmp_path / "model", shard_bytes=1 << 14)
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(shards) > 2
+    shards[1].unlink()
+    with pytest.raises(FileNotFoundError, match=f"{shards[1].name}, which the index names, is not there"):
+        open_folder(tmp_path / "model")
