@@ -32,10 +32,13 @@ def make(key):
 definition, abstract, infos = abstract_model(make)
 
 
+RATE = 64.0  # so large that the parameters' own rounding is far below the gradient's
+
+
 def run(parallel_config, moments=None, microbatches=1):
-    """Two steps of SGD with momentum and rate 1: what the first takes from the parameters is the gradient."""
+    """Two steps of SGD with momentum: what the first takes from the parameters is the gradient, times the rate."""
     optimizer = build_optimizer(
-        OptimizerConfig(SGD(momentum=0.9), Constant(1.0), clip_global_norm=None, moments=moments),
+        OptimizerConfig(SGD(momentum=0.9), Constant(RATE), clip_global_norm=None, moments=moments),
         infos,
         total_steps=1,
         parametrization=Parametrization(),
@@ -52,7 +55,7 @@ def run(parallel_config, moments=None, microbatches=1):
         loss=LossConfig(z_loss=1e-4),
     )
     state, metrics = step(state, to_devices(packed_batch(0, 16), parallel))
-    grads = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), before, jax.device_get(state.params))
+    grads = jax.tree.map(lambda a, b: (np.float64(a) - np.float64(b)) / RATE, before, jax.device_get(state.params))
     state, _ = step(state, to_devices(packed_batch(1, 16), parallel))
     return float(metrics["loss"][0]), flatten(grads), state, step._cache_size(), (optimizer, parallel)
 
