@@ -20,10 +20,13 @@ MAKE = ParameterMaker(InitConfig(), Parametrization(), width=16)
 
 
 def equations(jaxpr):
+    needed = {id(value) for user in jaxpr.eqns for value in user.invars} | {id(value) for value in jaxpr.outvars}
     for equation in jaxpr.eqns:
-        yield equation
         if equation.primitive.name == "pallas_call":  # what a kernel does inside is its own affair
+            if needed & {id(value) for value in equation.outvars}:  # jax 0.11 leaves one that nobody needs to XLA
+                yield equation
             continue
+        yield equation
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
