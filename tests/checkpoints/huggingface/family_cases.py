@@ -125,6 +125,7 @@ def _wider(window: tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 ROPE = {"rope base": rope(base=lambda base: base * 1.05), "activation": feed_forward(activation=Activation.GELU)}
+GEMMA = ROPE | {"activation": feed_forward(activation=Activation.RELU)}
 WINDOW = {"window": attention(window=_wider)}
 
 CASES = (
@@ -159,14 +160,14 @@ CASES = (
         "gemma",
         "GemmaForCausalLM",
         DECODER | dict(head_dim=16),
-        ROPE | {"embeddings' scale": embedding(scale_by_width=False)},
+        GEMMA | {"embeddings' scale": embedding(scale_by_width=False)},
         scale=0.0,
     ),
     Case(
         "gemma2",
         "Gemma2ForCausalLM",
         DECODER | dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=20),
-        ROPE
+        GEMMA
         | WINDOW
         | {
             "attention soft cap": attention(soft_cap=None),
@@ -182,7 +183,7 @@ CASES = (
         DECODER
         | dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=20)
         | dict(layer_types=["sliding_attention", "full_attention"] * 2, rope_parameters=GEMMA3_ROPES),
-        ROPE | WINDOW | {"rope scaling": rope(scaling=None)},
+        GEMMA | WINDOW | {"rope scaling": rope(scaling=None)},
         scale=0.0,
     ),
     Case("olmo2", "Olmo2ForCausalLM", DECODER, ROPE | {"norm epsilon": norms(epsilon=1e-2)}),
