@@ -1,7 +1,7 @@
 """Filters of the vocabulary: which pieces may be drawn at all, by what they spell.
 
-As in Constrained Text Generation Studio (Roush et al. 2022, arXiv 2306.15926): a token may be drawn if every filter says
-yes to its text. The mask is computed once, when the processor is built, so that a step costs the same whatever the
+As in Constrained Text Generation Studio (Roush et al. 2022, arXiv 2306.15926): a token may be drawn if every filter
+says yes to its text. The mask is computed once, when the processor is built, so that a step costs the same whatever the
 filters.
 
 A filter sees the text of one piece, with the space before it. Those that speak of characters hold for whatever text is

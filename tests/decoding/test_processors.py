@@ -210,7 +210,7 @@ def test_ten_thousand_drawn_tokens_violate_no_filter(parts):
     logits = 4 * jax.random.normal(jax.random.key(0), (10, size))
     history = History(jnp.zeros((10, 1), jnp.int32), jnp.zeros(10, jnp.int32), jnp.zeros(10, jnp.int32))
     masked = processor(logits, history)
-    below = np.cumsum(jax.nn.softmax(masked), axis=1, dtype=np.float64)
+    below = np.cumsum(np.float64(jax.nn.softmax(masked)), axis=1)
     draws = np.random.default_rng(1).random((10, 1000)) * below[:, -1:]
     drawn = np.unique([np.searchsorted(row, points, side="right") for row, points in zip(below, draws, strict=True)])
     assert len(drawn) > 2
