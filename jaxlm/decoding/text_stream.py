@@ -3,6 +3,7 @@
 import codecs
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,26 +19,35 @@ class Pieces:
       text: bytes of each id, [size]; None for special ids.
       names: of special ids, as `Vocabulary.decode` shows them; empty for those that it hides.
       unknown: of ids that the vocabulary does not have.
-      drops_first_space: the vocabulary takes the space away that begins a text, as SentencePiece does by habit.
+      dropped_spaces: so many spaces at the beginning of a text are taken away: none, one (SentencePiece's dummy prefix)
+        or all (its `remove_extra_whitespaces`).
     """
 
     text: tuple[bytes | None, ...]
     names: Mapping[int, bytes]
     unknown: bytes
-    drops_first_space: bool
+    dropped_spaces: int
 
 
 @functools.lru_cache(maxsize=8)
 def pieces_of(vocabulary: "Vocabulary") -> Pieces:
     """The pieces of a vocabulary."""
     text = vocabulary.token_bytes()
-    spaced = next((i for i, piece in enumerate(text) if piece and piece[:1] == b" " and piece.strip().isalnum()), None)
     return Pieces(
         text=text,
         names={i: vocabulary.decode([i]).encode() for i, piece in enumerate(text) if piece is None},
         unknown=vocabulary.decode([len(text)]).encode(),
-        drops_first_space=spaced is not None and not vocabulary.decode([spaced]).startswith(" "),
+        dropped_spaces=_dropped_spaces(vocabulary, text),
     )
+
+
+def _dropped_spaces(vocabulary: "Vocabulary", text: Sequence[bytes | None]) -> int:
+    """Asks the vocabulary what it makes of spaces before a word."""
+    word = next((i for i, piece in enumerate(text) if piece and piece[:1] == b" " and piece[1:].isalnum()), None)
+    if word is None or vocabulary.decode([word]).startswith(" "):
+        return 0
+    space = next((i for i, piece in enumerate(text) if piece == b" "), None)
+    return 1 if space is None or vocabulary.decode([space, space, word]).startswith(" ") else sys.maxsize
 
 
 class TextStream:
@@ -69,7 +79,7 @@ class TextStream:
         self.count = 0
         self._pieces = pieces
         self._stop = tuple(stop)
-        self._drop_space = pieces.drops_first_space and not continues
+        self._drop = 0 if continues else pieces.dropped_spaces
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
@@ -94,11 +104,11 @@ class TextStream:
     def _data(self, i: int) -> bytes:
         text = self._pieces.text[i] if 0 <= i < len(self._pieces.text) else None
         if text is None:
-            text = self._pieces.names.get(i, self._pieces.unknown)
-        elif self._drop_space:
-            text = text.removeprefix(b" ")
+            text, self._drop = self._pieces.names.get(i, self._pieces.unknown), 0
+        while self._drop and text.startswith(b" "):
+            text, self._drop = text[1:], self._drop - 1
         if text:
-            self._drop_space = False
+            self._drop = 0
         return text
 
     def _release(self, text: str) -> str:

@@ -44,6 +44,9 @@ def test_a_stream_is_what_the_vocabulary_decodes(vocabularies):
         whole = vocabulary.decode([*vocabulary.encode("a"), *ids])
         continued, _ = streamed(vocabulary, ids, continues=True)
         assert vocabulary.decode(vocabulary.encode("a")) + "".join(continued) == whole
+        for spaces in (" ", "  ", "    "):
+            ids = vocabulary.encode(spaces + "x y")
+            assert "".join(streamed(vocabulary, ids)[0]) == vocabulary.decode(ids), vocabulary
         # A table may have more rows than the vocabulary has ids.
         assert "".join(streamed(vocabulary, [vocabulary.size + 3])[0]) == vocabulary.decode([vocabulary.size + 3])
 
