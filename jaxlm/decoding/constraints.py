@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from jaxlm.data.vocabularies import Vocabulary
 
 
+_FEW = 8  # tokens that are looked at one by one
+
+
 def bit_words(vocab_size: int) -> int:
     """W, words of 32 tokens each that a mask over a vocabulary has."""
     return -(-vocab_size // 32)
@@ -43,7 +46,7 @@ class Constraint(abc.ABC):
         """The bits of the tokens that may come next, uint32 [W]; an end of text is among them where one may be."""
 
     @abc.abstractmethod
-    def push(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         """Reads a token, which must be allowed."""
 
     @abc.abstractmethod
@@ -58,6 +61,11 @@ class Constraint(abc.ABC):
     @abc.abstractmethod
     def satisfied(self) -> bool:
         """Whether the text may end here."""
+
+    @property
+    @abc.abstractmethod
+    def finished(self) -> bool:
+        """Whether the text must end here, or has ended."""
 
 
 class ConstraintConfig(abc.ABC):
@@ -209,7 +217,7 @@ def _start(name, grammar, vocabulary, vocab_size, end_ids, max_new_tokens) -> "G
     matcher = llguidance.LLMatcher(_tokenizer(vocabulary, vocab_size, tuple(end_ids)), grammar, log_level=0)
     if matcher.is_error():
         raise ValueError(f"{name} is not one that texts can be held to: {_first_line(matcher.get_error())}.")
-    constraint = GrammarConstraint(name, matcher, vocab_size)
+    constraint = GrammarConstraint(name, matcher, vocab_size, end_ids)
     _check_begin(constraint, end_ids)
     if max_new_tokens is not None:
         _check_length(constraint.copy(), max_new_tokens, end_ids)
@@ -228,11 +236,11 @@ def _check_begin(constraint: "GrammarConstraint", end_ids: Sequence[int]) -> Non
     """Raises if no token can begin a text; where only few can, also if none of them can be followed."""
     ids = _ids(constraint.allowed())
     dead = None
-    for token in ids[:9]:
-        if len(ids) > 8 or token in end_ids:
+    for token in ids:
+        if len(ids) > _FEW or token in end_ids:
             return
         following = constraint.copy()
-        following.push(int(token))
+        following.advance(int(token))
         try:
             following.allowed()
             return
@@ -249,7 +257,7 @@ def _check_length(constraint: "GrammarConstraint", max_new_tokens: int, end_ids:
         ids = _ids(constraint.allowed())
         if len(ids) != 1 or ids[0] in end_ids:
             return
-        constraint.push(int(ids[0]))
+        constraint.advance(int(ids[0]))
     raise ValueError(f"{constraint.name} cannot be satisfied in max_new_tokens={max_new_tokens}; raise it.")
 
 
@@ -260,8 +268,9 @@ class GrammarConstraint(Constraint):
       name: of the constraint, as errors call it.
     """
 
-    def __init__(self, name: str, matcher: Any, vocab_size: int):
+    def __init__(self, name: str, matcher: Any, vocab_size: int, end_ids: Sequence[int]):
         self.name = name
+        self._end_ids = frozenset(end_ids)
         self._matcher = matcher
         self._vocab_size = vocab_size
 
@@ -273,6 +282,12 @@ class GrammarConstraint(Constraint):
           ValueError: no token can follow, and the text may not end either.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: bit_words(self._vocab_size)]
+        if np.bitwise_count(bits).sum() <= _FEW:
+            # Where bytes are forced, llguidance names the tokens of what it can spell of them, and they may not follow.
+            bits = bits.copy()
+            for token in _ids(bits):
+                if token not in self._end_ids and not self._matcher.validate_tokens([int(token)]):
+                    bits[token // 32] &= ~np.uint32(1 << token % 32)
         if self._matcher.is_error() or not bits.any():
             raise ValueError(
                 f"{self.name} allows no token of the vocabulary here, and the text may not end; choose one that the "
@@ -281,7 +296,7 @@ class GrammarConstraint(Constraint):
         return bits
 
     @override
-    def push(self, token: int) -> None:
+    def advance(self, token: int) -> None:
         if not self._matcher.consume_token(token):
             raise ValueError(f"{self.name} does not allow the token {token} here: draw from `allowed` only.")
 
@@ -292,9 +307,14 @@ class GrammarConstraint(Constraint):
 
     @override
     def copy(self) -> "GrammarConstraint":
-        return GrammarConstraint(self.name, self._matcher.deep_copy(), self._vocab_size)
+        return GrammarConstraint(self.name, self._matcher.deep_copy(), self._vocab_size, tuple(self._end_ids))
 
     @property
     @override
     def satisfied(self) -> bool:
         return self._matcher.is_accepting()
+
+    @property
+    @override
+    def finished(self) -> bool:
+        return self._matcher.is_stopped() and not self._matcher.is_error()

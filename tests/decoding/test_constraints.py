@@ -44,7 +44,7 @@ def write(constraint, vocabulary, seed, limit=200):
         allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little"))
         assert constraint.satisfied == (end in allowed)
         token = end if end in allowed and rng.random() < 0.3 else int(rng.choice(allowed))
-        constraint.push(token)
+        constraint.advance(token)
         if token == end:
             return ids
         ids.append(token)
@@ -83,9 +83,9 @@ def test_a_schema_may_be_recursive():
     constraint = start(JsonSchema(json.dumps(tree)), vocabulary)
     for token in vocabulary.encode('{"next":{"next":{'):
         assert not constraint.satisfied
-        constraint.push(int(token))
+        constraint.advance(int(token))
     for token in vocabulary.encode("}}}"):
-        constraint.push(int(token))
+        constraint.advance(int(token))
     assert constraint.satisfied
 
 
@@ -101,17 +101,21 @@ def test_a_constraint_goes_back_and_splits():
     vocabulary = ByteVocabulary()
     a, b, end = (int(i) for i in (*vocabulary.encode("ab"), 1))
     constraint = start(RegularExpression("a(b|a)b"), vocabulary)
-    constraint.push(a)
+    constraint.advance(a)
     other = constraint.copy()
-    constraint.push(b)
-    constraint.push(b)
+    constraint.advance(b)
+    constraint.advance(b)
     assert constraint.satisfied and not other.satisfied
     constraint.rewind(2)
     np.testing.assert_array_equal(constraint.allowed(), other.allowed())
-    for token in (a, b, end):
-        other.push(token)
+    other.advance(a)
+    assert not other.finished
+    other.advance(b)
+    assert other.finished and other.satisfied
+    other.advance(end)
+    assert other.finished
     with pytest.raises(ValueError, match="does not allow the token"):
-        constraint.push(end)
+        constraint.advance(end)
 
 
 def test_bits_hold_the_logits():
