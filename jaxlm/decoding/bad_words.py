@@ -7,12 +7,12 @@ from typing import override
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from jaxlm.decoding.history import History, ProcessorConfig, check_ids
-from jaxlm.decoding.sample import NEVER
+from jaxlm.decoding.processor_config import Function, ProcessorConfig, check_ids
+from jaxlm.decoding.processors import Texts
+from jaxlm.decoding.sampling import NEVER
 
-_ANY = -2  # matches every token, and what `History.last` puts before the first
+_ANY = -2  # matches every token, and what `Texts.last` puts before the first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,21 +48,22 @@ class BadWords(ProcessorConfig):
             raise ValueError(
                 f"BadWords forbids the id {ends[0][0]}, which ends a text; use MinNewTokens to delay the end."
             )
-        return Partial(forbid_words, *word_arrays(sequences))
+        return Function(forbid_words, word_arrays(sequences))
 
 
-def word_arrays(sequences: Sequence[Sequence[int]]) -> tuple[jax.Array, jax.Array]:
+def word_arrays(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """(int32 [W, M] all but the last token of each sequence, filled up on the left; int32 [W] the last)."""
     longest = max(len(ids) for ids in sequences) - 1
     before = np.full((len(sequences), longest), _ANY, np.int32)
     for row, ids in zip(before, sequences, strict=True):
         row[longest - len(ids) + 1 :] = ids[:-1]
-    return jnp.asarray(before), jnp.asarray([ids[-1] for ids in sequences], jnp.int32)
+    return before, np.array([ids[-1] for ids in sequences], np.int32)
 
 
-def forbid_words(before: jax.Array, last: jax.Array, logits: jax.Array, history: History) -> jax.Array:
-    """Logits [B, V] with NEVER where a token would complete a word; for the words see `word_arrays`."""
-    written = history.last(before.shape[1])  # [B, M]
+def forbid_words(before: jax.Array, last: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:
+    """Logits [B, V] with NEVER where a token would complete a word; for the words, of each
+    slot, see `word_arrays`."""
+    written = texts.last(before.shape[2])  # [B, M]
     completes = jnp.all((before == _ANY) | (written[:, None] == before), axis=2)  # [B, W]
     rows = jnp.arange(len(logits))[:, None]
     return logits.at[rows, jnp.where(completes, last, logits.shape[1])].set(NEVER, mode="drop")

@@ -11,13 +11,11 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, override
+from typing import TYPE_CHECKING, Any, override
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.decoding.sample import NEVER
+from jaxlm.decoding.processors import Constraint
 from jaxlm.decoding.text_stream import pieces_of
 
 if TYPE_CHECKING:
@@ -32,42 +30,6 @@ def bit_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
-def keep_bits(bits: jax.Array, logits: jax.Array) -> jax.Array:
-    """Logits [B, V] with NEVER where a token's bit, in uint32 [B, W] words from the lowest on, is 0."""
-    ids = jnp.arange(logits.shape[1], dtype=jnp.uint32)
-    return jnp.where(bits[:, ids // 32] >> (ids % 32) & 1, logits, NEVER)
-
-
-class Constraint(abc.ABC):
-    """Which tokens may come next in one text. It has a state: the tokens read so far."""
-
-    @abc.abstractmethod
-    def allowed(self) -> np.ndarray:
-        """The bits of the tokens that may come next, uint32 [W]; an end of text is among them where one may be."""
-
-    @abc.abstractmethod
-    def advance(self, token: int) -> None:
-        """Reads a token, which must be allowed."""
-
-    @abc.abstractmethod
-    def rewind(self, count: int) -> None:
-        """Forgets the last `count` tokens."""
-
-    @abc.abstractmethod
-    def copy(self) -> Self:
-        """Another text with the same tokens so far."""
-
-    @property
-    @abc.abstractmethod
-    def satisfied(self) -> bool:
-        """Whether the text may end here."""
-
-    @property
-    @abc.abstractmethod
-    def finished(self) -> bool:
-        """Whether the text must end here, or has ended."""
-
-
 class ConstraintConfig(abc.ABC):
     """A form that texts must have. Subclasses are frozen dataclasses."""
 
@@ -80,7 +42,7 @@ class ConstraintConfig(abc.ABC):
         end_ids: Sequence[int],
         max_new_tokens: int | None = None,
         continues: bool = False,
-    ) -> Constraint:
+    ) -> "GrammarConstraint":
         """The constraint of a text that is about to be written.
 
         Args:
@@ -262,7 +224,7 @@ def _check_length(constraint: "GrammarConstraint", max_new_tokens: int, end_ids:
 
 
 class GrammarConstraint(Constraint):
-    """A text under a grammar of llguidance.
+    """A text under a grammar of llguidance, and the tokens of it that were read so far.
 
     Attributes:
       name: of the constraint, as errors call it.
@@ -276,7 +238,7 @@ class GrammarConstraint(Constraint):
 
     @override
     def allowed(self) -> np.ndarray:
-        """As the base class.
+        """As the base class; an end of text is among them where one may be.
 
         Raises:
           ValueError: no token can follow, and the text may not end either.
@@ -300,21 +262,22 @@ class GrammarConstraint(Constraint):
         if not self._matcher.consume_token(token):
             raise ValueError(f"{self.name} does not allow the token {token} here: draw from `allowed` only.")
 
-    @override
     def rewind(self, count: int) -> None:
+        """Forgets the last `count` tokens."""
         if count and not self._matcher.rollback(count):
             raise ValueError(f"{self.name} has read fewer than {count} tokens and cannot forget so many.")
 
-    @override
     def copy(self) -> "GrammarConstraint":
+        """Another text with the same tokens so far."""
         return GrammarConstraint(self.name, self._matcher.deep_copy(), self._vocab_size, tuple(self._end_ids))
 
     @property
-    @override
     def satisfied(self) -> bool:
+        """Whether the text may end here."""
         return self._matcher.is_accepting()
 
     @property
     @override
     def finished(self) -> bool:
+        """As the base class: the text can only end here."""
         return self._matcher.is_stopped() and not self._matcher.is_error()

@@ -5,10 +5,11 @@ from typing import override
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
+import numpy as np
 
-from jaxlm.decoding.history import History, ProcessorConfig, check_ids
-from jaxlm.decoding.sample import NEVER
+from jaxlm.decoding.processor_config import Function, ProcessorConfig, check_ids
+from jaxlm.decoding.processors import Texts
+from jaxlm.decoding.sampling import NEVER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class ForcedBegin(ProcessorConfig):
     def build(self, vocabulary, *, vocab_size, end_ids):
         ids = self.ids or tuple(int(i) for i in vocabulary.encode_with_specials(self.text))
         check_ids("ForcedBegin", ids, vocab_size)
-        return Partial(force_begin, jnp.asarray(ids, jnp.int32))
+        return Function(force_begin, (np.array(ids, np.int32),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ class ForcedEnd(ProcessorConfig):
     """A text that is still going on ends with its `length`-th new token.
 
     Attributes:
-      length: new tokens, the end included; the request's `max_new_tokens`, as a rule.
+      length: new tokens, the end included; as a rule a request's limit, which it may bring as the option
+        `max_new_tokens`.
     """
 
     length: int
@@ -50,7 +52,7 @@ class ForcedEnd(ProcessorConfig):
 
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
-        return Partial(force_end, jnp.int32(self.length), _end_ids("ForcedEnd", end_ids))
+        return Function(force_end, (np.int32(self.length), _end_ids("ForcedEnd", end_ids)), ("max_new_tokens", None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class MinNewTokens(ProcessorConfig):
     """No text ends before it has `length` new tokens, the end not counted.
 
     Attributes:
-      length: new tokens.
+      length: new tokens; a request may bring its own as the option `min_new_tokens`.
     """
 
     length: int
@@ -69,34 +71,35 @@ class MinNewTokens(ProcessorConfig):
 
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
-        return Partial(delay_end, jnp.int32(self.length), _end_ids("MinNewTokens", end_ids))
+        return Function(delay_end, (np.int32(self.length), _end_ids("MinNewTokens", end_ids)), ("min_new_tokens", None))
 
 
-def force_begin(ids: jax.Array, logits: jax.Array, history: History) -> jax.Array:
-    """Logits [B, V] that are 0 for the n-th of ids [N] at the n-th new token, and NEVER for all others."""
-    at = history.new_tokens
-    forced = jnp.arange(logits.shape[1]) == ids[jnp.minimum(at, len(ids) - 1)][:, None]
-    return jnp.where((at < len(ids))[:, None], jnp.where(forced, 0.0, NEVER), logits)
+def force_begin(ids: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:
+    """Logits [B, V] that are 0 for the n-th of ids [B, N] at the n-th new token, and NEVER for all others."""
+    at = texts.new_tokens
+    forced = jnp.arange(logits.shape[1]) == jnp.take_along_axis(ids, jnp.minimum(at, ids.shape[1] - 1)[:, None], axis=1)
+    return jnp.where((at < ids.shape[1])[:, None], jnp.where(forced, 0.0, NEVER), logits)
 
 
-def force_end(length: jax.Array, end_ids: jax.Array, logits: jax.Array, history: History) -> jax.Array:
-    """Logits [B, V] with NEVER for all but end_ids [N] at the last of `length`, a number or [B], new tokens.
+def force_end(length: jax.Array, end_ids: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:
+    """Logits [B, V] with NEVER for all but end_ids [B, N] at the last of `length` [B] new tokens.
 
     An end that was forbidden before is allowed then, with logit 0.
     """
-    last = history.new_tokens >= length - 1
-    end = jnp.zeros(logits.shape[1], bool).at[end_ids].set(True)
+    last = texts.new_tokens >= length - 1
+    end = jnp.any(jnp.arange(logits.shape[1]) == end_ids[:, :, None], axis=1)
     ending = jnp.where(end, jnp.where(logits <= NEVER, 0.0, logits), NEVER)
     return jnp.where(last[:, None], ending, logits)
 
 
-def delay_end(length: jax.Array, end_ids: jax.Array, logits: jax.Array, history: History) -> jax.Array:
-    """Logits [B, V] with NEVER for end_ids [N] while there are fewer than `length`, a number or [B], new tokens."""
-    early = history.new_tokens < length
-    return logits.at[:, end_ids].set(jnp.where(early[:, None], NEVER, logits[:, end_ids]))
+def delay_end(length: jax.Array, end_ids: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:
+    """Logits [B, V] with NEVER for end_ids [B, N] while there are fewer than `length` [B] new tokens."""
+    early = texts.new_tokens < length
+    end = jnp.any(jnp.arange(logits.shape[1]) == end_ids[:, :, None], axis=1)
+    return jnp.where(early[:, None] & end, NEVER, logits)
 
 
 def _end_ids(name, end_ids):
     if not end_ids:
         raise ValueError(f"{name} needs to know which token ends a text, and there is none; name an end id.")
-    return jnp.asarray(end_ids, jnp.int32)
+    return np.array(end_ids, np.int32)

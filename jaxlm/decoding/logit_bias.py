@@ -4,11 +4,10 @@ import dataclasses
 from typing import override
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from jaxlm.decoding.history import History, ProcessorConfig, check_ids
+from jaxlm.decoding.processor_config import Function, ProcessorConfig, check_ids
+from jaxlm.decoding.processors import Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +26,9 @@ class LogitBias(ProcessorConfig):
         bias = np.zeros(vocab_size, np.float32)
         for i, amount in self.biases:
             bias[i] += amount
-        return Partial(add_bias, jnp.asarray(bias))
+        return Function(add_bias, (bias,))
 
 
-def add_bias(bias: jax.Array, logits: jax.Array, history: History) -> jax.Array:
-    """Logits [B, V] and bias [V] or [B, V]."""
+def add_bias(bias: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:
+    """Logits [B, V] and what is added to them, [B, V]."""
     return logits + bias

@@ -5,9 +5,10 @@ from typing import override
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
+import numpy as np
 
-from jaxlm.decoding.history import History, ProcessorConfig
+from jaxlm.decoding.processor_config import Function, ProcessorConfig
+from jaxlm.decoding.processors import Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,8 @@ class RepetitionPenalty(ProcessorConfig):
     """Logits of tokens that the prompt or the text has are divided by `penalty`, or multiplied where negative.
 
     Keskar et al. 2019 (CTRL, arXiv 1909.05858, 4.1), for logits of either sign as in `transformers`.
+
+    A request may bring its own as the option `repetition_penalty`.
 
     Attributes:
       penalty: above 1 discourages repetition, 1.2 is the paper's value; below 1 encourages it.
@@ -28,14 +31,15 @@ class RepetitionPenalty(ProcessorConfig):
 
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
-        return Partial(penalize_repetition, self.penalty)
+        return Function(penalize_repetition, (np.float32(self.penalty),), ("repetition_penalty",))
 
 
 @dataclasses.dataclass(frozen=True)
 class CountPenalty(ProcessorConfig):
     """Logits less `presence` for each token that the new text has, and less `frequency` for each time it has it.
 
-    The prompt does not count. As in OpenAI's interface (presence_penalty, frequency_penalty).
+    The prompt does not count. As in OpenAI's interface, by whose names a request may bring its own: the options
+    `presence_penalty` and `frequency_penalty`.
 
     Attributes:
       presence: nats, once a token; negative encourages repetition.
@@ -47,25 +51,25 @@ class CountPenalty(ProcessorConfig):
 
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
-        return Partial(penalize_counts, self.presence, self.frequency)
+        arguments = np.float32(self.presence), np.float32(self.frequency)
+        return Function(penalize_counts, arguments, ("presence_penalty", "frequency_penalty"))
 
 
-def penalize_repetition(penalty: jax.Array | float, logits: jax.Array, history: History) -> jax.Array:
-    """Logits [B, V] after a repetition penalty, a number or [B, 1]."""
-    seen = counts(history, logits.shape[1], prompt=True) > 0
+def penalize_repetition(penalty: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:
+    """Logits [B, V] after a repetition penalty [B]."""
+    penalty = penalty[:, None]
+    seen = counts(texts, logits.shape[1], prompt=True) > 0
     return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def penalize_counts(
-    presence: jax.Array | float, frequency: jax.Array | float, logits: jax.Array, history: History
-) -> jax.Array:
-    """Logits [B, V] after presence and frequency penalties, numbers or [B, 1]."""
-    times = counts(history, logits.shape[1], prompt=False)
-    return logits - presence * (times > 0) - frequency * times
+def penalize_counts(presence: jax.Array, frequency: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:
+    """Logits [B, V] after presence and frequency penalties [B]."""
+    times = counts(texts, logits.shape[1], prompt=False)
+    return logits - presence[:, None] * (times > 0) - frequency[:, None] * times
 
 
-def counts(history: History, vocab_size: int, *, prompt: bool) -> jax.Array:
+def counts(texts: Texts, vocab_size: int, *, prompt: bool) -> jax.Array:
     """int32 [B, V]: how often each token was written, with or without the prompt."""
-    rows = jnp.arange(len(history.lengths))[:, None]
-    ids = jnp.where(history.written(prompt=prompt), history.tokens, vocab_size)  # one past the end is dropped
-    return jnp.zeros((len(history.lengths), vocab_size), jnp.int32).at[rows, ids].add(1, mode="drop")
+    rows = jnp.arange(len(texts.lengths))[:, None]
+    ids = jnp.where(texts.written(prompt=prompt), texts.tokens, vocab_size)  # one past the end is dropped
+    return jnp.zeros((len(texts.lengths), vocab_size), jnp.int32).at[rows, ids].add(1, mode="drop")

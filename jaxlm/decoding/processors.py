@@ -44,6 +44,11 @@ class Texts:
         inside = column < self.lengths[:, None]
         return inside if prompt else inside & (column >= self.prompt_lengths[:, None])
 
+    def last(self, count: int) -> jax.Array:
+        """int32 [B, count]: the last tokens of each slot in order; -1 where a slot has fewer."""
+        at = self.lengths[:, None] - count + jnp.arange(count)
+        return jnp.where(at >= 0, jnp.take_along_axis(self.tokens, jnp.maximum(at, 0), axis=1), -1)
+
 
 class Processor:
     """Changes logits. Subclasses are frozen dataclasses: they are hashed, and compiled into the step.

@@ -5,10 +5,11 @@ from typing import override
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import Partial
+import numpy as np
 
-from jaxlm.decoding.history import History, ProcessorConfig
-from jaxlm.decoding.sample import NEVER
+from jaxlm.decoding.processor_config import Function, ProcessorConfig
+from jaxlm.decoding.processors import Texts
+from jaxlm.decoding.sampling import NEVER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +29,18 @@ class NoRepeatNGram(ProcessorConfig):
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
         # The size shapes the program, so it travels in an array's shape, which is static.
-        return Partial(forbid_repeats, jnp.zeros((self.size - 1,), bool))
+        return Function(forbid_repeats, (np.zeros(self.size - 1, bool),))
 
 
-def forbid_repeats(context: jax.Array, logits: jax.Array, history: History) -> jax.Array:
-    """Logits [B, V] with NEVER where the token would repeat an n-gram; `context` [n - 1] says n by its shape."""
-    n, (slots, length) = context.shape[0] + 1, history.tokens.shape
+def forbid_repeats(context: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:
+    """Logits [B, V] with NEVER where the token would repeat an n-gram; `context` [B, n - 1] says n by its shape."""
+    n, (slots, length) = context.shape[1] + 1, texts.tokens.shape
     if length < n:
         return logits
-    last = history.last(n - 1)  # [B, n - 1]
+    last = texts.last(n - 1)  # [B, n - 1]
     starts = length - n + 1
-    repeats = jnp.arange(starts) + n <= history.lengths[:, None]  # [B, starts]: a whole n-gram begins here
+    repeats = jnp.arange(starts) + n <= texts.lengths[:, None]  # [B, starts]: a whole n-gram begins here
     for i in range(n - 1):
-        repeats &= history.tokens[:, i : i + starts] == last[:, i : i + 1]
-    ids = jnp.where(repeats, history.tokens[:, n - 1 :], logits.shape[1])
+        repeats &= texts.tokens[:, i : i + starts] == last[:, i : i + 1]
+    ids = jnp.where(repeats, texts.tokens[:, n - 1 :], logits.shape[1])
     return logits.at[jnp.arange(slots)[:, None], ids].set(NEVER, mode="drop")

@@ -18,12 +18,10 @@ from collections.abc import Sequence
 from typing import override
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 
-from jaxlm.decoding.history import History, ProcessorConfig
-from jaxlm.decoding.sample import NEVER
+from jaxlm.decoding.processor_config import Function, ProcessorConfig
+from jaxlm.decoding.processors import Texts, keep_allowed
 
 
 class PieceFilter(abc.ABC):
@@ -177,7 +175,8 @@ class VocabularyFilter(ProcessorConfig):
         allowed = np.zeros(vocab_size, bool)
         allowed[: vocabulary.size] = self.allowed(vocabulary.token_bytes())
         allowed[list(end_ids)] = True
-        return Partial(keep_allowed, jnp.asarray(allowed))
+        bits = np.packbits(np.pad(allowed, (0, -vocab_size % 32)), bitorder="little").view(np.uint32)
+        return Function(keep_pieces, (bits,))
 
     def allowed(self, token_bytes: Sequence[bytes | None]) -> np.ndarray:
         """bool [V]: which pieces pass.
@@ -202,6 +201,6 @@ class VocabularyFilter(ProcessorConfig):
         return all(one.allows(text) for one in self.filters)
 
 
-def keep_allowed(allowed: jax.Array, logits: jax.Array, history: History) -> jax.Array:
-    """Logits [B, V] with NEVER where `allowed`, bool [V] or [B, V], is false."""
-    return jnp.where(allowed, logits, NEVER)
+def keep_pieces(allowed: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:
+    """Logits [B, V] with NEVER where a token's bit in `allowed`, uint32 [B, ceil(V / 32)], is 0."""
+    return keep_allowed(logits, allowed)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jaxlm.data.vocabularies import ByteVocabulary, PythonVocabulary, SentencePieceVocabulary
-from jaxlm.decoding.constraints import JsonSchema, OneOf, RegularExpression, bit_words, keep_bits
-from jaxlm.decoding.sample import NEVER
+from jaxlm.decoding.constraints import JsonSchema, OneOf, RegularExpression, bit_words
+from jaxlm.decoding.processors import keep_allowed
+from jaxlm.decoding.sampling import NEVER
 
 pytest.importorskip("llguidance", reason="the extra `constraints` is not installed")
 
@@ -123,7 +124,8 @@ def test_bits_hold_the_logits():
     allowed, logits = rng.random((3, 70)) < 0.5, rng.normal(size=(3, 70)).astype(np.float32)
     bits = np.packbits(np.pad(allowed, ((0, 0), (0, 26))), axis=1, bitorder="little").view(np.uint32)
     assert bits.shape == (3, bit_words(70))
-    np.testing.assert_array_equal(keep_bits(jnp.asarray(bits), jnp.asarray(logits)), np.where(allowed, logits, NEVER))
+    got = keep_allowed(jnp.asarray(logits), jnp.asarray(bits))
+    np.testing.assert_array_equal(got, np.where(allowed, logits, NEVER))
 
 
 @pytest.mark.parametrize(

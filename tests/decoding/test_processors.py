@@ -8,11 +8,12 @@ import pytest
 from jaxlm.data.vocabularies import ByteVocabulary, PythonVocabulary
 from jaxlm.decoding.bad_words import BadWords
 from jaxlm.decoding.forced import ForcedBegin, ForcedEnd, MinNewTokens
-from jaxlm.decoding.history import History, process
 from jaxlm.decoding.logit_bias import LogitBias
 from jaxlm.decoding.penalties import CountPenalty, RepetitionPenalty
+from jaxlm.decoding.processors import Texts, process
 from jaxlm.decoding.repeats import NoRepeatNGram
-from jaxlm.decoding.sample import NEVER
+from jaxlm.decoding.requests import Request
+from jaxlm.decoding.sampling import NEVER
 from jaxlm.decoding.vocabulary_filters import (
     EndingWith,
     Lowercase,
@@ -35,7 +36,17 @@ def build(config, vocabulary=BYTES, vocab_size=V, end_ids=(END,)):
     return config.build(vocabulary, vocab_size=vocab_size, end_ids=end_ids)
 
 
-def histories(seed=0, slots=6, length=14):
+run = jax.jit(process, static_argnums=0)
+
+
+def applied(processors, logits, texts, options=None):
+    """Logits through processors, as the engine calls them; `options` of each slot's request."""
+    requests = [Request([1], options=o) for o in options or [{}] * len(logits)]
+    states = [jax.tree.map(lambda *x: np.stack(x), *map(p.slot_state, requests)) for p in processors]
+    return run(tuple(processors), jnp.asarray(logits), texts, states)
+
+
+def some_texts(seed=0, slots=6, length=14):
     """Ragged rows over few ids, so that n-grams come again; what lies beyond a row's length must not matter."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, length + 1, slots)
@@ -44,9 +55,9 @@ def histories(seed=0, slots=6, length=14):
     tokens = rng.integers(2, V, (slots, length))
     for row, ids in zip(tokens, rows, strict=True):
         row[: len(ids)] = ids
-    history = History(*(jnp.asarray(x, jnp.int32) for x in (tokens, lengths, prompts)))
+    texts = Texts(*(jnp.asarray(x, jnp.int32) for x in (tokens, lengths, prompts)))
     logits = rng.normal(size=(slots, V)).astype(np.float32)
-    return history, rows, prompts.tolist(), logits
+    return texts, rows, prompts.tolist(), logits
 
 
 def repetition(ids, prompt, logits):
@@ -112,12 +123,12 @@ DEFINITIONS = {
 def test_a_processor_is_its_definition_with_loops(config):
     changed = False
     for seed in range(3):
-        history, rows, prompts, logits = histories(seed)
-        got = jax.jit(process)([build(config)], jnp.asarray(logits), history)
+        texts, rows, prompts, logits = some_texts(seed)
+        got = applied([build(config)], logits, texts)
         wanted = [DEFINITIONS[config](ids, prompt, row) for ids, prompt, row in zip(rows, prompts, logits.tolist())]
         np.testing.assert_allclose(got, np.float32(wanted), rtol=1e-6)
         changed |= not np.array_equal(got, logits)
-    assert changed, "these histories show nothing of the processor"
+    assert changed, "these texts show nothing of the processor"
 
 
 def test_processors_agree_with_transformers():
@@ -137,9 +148,9 @@ def test_processors_agree_with_transformers():
     for length in (7, 10):
         tokens = rng.integers(2, 6, (16, length))
         logits = rng.normal(size=(16, V)).astype(np.float32)
-        history = History(jnp.asarray(tokens, jnp.int32), jnp.full(16, length), jnp.full(16, 6))
+        texts = Texts(jnp.asarray(tokens, jnp.int32), jnp.full(16, length), jnp.full(16, 6))
         for config, reference in pairs:
-            got = np.asarray(build(config)(jnp.asarray(logits), history))
+            got = np.asarray(applied([build(config)], logits, texts))
             wanted = reference(torch.tensor(tokens), torch.tensor(logits)).numpy()
             never = np.isneginf(wanted)
             np.testing.assert_array_equal(got == NEVER, never, err_msg=str(config))
@@ -149,8 +160,8 @@ def test_processors_agree_with_transformers():
 
 
 def test_processors_compose_in_their_order_and_share_a_program():
-    history, _, _, logits = histories()
-    run = jax.jit(lambda *args: process(*args))  # with a cache of its own
+    texts, _, _, logits = some_texts()
+    before = run._cache_size()
     for strength in (1.1, 1.4):
         parts = [
             build(RepetitionPenalty(strength)),
@@ -159,29 +170,39 @@ def test_processors_compose_in_their_order_and_share_a_program():
         ]
         wanted = jnp.asarray(logits)
         for part in parts:
-            wanted = part(wanted, history)
-        np.testing.assert_allclose(run(parts, jnp.asarray(logits), history), wanted, rtol=1e-6)
-    assert run._cache_size() == 1
-    assert not np.allclose(run(parts[::-1], jnp.asarray(logits), history), wanted, atol=1e-3)
+            states = jax.tree.map(lambda x: np.stack([x] * len(logits)), part.slot_state(Request([1])))
+            wanted = part(wanted, texts, states)
+        np.testing.assert_allclose(applied(parts, logits, texts), wanted, rtol=1e-6)
+    assert run._cache_size() == before + 1
+    assert not np.allclose(applied(parts[::-1], logits, texts), wanted, atol=1e-3)
 
 
 def test_a_forced_end_and_a_forced_begin_win_over_what_forbids_them():
-    history, *_ = histories()
+    texts, *_ = some_texts()
     forbidden = jnp.full((6, V), NEVER)
-    ending = build(ForcedEnd(1))(forbidden, history)
+    ending = applied([build(ForcedEnd(1))], forbidden, texts)
     assert (jnp.argmax(ending, 1) == END).all()
-    assert (jnp.argmax(build(ForcedBegin(ids=(7,) * 20))(forbidden, history), 1) == 7).all()
+    assert (jnp.argmax(applied([build(ForcedBegin(ids=(7,) * 20))], forbidden, texts), 1) == 7).all()
 
 
-def test_a_history_grows_is_taken_and_tells_its_last_tokens():
-    history, rows, *_ = histories(slots=3, length=6)
-    room = History(jnp.pad(history.tokens, ((0, 0), (0, 2))), history.lengths, history.prompt_lengths)
-    grown = room.push(jnp.array([9, 10, 11]), keep=jnp.array([True, False, True]))
-    wanted = [rows[0] + [9], rows[1], rows[2] + [11]]
-    for row, length, ids in zip(grown.tokens, grown.lengths, wanted, strict=True):
-        assert row[:length].tolist() == ids
-    assert grown.take(jnp.array([2, 2])).lengths.tolist() == [len(wanted[2])] * 2
-    assert grown.last(8).tolist() == [[-1] * (8 - len(ids)) + ids for ids in wanted]
+def test_a_request_may_bring_its_own_numbers():
+    texts, rows, prompts, logits = some_texts()
+    parts = [build(RepetitionPenalty(1.0)), build(CountPenalty()), build(MinNewTokens(1))]
+    options = [{"repetition_penalty": 1.3}, {"frequency_penalty": 0.5}, {"min_new_tokens": 50}, {}, {}, {}]
+    before = run._cache_size()
+    got = applied(parts, logits, texts, options)
+    np.testing.assert_array_equal(applied(parts, logits, texts)[3:], got[3:])
+    assert run._cache_size() <= before + 1
+    np.testing.assert_allclose(
+        got[0, 2:], np.float32(repetition(rows[0], prompts[0], logits[0].tolist()))[2:], rtol=1e-6
+    )
+    np.testing.assert_allclose(got[1, 2:], [logits[1, i] - 0.5 * rows[1][prompts[1] :].count(i) for i in range(2, V)])
+    assert got[2, END] == NEVER
+
+
+def test_texts_tell_their_last_tokens():
+    texts, rows, *_ = some_texts(slots=3, length=6)
+    assert texts.last(8).tolist() == [[-1] * (8 - len(ids)) + ids for ids in rows]
 
 
 # Vocabulary filters ---------------------------------------------------------------------------------------------
@@ -208,8 +229,8 @@ def test_ten_thousand_drawn_tokens_violate_no_filter(parts):
     size, end = vocabulary.size + 5, vocabulary.info().eos_id
     processor = build(config, vocabulary, size, (end,))
     logits = 4 * jax.random.normal(jax.random.key(0), (10, size))
-    history = History(jnp.zeros((10, 1), jnp.int32), jnp.zeros(10, jnp.int32), jnp.zeros(10, jnp.int32))
-    masked = processor(logits, history)
+    texts = Texts(jnp.zeros((10, 1), jnp.int32), jnp.zeros(10, jnp.int32), jnp.zeros(10, jnp.int32))
+    masked = applied([processor], logits, texts)
     below = np.cumsum(np.float64(jax.nn.softmax(masked)), axis=1)
     draws = np.random.default_rng(1).random((10, 1000)) * below[:, -1:]
     drawn = np.unique([np.searchsorted(row, points, side="right") for row, points in zip(below, draws, strict=True)])
@@ -262,6 +283,6 @@ def test_what_cannot_be_built_says_so():
 def test_bad_words_are_those_of_the_text_with_and_without_a_space():
     processor = build(BadWords(words=("ab",)), BYTES, BYTES.size)
     a, b, space = (int(BYTES.encode(c)[0]) for c in "ab ")
-    history = History(jnp.array([[space, a], [a, a], [a, b]]), jnp.full(3, 2), jnp.zeros(3, jnp.int32))
-    never = np.asarray(processor(jnp.zeros((3, BYTES.size)), history) == NEVER)
+    texts = Texts(jnp.array([[space, a], [a, a], [a, b]]), jnp.full(3, 2), jnp.zeros(3, jnp.int32))
+    never = np.asarray(applied([processor], jnp.zeros((3, BYTES.size)), texts) == NEVER)
     assert never.sum() == 2 and never[0, b] and never[1, b]
