@@ -2,21 +2,27 @@
 
 As in `transformers`, whose habits differ from the textbook's in when the search is over (`EarlyStopping`), and in that
 a text counts as ended only if it is among the best `width` candidates of its step. With as many beams as there are
-texts the search is exhaustive. Scores are sums of log-probabilities after processors, divided by a length penalty: that of
-`transformers`, or of GNMT (Wu et al. 2016, arXiv 1609.08144, eq. 14).
+texts the search is exhaustive. Scores are sums of log-probabilities, of what processors leave, divided by a length
+penalty: that of `transformers`, or of GNMT (Wu et al. 2016, arXiv 1609.08144, eq. 14).
 """
 
 import abc
 import dataclasses
 import enum
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, override
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from jaxlm.decoding.cached_model import CachedModel, bucket, extend_slots, to_host
+from jaxlm.decoding.processors import Processor, Texts, advance, process, prompts_as_texts, states_of
+from jaxlm.decoding.requests import Finish, Request
 from jaxlm.decoding.sampling import NEVER
+from jaxlm.layers.context import Context
 
 
 class LengthPenalty(abc.ABC):
@@ -104,6 +110,95 @@ class BeamConfig:
         return np.ones_like(lengths) if self.penalty is None else np.asarray(self.penalty(lengths), np.float32)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScoredText:
+    """A text that a search has found.
+
+    Attributes:
+      tokens: int32 [N], the new tokens, without the one that ends the text.
+      score: log-probability of all of them and of the end, divided by the length penalty.
+      finish: STOP if it has ended, LENGTH if it was cut.
+    """
+
+    tokens: np.ndarray
+    score: float
+    finish: Finish
+
+
+def beam_search(
+    model: CachedModel,
+    prompts: Sequence[Sequence[int]],
+    config: BeamConfig,
+    *,
+    end_ids: Sequence[int],
+    processors: Sequence[Processor] = (),
+    drawable: np.ndarray | None = None,
+) -> list[list[ScoredText]]:
+    """The best texts that follow each prompt, the best first; all prompts together.
+
+    Args:
+      model: what says how likely texts are.
+      prompts: token ids; an encoder-decoder's are its encoder's.
+      config: how it is searched.
+      end_ids: each of these tokens ends a text.
+      processors: change the logits, in this order, before they become log-probabilities.
+      drawable: bool [V], the ids that may be drawn at all; None: all.
+
+    Returns:
+      for each prompt `config.num_return` texts, fewer where there are no more.
+
+    Raises:
+      ValueError: a prompt cannot be continued by so many tokens, see `CachedModel.check`.
+    """
+    for prompt in prompts:
+        model.check(prompt, config.max_new_tokens)
+    processors, end_ids = tuple(processors), tuple(sorted({int(i) for i in end_ids}))
+    caches, logits = model.prefill(prompts)
+    slots = len(logits)
+    capacity = max(bucket(max(map(model.text_length, prompts)) + config.max_new_tokens), caches.capacity)
+    requests = [Request(prompt) for prompt in prompts]
+    texts = prompts_as_texts([[] if model.crosses else p for p in prompts], slots, capacity)
+    program = _program(model.graphdef, model.context, config, processors, end_ids, capacity)
+    drawable = np.ones(logits.shape[1], bool) if drawable is None else drawable
+    alive = np.arange(slots) < len(prompts)
+    found = program(model.params, caches, logits, texts, states_of(processors, requests, slots), drawable, alive)
+    tokens, lengths, scores = (to_host(x) for x in (found.tokens, found.lengths, found.scores))
+    answers = []
+    for row in range(len(prompts)):
+        answers.append([])
+        for i in range(config.num_return):
+            if scores[row, i] > NEVER:
+                text = tokens[row, i, : lengths[row, i]]
+                ended = int(text[-1]) in end_ids
+                finish = Finish.STOP if ended else Finish.LENGTH
+                answers[-1].append(ScoredText(text[: len(text) - ended], float(scores[row, i]), finish))
+    return answers
+
+
+@functools.cache
+def _program(
+    graphdef: Any,
+    context: Context,
+    config: BeamConfig,
+    processors: tuple[Processor, ...],
+    end_ids: tuple[int, ...],
+    capacity: int,
+) -> Callable[..., "Found"]:
+    """The compiled search of a model definition."""
+
+    def run(params, caches, logits, texts, states, drawable, alive):
+        model = nnx.merge(graphdef, params)
+
+        def extend(caches, tokens):
+            logits, caches = extend_slots(model, caches, tokens, None, context)
+            return jnp.where(drawable, logits, NEVER), caches.laid_out(context.ops.constrain)
+
+        options = {"end_ids": end_ids, "texts": texts, "processors": processors, "states": states, "alive": alive}
+        return search(extend, caches.grown(capacity), jnp.where(drawable, logits, NEVER), config, **options)
+
+    return jax.jit(run)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
@@ -139,6 +234,8 @@ class _Beams:
       searching: bool [B], False when a prompt's search is over.
       memory: of B K slots.
       logits: float32 [B K, V] of what follows.
+      texts: of B K slots, with their prompts, for processors.
+      states: of each processor.
     """
 
     step: jax.Array
@@ -148,6 +245,8 @@ class _Beams:
     searching: jax.Array
     memory: Any
     logits: jax.Array
+    texts: Texts
+    states: tuple[Any, ...]
 
 
 def search(
@@ -157,6 +256,10 @@ def search(
     config: BeamConfig,
     *,
     end_ids: Sequence[int],
+    texts: Texts | None = None,
+    processors: tuple[Processor, ...] = (),
+    states: tuple[Any, ...] = (),
+    alive: jax.Array | None = None,
 ) -> Found:
     """Beam search, inside jit.
 
@@ -166,6 +269,9 @@ def search(
       logits: float32 [B, V] after the prompts.
       config: how it is searched.
       end_ids: each of these tokens ends a text; none: only `max_new_tokens` does.
+      texts: the B prompts, with room for the new tokens; without processors nobody asks for them.
+      processors: change the logits; their `states` are of the B prompts.
+      alive: bool [B], the prompts that are searched; None: all.
     """
     batch, vocab_size = logits.shape
     width, most = config.width, config.max_new_tokens
@@ -177,7 +283,8 @@ def search(
     penalties, hopes, ends = (jnp.asarray(x) for x in (penalties, hopes, np.array(end_ids, np.int32)))
 
     def step(beams: _Beams) -> _Beams:
-        log_probabilities = jax.nn.log_softmax(beams.logits, axis=-1).reshape(batch, width, vocab_size)
+        changed = process(processors, beams.logits, beams.texts, beams.states)
+        log_probabilities = jax.nn.log_softmax(changed, axis=-1).reshape(batch, width, vocab_size)
         # A token that must not be drawn makes a text that there is not, rather than one that is very unlikely.
         log_probabilities = jnp.where(log_probabilities <= NEVER / 2, NEVER, log_probabilities)
         scores = jnp.maximum(beams.scores[:, :, None] + log_probabilities, NEVER).reshape(batch, -1)
@@ -207,9 +314,15 @@ def search(
             lambda: (lambda out: (out[0][:, 0], out[1]))(extend(beams.memory.take(slots), drawn.reshape(-1, 1))),
             lambda: (beams.logits, beams.memory),
         )
-        return _Beams(beams.step + 1, tokens, scores, found, searching, memory, logits)
+        texts, states = jax.tree.map(lambda x: x[slots], (beams.texts, beams.states))
+        drawn, goes_on = drawn.reshape(-1), jnp.ones(batch * width, bool)
+        states = advance(processors, states, texts, drawn, goes_on)
+        texts = texts.append(drawn, goes_on)
+        return _Beams(beams.step + 1, tokens, scores, found, searching, memory, logits, texts, states)
 
     repeated = jnp.repeat(jnp.arange(batch), width)
+    if texts is None:
+        texts = Texts(jnp.zeros((batch, 0), jnp.int32), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
     empty = jnp.zeros((batch, width, most), jnp.int32)
     nothing = jnp.full((batch, width), NEVER, jnp.float32)
     start = _Beams(
@@ -217,9 +330,11 @@ def search(
         tokens=empty,
         scores=nothing.at[:, 0].set(0.0),  # all beams are the same prompt: only the first is continued
         found=Found(empty, jnp.zeros((batch, width), jnp.int32), nothing),
-        searching=jnp.ones(batch, bool),
+        searching=jnp.ones(batch, bool) if alive is None else alive,
         memory=memory.take(repeated),
         logits=logits[repeated],
+        texts=jax.tree.map(lambda x: x[repeated], texts),
+        states=jax.tree.map(lambda x: x[repeated], states),
     )
     return jax.lax.while_loop(lambda b: (b.step < most) & jnp.any(b.searching), step, start).found
 
