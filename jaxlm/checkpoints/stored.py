@@ -81,6 +81,17 @@ class StoredCheckpoint:
                 values[name] = stacker(requests[name])(*layers) if requests[name].stacked else layers[0]
         return values
 
+    def array(self, path: naming.Path) -> np.ndarray:
+        """One array, whole, in this process's memory."""
+        item = naming.nest({path: self.leaves[path]})
+        arguments = naming.nest({path: ocp.RestoreArgs(restore_type=np.ndarray)})
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore(
+                self.folder / "state",
+                args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
+            )
+        return naming.flatten(tree)[path]
+
     def _compare(self, requests: Mapping[naming.Path, "Request"]) -> None:
         """Raises if the leaves on disk are not exactly those asked for; says which differ, a few of each kind."""
         wanted = {path: request.layer for request in requests.values() for path in request.paths}
