@@ -7,8 +7,8 @@ import pytest
 
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
-from jaxlm.checkpoints.surgery import Drop, Fresh, Keep, PickLayers, Rename, Weights
-from jaxlm.checkpoints.warm_start import Missing, WarmStart, warm_start
+from jaxlm.checkpoints.surgery import Drop, Fresh, Keep, PickLayers, Rename, Scale, Weights
+from jaxlm.checkpoints.warm_start import Missing, OptimizerState, WarmStart, warm_start
 from jaxlm.layers.stacking import StackLayout, stack
 
 
@@ -122,3 +122,61 @@ def test_errors_name_the_leaf_and_the_remedy(run, config, model, message):
 def test_bad_pattern_is_named():
     with pytest.raises(ValueError, match=r"Drop has the pattern '\(', which is no regular"):
         Drop("(")
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory):
+    """A run's folder with an optimizer's state: two moments a parameter, and a counter."""
+    folder = tmp_path_factory.mktemp("optimized")
+    params, mu, nu = (make_params(seed) for seed in (0, 1, 2))
+    opt_state = {"0": {"mu": stack(mu, layouts(4)), "nu": stack(nu, layouts(4)), "count": jnp.int32(9)}}
+    state = {"params": stack(params, layouts(4)), "opt_state": opt_state, "step": jnp.int32(9)}
+    with CheckpointManager(folder / "checkpoints", CheckpointConfig(), layouts(4)) as manager:
+        manager.save(9, state)
+    return folder, mu, nu
+
+
+def first_state(params):
+    """An optimizer's state before its first step."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return {"0": {"mu": zeros, "nu": zeros, "count": jnp.int32(0)}}
+
+
+def test_the_optimizer_starts_afresh_unless_asked(optimized):
+    params = stack(make_params(5), layouts(4))
+    started = warm_start(params, WarmStart(str(optimized[0])), layouts(4), report=lambda _: None)
+    fresh = first_state(params)
+    assert started.optimizer_state(fresh, layouts(4), print) is fresh
+
+
+def test_moments_follow_parameters_that_are_taken_as_they_are(optimized):
+    """Under new names and in other layers; what was changed or is new has none."""
+    folder, mu, nu = optimized
+    fresh = make_params(5, layers=6, stack_name="encoder")
+    rules = (
+        PickLayers(((0, 4), (0, 2))),
+        Rename("decoder/(.*)", r"encoder/\1"),
+        Scale("encoder/norm", 0.5),
+        Fresh("encoder/layers/5/scale"),
+    )
+    config = WarmStart(str(folder), rules=rules, optimizer=OptimizerState.KEEP)
+    params, said = stack(fresh, layouts(6, "encoder")), []
+    started = warm_start(params, config, layouts(6, "encoder"), report=lambda _: None)
+    found = started.optimizer_state(first_state(params), layouts(6, "encoder"), said.append)["0"]
+    assert found["count"] == 9
+    for name, moments in (("mu", mu), ("nu", nu)):
+        old = moments["decoder"]
+        layers = {str(i): old["layers"][str(i % 4)] for i in range(6)}
+        layers["5"] = {**layers["5"], "scale": jnp.zeros(4)}
+        expected = {"encoder": {"embedding": old["embedding"], "layers": layers, "norm": jnp.zeros(4)}}
+        assert_same(found[name], stack(expected, layouts(6, "encoder")))
+    assert said == ["The optimizer keeps 25 of 29 arrays of its state; the others start from zero."]
+
+
+def test_moments_of_another_algorithm_are_refused(optimized, run):
+    params = stack(make_params(5), layouts(4))
+    for folder in (optimized[0], run[0]):
+        config = WarmStart(str(folder), optimizer="keep")
+        started = warm_start(params, config, layouts(4), report=lambda _: None)
+        with pytest.raises(CheckpointError, match="no optimizer state of this algorithm; use the algorithm"):
+            started.optimizer_state({"trace": params}, layouts(4), print)
