@@ -1,4 +1,4 @@
-"""Where parameters on disk come from: our own checkpoints and those of others, opened by the folder they lie in."""
+"""Where parameters can come from: what a path means, a run's checkpoints or a Hugging Face model's folder."""
 
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -13,10 +13,10 @@ from jaxlm.checkpoints.manifest import FILE_NAME, CheckpointError, Verify
 
 
 class Source(Protocol):
-    """A checkpoint of any origin, under our names, layers one by one.
+    """Parameters on disk, under our names, layers one by one.
 
     Attributes:
-      folder: where it is.
+      folder: where they are.
       leaves: {path: shape and type}; paths like ("params", "decoder", "layers", "17", ...).
     """
 
@@ -32,27 +32,32 @@ class Source(Protocol):
 
 def open_source(
     path: epath.PathLike,
-    *,
     step: int | None = None,
     verify: Verify = Verify.DIGESTS,
     report: Callable[[str], None] = print,
 ) -> Source:
-    """The checkpoint that a folder holds.
+    """Opens what lies at a path; no array is read but to verify it.
 
     Args:
       path: a run's folder, its `checkpoints` folder, the folder of one step, or a Hugging Face model's folder.
-      step: the step to take, or None for the newest intact one.
-      verify: how much of a checkpoint of our own is checked first.
-      report: is told of damaged steps that were skipped.
+      step: of a run, the step to take; None is the newest intact one.
+      verify: how much of a checkpoint is checked.
+      report: is told, in one sentence each, of damaged steps that were passed over.
 
     Raises:
-      CheckpointError: there is no intact checkpoint.
-      ValueError, FileNotFoundError: a foreign folder that cannot be read, see its reader.
+      CheckpointError: there is nothing to open, or it is damaged.
+      ValueError: a Hugging Face model that no adapter knows; see `huggingface.folder.open_folder`.
     """
-    path = epath.Path(path).resolve()
+    path = epath.Path(path).expanduser().resolve()
     if (path / huggingface.CONFIG).exists():
+        if step is not None:
+            raise CheckpointError(
+                f"{path} is a Hugging Face model's folder, which has no steps; leave out step {step}."
+            )
         return huggingface.open_folder(path)
     if (path / FILE_NAME).exists() and path.name.isdecimal():
+        if step not in (None, int(path.name)):
+            raise CheckpointError(f"{path} is the checkpoint of step {path.name}, not {step}; give the run's folder.")
         return stored.open_checkpoint(path.parent, int(path.name), verify)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if step is not None:
@@ -60,6 +65,7 @@ def open_source(
     checkpoint = stored.open_latest(folder, verify, report)
     if checkpoint is None:
         raise CheckpointError(
-            f"There is no checkpoint to start from in {path}; give a run's folder or one of its steps."
+            f"There is no checkpoint to start from in {path}; give a run's folder, one of its steps, or a Hugging Face "
+            f"model's folder."
         )
     return checkpoint

@@ -133,7 +133,7 @@ def warm_start(
     opened: list[Source] = []
 
     def open_leaves(path: str, step: int | None, weights: Weights) -> dict[str, Leaf]:
-        opened.append(open_source(path, step=step, verify=verify, report=report))
+        opened.append(open_source(path, step, verify, report))
         return leaves_of(opened[-1], weights)
 
     draft = Draft(model, initial, open_leaves)

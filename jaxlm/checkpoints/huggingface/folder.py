@@ -12,7 +12,7 @@ from flax import nnx
 from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json
-from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, write_tensors
+from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, read_json, write_tensors
 from jaxlm.checkpoints.huggingface.tensors import Shape, Table, resolve
 from jaxlm.checkpoints.tabulated import TabulatedCheckpoint
 from jaxlm.models import build_model
@@ -60,7 +60,7 @@ def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> Hu
     path = pathlib.Path(path)
     if not (path / CONFIG).exists():
         raise FileNotFoundError(f"{path} has no {CONFIG}; give a Hugging Face model's folder.")
-    values = json.loads((path / CONFIG).read_text())
+    values = read_json(path / CONFIG)
     family = families.by_config(values)
     tensors = TensorFolder(path)
     config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
