@@ -245,8 +245,11 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
             parts = assemble(run, run.phases[0], parallel)
         state = init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)
         if run.warm_start is not None:
-            params, _ = warm_start(state.params, run.warm_start, parts.definition.layouts, report=line.print)
-            state = start_from(params, parts.optimizer, parallel)
+            layouts = parts.definition.layouts
+            started = warm_start(state.params, run.warm_start, layouts, report=line.print)
+            state = start_from(started.params, parts.optimizer, parallel)
+            opt_state = started.optimizer_state(state.opt_state, layouts, line.print)
+            state = dataclasses.replace(state, opt_state=opt_state)
         return parts, state
     if saved.step > run.train_steps:
         raise ValueError(
