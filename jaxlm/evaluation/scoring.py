@@ -1,9 +1,9 @@
 """Log-likelihood of continuations given contexts, for every architecture, in packed rows.
 
-`Scorer.score` takes ids and gives log-probabilities token by token. Rows are packed (`jaxlm.data.packing`), a context with
-several continuations is read once where the model allows it, and logits exist only where a token is scored and never
-all at a time (`pallas_kernels.cross_entropy.token_scores`). Shapes are bucketed, one compile a bucket; a score does not
-depend on what else is scored, up to rounding.
+`Scorer.score` takes ids and gives log-probabilities token by token. Rows are packed (`jaxlm.data.packing`), a context
+with several continuations is read once where the model allows it, and logits exist only where a token is scored and
+never all at a time (`pallas_kernels.cross_entropy.token_scores`). Shapes are bucketed, one compile a bucket; a score
+does not depend on what else is scored, up to rounding.
 
 Which tokens see which: the context of a causal decoder is causal, that of a prefix decoder visible in both directions,
 that of an encoder-decoder in its encoder. An encoder gives pseudo-log-likelihoods: each token of the continuation is
@@ -202,12 +202,12 @@ class Scorer:
         ]
 
     def rolling(self, texts: Sequence[Sequence[int] | np.ndarray], *, prefix: Sequence[int] = ()) -> list[Score]:
-        """Log-likelihood of whole texts, however long: every token is predicted once, with what context there is room for.
+        """Log-likelihood of whole texts, however long: each token predicted once, with what context there is room for.
 
         A text is cut into windows of the model's length, one after the other; the last reaches back over the one
-        before it so that it is full (lm-evaluation-harness' `loglikelihood_rolling`). Windows overlap by one token where
-        a model has no `start_id`, so that each token has one to be predicted from. Encoders and encoder-decoders
-        cannot read a text so.
+        before it so that it is full (lm-evaluation-harness' `loglikelihood_rolling`). Windows overlap by one token
+        where a model has no `start_id`, so that each token has one to be predicted from. Encoders and
+        encoder-decoders cannot read a text so.
 
         Args:
           texts: token ids; an empty text scores 0.
@@ -246,15 +246,15 @@ class Scorer:
         outside = ids[(ids < 0) | (ids >= self._vocab_size)]
         if len(outside):
             raise ValueError(
-                f"Request {number} has the token id {outside[0]}, but the model has {self._vocab_size} ids; encode texts "
-                f"with the model's own vocabulary."
+                f"Request {number} has the token id {outside[0]}, but the model has {self._vocab_size} ids; encode "
+                f"texts with the model's own vocabulary."
             )
         if not continuations or not all(map(len, continuations)):
             raise ValueError(f"Request {number} has no continuation, or one without tokens; give at least one token.")
         if not len(context) and self._start is None and self._architecture is not Architecture.ENCODER:
             raise ValueError(
-                f"Request {number} has no context, and the model no start_id: its first token has nothing to be predicted "
-                f"from; begin the context with the tokenizer's bos or eos token."
+                f"Request {number} has no context, and the model no start_id: its first token has nothing to be "
+                f"predicted from; begin the context with the tokenizer's bos or eos token."
             )
         if not len(context) and self._architecture is Architecture.ENCODER_DECODER:
             raise ValueError(f"Request {number} has no context; an encoder needs at least one token, such as eos.")
@@ -273,8 +273,8 @@ class Scorer:
             fits = taken + (decoder_only and self._start is None) <= self._limit
         if not fits:
             raise ValueError(
-                f"A continuation of request {number} has {count} tokens, but the model reads {self._limit}; score it as "
-                f"a text, in windows (rolling)."
+                f"A continuation of request {number} has {count} tokens, but the model reads {self._limit}; score it "
+                f"as a text, in windows (rolling)."
             )
         excess = max(len(context) - (self._limit - taken), 0)
         if excess and self.config.too_long is TooLong.REFUSE:

@@ -14,7 +14,6 @@ from jaxlm.layers.stack import StackConfig
 from jaxlm.models.config import HeadConfig, LanguageModelConfig
 from jaxlm.models.language_model import LanguageModel
 
-
 ROPE = Rope()
 
 
