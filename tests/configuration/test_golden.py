@@ -21,7 +21,7 @@ ROOTS = {
     "data": "%DATA",
     "vocabularies": "%VOCABULARY",
     "parallel": "@jaxlm.run.RunConfig()",
-    "evaluation": "%SUITE",
+    "evaluation": "@jaxlm.evaluation.suite.EvaluationConfig()",
     "runs": "@jaxlm.run.RunConfig()",
 }
 
