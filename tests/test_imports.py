@@ -38,7 +38,9 @@ MAY_IMPORT = {
         "jaxlm.training",
     },
     "jaxlm.planning": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.training", "jaxlm.run"},
-    "jaxlm.evaluation": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
+    "jaxlm.evaluation": DEVICE
+    | GROUND
+    | {"jaxlm.checkpoints", "jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
 }
 
 
