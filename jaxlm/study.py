@@ -30,6 +30,7 @@ from jaxlm.studies.report import status_rows, write_report
 from jaxlm.studies.results import cell_name
 from jaxlm.studies.store import Store
 from jaxlm.studies.worker import work
+from jaxlm.train import train
 from jaxlm.training import machine
 from jaxlm.training.loop import Outcome
 from jaxlm.training.progress import duration, human, make_console
@@ -125,7 +126,7 @@ def work_here(study: StudyConfig, store: Store, only: str | None) -> int:
     labels = [label_of(cell) for cell in study.cells]
     if only is not None and only not in labels:
         raise ValueError(f"The study has no cell {only!r}; it has {'; '.join(labels)}.")
-    outcome = work(study, store, only=only, report=lambda line: print(line, flush=True))
+    outcome = work(study, store, train, only=only, report=lambda line: print(line, flush=True))
     return ExitStatus.PREEMPTED if outcome is Outcome.PREEMPTED else ExitStatus.FINISHED
 
 

@@ -1,7 +1,7 @@
 """Goes on from a step of another run with its whole state: parameters, optimizer, position in the data, step.
 
-So that what several runs have in common is trained once: the constant part of a warm-up-stable-decay schedule, from which
-a decay branches off at each budget (arXiv 2405.18392), or a base of several experiments. What starts afresh is a
+So that what several runs have in common is trained once: the constant part of a warm-up-stable-decay schedule, from
+which a decay branches off at each budget (arXiv 2405.18392), or a base of several experiments. What starts afresh is a
 `WarmStart`.
 """
 

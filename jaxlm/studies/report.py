@@ -171,13 +171,16 @@ def _losses(result: Matched) -> str:
 
 
 def _failures(plan: Plan, store: Store) -> str:
-    rows = []
-    for cell, leg, job in plan.of_cells:
-        if job is not None and (failure := store.failure(job)) is not None:
-            rows.append((cell_name(cell), leg.name, str(failure.seed), failure.error))
+    of_cells = [(cell, leg, job) for cell, leg, job in plan.of_cells if job is not None]
+    of_cells += [(cell, leg, trial) for cell, leg, trials in plan.trials for trial in trials]
+    rows = [
+        (cell_name(cell), leg.name, str(failure.seed), failure.error)
+        for cell, leg, job in of_cells
+        if (failure := store.failure(job)) is not None
+    ]
     if not rows:
         return ""
-    return "## Failed\n\n" + "\n".join(_table(("cell", "leg", "seed", "why"), rows))
+    return "## Failed\n\n" + "\n".join(_table(("cell", "leg", "seed", "why"), list(dict.fromkeys(rows))))
 
 
 def _time(spent: Account) -> str:
@@ -206,10 +209,12 @@ def status_rows(study: StudyConfig, plan: Plan, store: Store) -> list[tuple[str,
         if job is None:
             waiting = next((jobs for c, of, jobs in plan.trials if c == cell and of.name == leg.name), ())
             done = sum(store.is_finished(trial) for trial in waiting)
-            state = f"trials {done}/{len(waiting)}" if waiting else "waiting"
+            state = status(plan, cell, leg, None, study.seeds[0], store)
+            if state == "waiting" and waiting:
+                state = f"trials {done}/{len(waiting)}"
             rows.append((cell_name(cell), leg.name, state, ""))
             continue
-        states = [status(job, seed, store) for seed in job.seeds]
+        states = [status(plan, cell, leg, job, seed, store) for seed in job.seeds]
         state = _state(job, states, store)
         values = [store.value(job, seed, study.measures[0]) for seed in job.seeds]
         shown = [value for value in values if value is not None]

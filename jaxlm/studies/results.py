@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.studies.config import Cell, Match, StudyConfig
+from jaxlm.studies.config import Cell, Leg, Match, StudyConfig
 from jaxlm.studies.jobs import Job, Plan
 from jaxlm.studies.store import Store
 from jaxlm.training.goodput import Activity, read_ledger
@@ -164,7 +164,8 @@ def write_csv(path: pathlib.Path, study: StudyConfig, plan: Plan, store: Store) 
     rows: list[dict[str, Any]] = []
     for cell, leg, job in plan.of_cells:
         for seed in job.seeds if job is not None else study.seeds:
-            row: dict[str, Any] = {**cell, "leg": leg.name, "seed": seed, "status": status(job, seed, store)}
+            state = status(plan, cell, leg, job, seed, store)
+            row: dict[str, Any] = {**cell, "leg": leg.name, "seed": seed, "status": state}
             if job is not None:
                 size = job.size
                 row |= {"address": job.address, "parameters": size.parameters, "steps": size.steps}
@@ -180,10 +181,12 @@ def write_csv(path: pathlib.Path, study: StudyConfig, plan: Plan, store: Store) 
         writer.writerows(rows)
 
 
-def status(job: Job | None, seed: int, store: Store) -> str:
-    """finished, failed, running, waiting (for trials), or to do."""
+def status(plan: Plan, cell: Cell, leg: Leg, job: Job | None, seed: int, store: Store) -> str:
+    """finished, failed, running, to do, or waiting: for trials, or for a leg before it."""
     if job is None:
-        return "waiting"
+        of_cell = [trials for known, of, trials in plan.trials if known == cell and of.name in (leg.name, leg.after)]
+        failed = any(store.failure(trial) is not None for trials in of_cell for trial in trials)
+        return "failed" if failed else "waiting"
     if store.run_is_finished(job, seed):
         return "finished"
     if store.failure(job) is not None:

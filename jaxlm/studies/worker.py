@@ -10,21 +10,30 @@ from jaxlm.run import Programs
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, Plan, expand, label_of
 from jaxlm.studies.store import Store
-from jaxlm.train import train
 from jaxlm.training.loop import Outcome, TrainingDiverged
 
 _PATIENCE = 2.0
 """Seconds between looks, where all that is left waits for other workers."""
 
 
+Train = Callable[..., Outcome]
+"""`jaxlm.train.train`."""
+
+
 def work(
-    study: StudyConfig, store: Store, *, report: Callable[[str], None] = print, only: str | None = None
+    study: StudyConfig,
+    store: Store,
+    train: Train,
+    *,
+    report: Callable[[str], None] = print,
+    only: str | None = None,
 ) -> Outcome:
     """Works until nothing is left that can be done.
 
     Args:
       study: what is to run.
       store: its folder.
+      train: trains one run, (RunConfig, programs=Programs) -> Outcome.
       report: is told what begins and what failed.
       only: the label of one cell (`label_of`), whose jobs and those they start from are done; None does all.
 
@@ -47,7 +56,7 @@ def work(
                         continue
                     if not store.is_finished(job):
                         report(f"{job.address}: {job.label}{_trial(job)}")
-                        if _run(job, store, programs, report) is Outcome.PREEMPTED:
+                        if _run(job, store, train, programs, report) is Outcome.PREEMPTED:
                             return Outcome.PREEMPTED
                     break
             else:
@@ -75,7 +84,7 @@ def _jobs_of(plan: Plan, label: str) -> list[Job]:
     return [job for job in plan.jobs.values() if job.address in found]
 
 
-def _run(job: Job, store: Store, programs: Programs, report: Callable[[str], None]) -> Outcome:
+def _run(job: Job, store: Store, train: Train, programs: Programs, report: Callable[[str], None]) -> Outcome:
     """All seeds of a job; one that fails does not keep the others from running."""
     for seed in job.seeds:
         if store.run_is_finished(job, seed):

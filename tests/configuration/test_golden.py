@@ -22,6 +22,7 @@ ROOTS = {
     "vocabularies": "%VOCABULARY",
     "parallel": "@jaxlm.run.RunConfig()",
     "runs": "@jaxlm.run.RunConfig()",
+    "studies": "@jaxlm.studies.config.StudyConfig()",
 }
 
 # What is included before the files of a folder that change another's values.
