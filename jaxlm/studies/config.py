@@ -229,6 +229,19 @@ class Leg:
 
 
 @dataclasses.dataclass(frozen=True)
+class Together:
+    """Settings of a combination of levels, for what neither of them wants alone.
+
+    Attributes:
+      when: {factor: level}; it holds for the cells that agree in all of these, in legs that have all of the factors.
+      settings: after those of the levels.
+    """
+
+    when: Mapping[str, str]
+    settings: Settings
+
+
+@dataclasses.dataclass(frozen=True)
 class Match:
     """How many tokens one kind of run needs to reach the loss of another: T_scratch / T_adapted at equal loss.
 
@@ -255,6 +268,7 @@ class StudyConfig:
       factors: by name, see `Factor`; the order is that of the report.
       legs: in an order in which each comes after the one it starts from.
       design: which combinations are run.
+      together: settings of some combinations.
       seeds: one run each: a seed is both the run's (`RunConfig.seed`) and the data's (`DataConfig.seed`).
       measures: metrics of the last evaluation that the report compares; lower is better.
       matches: comparisons of learning curves by tokens.
@@ -265,6 +279,7 @@ class StudyConfig:
     factors: Mapping[str, Factor]
     legs: tuple[Leg, ...]
     design: Grid | Listed | Sample
+    together: tuple[Together, ...] = ()
     seeds: tuple[int, ...] = (0,)
     measures: tuple[str, ...] = ("validation/cross_entropy",)
     matches: tuple[Match, ...] = ()
@@ -280,6 +295,10 @@ class StudyConfig:
                 self._check_factor(factor, f"Leg {leg.name!r}")
             for factor, levels in leg.only.items():
                 self._check_levels(factor, levels, f"Leg {leg.name!r}")
+        for entry in self.together:
+            for factor, level in entry.when.items():
+                self._check_factor(factor, "Together.when")
+                self._check_levels(factor, (level,), "Together.when")
         for match in self.matches:
             for side in (match.adapted, match.scratch):
                 if side.get("leg") not in names:
@@ -324,9 +343,13 @@ class StudyConfig:
     def settings_of(self, cell: Cell, leg: Leg) -> Settings:
         """The settings of a cell's run of a leg, in order."""
         found = list(self.settings)
-        for name in self.factors if leg.factors is None else leg.factors:
+        names = tuple(self.factors) if leg.factors is None else leg.factors
+        for name in names:
             factor, level = self.factors[name], cell[name]
             found += [f"{factor.binding} = {level}"] if isinstance(factor, Range) else factor[level]
+        for entry in self.together:
+            if set(entry.when) <= set(names) and entry.when.items() <= cell.items():
+                found += entry.settings
         return (*found, *leg.settings)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxlm.studies.config import Budget, Grid, Leg, Listed, Match, Range, Sample, Start, StudyConfig, Tune
+from jaxlm.studies.config import Budget, Grid, Leg, Listed, Match, Range, Sample, Start, StudyConfig, Together, Tune
 
 FACTORS = {
     "architecture": {"causal": ("causal.gin",), "prefix": ("prefix.gin",)},
@@ -44,6 +44,16 @@ def test_settings_are_the_studys_then_the_levels_then_the_legs():
     assert study().settings_of(cell, Leg("pretrain")) == ("base.gin", "causal.gin", "LEARNING_RATE = 0.001")
 
 
+def test_combinations_have_settings_of_their_own():
+    both = Together({"architecture": "prefix", "rate": "0.01"}, ("BATCH_SIZE = 4",))
+    found = study(together=(both,))
+    cell = {"architecture": "prefix", "rate": "0.01"}
+    leg = Leg("pretrain", ("last.gin",))
+    assert found.settings_of(cell, leg)[-3:] == ("LEARNING_RATE = 0.01", "BATCH_SIZE = 4", "last.gin")
+    assert "BATCH_SIZE = 4" not in found.settings_of(cell | {"rate": "0.001"}, leg)
+    assert "BATCH_SIZE = 4" not in found.settings_of(cell, Leg("adapt", factors=("rate",)))
+
+
 def test_a_cell_that_skips_a_leg_goes_on_from_the_one_before():
     legs = (
         Leg("pretrain"),
@@ -75,6 +85,7 @@ def test_a_cell_that_skips_a_leg_goes_on_from_the_one_before():
         (lambda: study(design=Grid(({"architecture": "encoder"},))), "no combination of the study's levels"),
         (lambda: study(design=Listed(({"architecture": "causal"},))), "each needs a level of"),
         (lambda: study(design=Listed(({"architecture": "x", "rate": "1"},))), "The design names the level 'x'"),
+        (lambda: study(together=(Together({"architecture": "x"}, ()),)), "Together.when names the level 'x'"),
         (lambda: study(matches=(Match("m", {"leg": "b"}, {"leg": "pretrain"}),)), "needs a 'leg' among"),
         (lambda: Budget(), "one of tokens, flops and steps"),
         (lambda: Budget(tokens=1, steps=1), "one of tokens, flops and steps"),
