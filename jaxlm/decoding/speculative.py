@@ -34,17 +34,15 @@ class SpeculativeConfig:
     Attributes:
       drafts: k, tokens that are drafted for one pass of the model; it reads k + 1.
       lookup: drafts come from the text itself; None: from a draft model.
-      slots: texts that are continued at a time.
       rounds: most passes before the host looks at the texts, which is how often stop strings are looked for.
     """
 
     drafts: int = 4
     lookup: NGramLookup | None = None
-    slots: int = 8
     rounds: int = 16
 
     def __post_init__(self):
-        for name in ("drafts", "slots", "rounds"):
+        for name in ("drafts", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"SpeculativeConfig.{name} is {getattr(self, name)}; it must be at least 1.")
 
@@ -108,6 +106,7 @@ def speculate(
     draft: CachedModel | None = None,
     processors: Sequence[Processor] = (),
     drawable: np.ndarray | None = None,
+    slots: int = 8,
 ) -> list[SpeculativeAnswer]:
     """Continues texts as `Engine.generate` does, with drafts.
 
@@ -118,6 +117,7 @@ def speculate(
       draft: the smaller model, where `config.lookup` is None; of the same vocabulary, read in the same way.
       processors: change the logits of both models, in this order.
       drawable: bool [V], the ids that may be drawn at all; None: all.
+      slots: texts that are continued at a time.
 
     Returns:
       the answers, in the order of the requests. The same request and seed give the same text in any company; with a
@@ -128,8 +128,8 @@ def speculate(
     """
     _check(model, requests, config, draft)
     answers = []
-    for first in range(0, len(requests), config.slots):
-        chunk = requests[first : first + config.slots]
+    for first in range(0, len(requests), slots):
+        chunk = requests[first : first + slots]
         answers += _speculate_together(model, chunk, config, draft, tuple(processors), drawable)
     return answers
 
@@ -234,7 +234,7 @@ def _programs(
     count: int,
     rounds: int,
 ) -> tuple[Callable[..., State], Callable[..., State]]:
-    """Compiled: (logits, state, rules, capacity) -> state, with a token each; (params, state, rules, alive) -> state."""
+    """Compiled: (logits, state, rules, capacity) -> state with first tokens; (params, state, rules, alive) -> state."""
 
     def extension(definition: tuple[Any, Context], params: Any) -> Callable[..., tuple[jax.Array, Any]]:
         graphdef, context = definition

@@ -216,7 +216,7 @@ def test_texts_by_chance_are_functions_of_seed_and_request_alone():
     sampling = SamplingConfig(7, top_k=10)
     requests = [Request(prompt, sampling, seed=i + 5) for i, prompt in enumerate(PROMPTS)]
     together = speculate(model, requests, SpeculativeConfig(K), draft=draft)
-    apart = speculate(model, requests[::-1], SpeculativeConfig(K, slots=2, rounds=1), draft=draft)[::-1]
+    apart = speculate(model, requests[::-1], SpeculativeConfig(K, rounds=1), draft=draft, slots=1)[::-1]
     for one, other in zip(together, apart, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
     other_seed = speculate(
@@ -249,6 +249,6 @@ def test_what_does_not_go_together_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             speculate(**{"model": ours, "requests": [request], **options})
-    for make in (lambda: SpeculativeConfig(0), lambda: NGramLookup(1, 2), lambda: SpeculativeConfig(slots=0)):
+    for make in (lambda: SpeculativeConfig(0), lambda: NGramLookup(1, 2), lambda: SpeculativeConfig(rounds=0)):
         with pytest.raises(ValueError):
             make()
