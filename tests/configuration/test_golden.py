@@ -22,6 +22,7 @@ ROOTS = {
     "vocabularies": "%VOCABULARY",
     "parallel": "@jaxlm.run.RunConfig()",
     "runs": "@jaxlm.run.RunConfig()",
+    "adaptations": "@jaxlm.run.RunConfig()",
 }
 
 # What is included before the files of a folder that change another's values.
