@@ -51,7 +51,7 @@ class Leaf:
       how: what is done to them, a clause a step; () where it is the array on disk.
       parents: the leaves it is made of.
       make: makes it of `parents`; None where it is the array on disk. It asks parents for their arrays itself, so
-        that a mean over many holds no more than two.
+        that a mean over many need not hold them all.
     """
 
     shape: Shape
