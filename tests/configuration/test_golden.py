@@ -24,6 +24,7 @@ ROOTS = {
     "decoding": "@jaxlm.decoding.generation.GenerationConfig()",
     "evaluation": "@jaxlm.evaluation.suite.EvaluationConfig()",
     "runs": "@jaxlm.run.RunConfig()",
+    "adaptations": "@jaxlm.run.RunConfig()",
     "studies": "@jaxlm.studies.config.StudyConfig()",
 }
 
