@@ -169,7 +169,7 @@ def programs(graphdef: Any, processors: tuple[Processor, ...], steps: int, conte
         stopped = active & jnp.any(tokens[:, None] == slots.stop_ids, axis=-1)
         writes = active & ~stopped
         states = advance(processors, slots.states, texts, tokens, writes)
-        texts = _append(texts, tokens, writes)
+        texts = texts.append(tokens, writes)
         active = writes & (texts.new_tokens < slots.limits)
         # The last token of a text is drawn and goes nowhere: a slot that ends now does not extend its caches.
         logits, caches = extend_slots(model, slots.caches, tokens[:, None], active[:, None], context)
@@ -217,14 +217,6 @@ def programs(graphdef: Any, processors: tuple[Processor, ...], steps: int, conte
         run=jax.jit(functools.partial(run, count=steps), donate_argnums=1),
         run_constrained=jax.jit(constrained, donate_argnums=1),
     )
-
-
-def _append(texts: Texts, tokens: jax.Array, writes: jax.Array) -> Texts:
-    """The texts with tokens [B] at their ends, where `writes` [B]."""
-    slot = jnp.arange(len(tokens))
-    places = jnp.where(writes, texts.lengths, texts.tokens.shape[1])  # beyond the last column: dropped
-    written = texts.tokens.at[slot, places].set(tokens, mode="drop")
-    return dataclasses.replace(texts, tokens=written, lengths=texts.lengths + writes)
 
 
 @dataclasses.dataclass(eq=False)
