@@ -258,7 +258,6 @@ class Engine:
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._running: list[_Running | None] = [None] * self.config.slots
         self._slots: Slots | None = None
-        self._source_capacity: int | None = None
         self._number = 0
 
     def submit(self, request: Request) -> int:
@@ -336,7 +335,6 @@ class Engine:
         places = np.full(count, self.config.slots, np.int32)
         places[: len(requests)] = free[: len(requests)]
         capacity = max(fresh.texts.tokens.shape[1], caches.capacity)
-        self._source_capacity = caches.source_capacity
         if self._slots is None or len(free) == self.config.slots:  # nobody is there: begin as small as will do
             self._slots = self._programs.begin(fresh, self.config.slots, capacity, caches.source_capacity)
         self._grow(capacity, caches.source_capacity)
