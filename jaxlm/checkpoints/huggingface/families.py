@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, modernbert, olmo, t5
+from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, mixture_of_experts, modernbert, olmo, t5
 from jaxlm.checkpoints.huggingface.family import Family
 from jaxlm.models.config import LanguageModelConfig
 
@@ -16,6 +16,9 @@ FAMILIES: tuple[Family, ...] = (
     gemma.Gemma2(),
     gemma.Gemma3(),
     olmo.Olmo2(),
+    mixture_of_experts.Mixtral(),
+    mixture_of_experts.Qwen2Moe(),
+    mixture_of_experts.Qwen3Moe(),
     gpt2.GPT2(),
     gpt_neox.GPTNeoX(),
     t5.T5(),

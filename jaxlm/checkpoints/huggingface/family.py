@@ -44,8 +44,12 @@ class Family:
         raise NotImplementedError
 
     def table(self, config: LanguageModelConfig) -> Table:
-        """Which tensor holds which parameter."""
+        """Which tensor holds which parameter, in the form that is written."""
         raise NotImplementedError
+
+    def table_of(self, config: LanguageModelConfig, tensors: Collection[str]) -> Table:
+        """The table of a checkpoint with these tensors, for families that are found in several forms."""
+        return self.table(config)
 
     def model_of(
         self, values: Mapping[str, Any], *, ignore: tuple[str, ...] = (), tensors: Collection[str] | None = None
@@ -75,7 +79,8 @@ class Family:
 
 
 def essence(config: LanguageModelConfig) -> LanguageModelConfig:
-    """The configuration without what does not change the function: initialisation, dropout, remat, backends, type.
+    """The configuration without what does not change the function: initialisation, dropout, losses of routers, remat,
+    backends, type.
 
     A stack's layers are written out one by one, so that a pattern of four and two patterns of two are the same.
     """
@@ -85,7 +90,7 @@ def essence(config: LanguageModelConfig) -> LanguageModelConfig:
             return tuple(plain(part) for part in value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             changes = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            for name, neutral in (("dropout", 0.0), ("backend", "auto")):
+            for name, neutral in (("dropout", 0.0), ("backend", "auto"), ("balance_loss", 0.0), ("z_loss", 0.0)):
                 if name in changes:
                     changes[name] = neutral
             if isinstance(value, AttentionConfig):  # what None stands for

@@ -13,9 +13,10 @@ INCONSEQUENTIAL = frozenset(
     embedding_dropout eos_token_id forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout
     hidden_dropout_prob id2label initializer_cutoff_factor initializer_factor initializer_range is_decoder
     is_encoder_decoder keys_to_ignore_at_inference label2id mask_token_id max_length min_length mlp_dropout
-    model_type n_ctx n_positions num_labels output_attentions output_hidden_states output_past pad_token_id prefix
-    problem_type pruned_heads resid_pdrop return_dict sep_token_id summary_activation summary_first_dropout
-    summary_last_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
+    model_type n_ctx n_positions num_labels output_attentions output_hidden_states output_past output_router_logits
+    pad_token_id prefix problem_type pruned_heads resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
+    sep_token_id summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tokenizer_class
     torch_dtype torchscript transformers_version unk_token_id use_cache use_return_dict""".split()
 )
 

@@ -14,7 +14,7 @@ from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json
 from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, write_tensors
-from jaxlm.checkpoints.huggingface.tensors import Shape, Table, resolve
+from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models import build_model
 from jaxlm.models.config import LanguageModelConfig
@@ -55,18 +55,28 @@ class HuggingFaceFolder:
 
     def read(self, requests: Mapping[naming.Path, stored.Request]) -> dict[naming.Path, jax.Array]:
         """The arrays asked for, tensor after tensor; see `stored.StoredCheckpoint.read`."""
-        home = {path: entry for entry in self.table for path in entry.paths}
+        homes: dict[str, list[Entry]] = {}
+        for entry in self.table:
+            for path in entry.paths:
+                homes.setdefault(path, []).append(entry)
         split: dict[str, tuple[np.ndarray, ...]] = {}  # fused tensors come again for each of their parameters
+
+        def part(entry: Entry, path: str) -> np.ndarray:
+            if entry.name not in split:
+                split.clear()
+                split[entry.name] = entry.form.split(self.tensors.read(entry.name), entry.held(self.shapes))
+            return split[entry.name][entry.paths.index(path)]
 
         def parameter(path: naming.Path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
             name = naming.show(path[1:])
-            entry = home[name]
-            if entry.name not in split:
-                split.clear()
-                shapes = tuple(self.shapes[part] for part in entry.paths)
-                split[entry.name] = entry.form.split(self.tensors.read(entry.name), shapes)
-            value = split[entry.name][entry.paths.index(name)]
-            return jax.device_put(np.asarray(value, wanted.dtype), wanted.sharding)
+            home, *others = homes[name]
+            if home.row is None:
+                value = np.asarray(part(home, name), wanted.dtype)
+            else:
+                value = np.empty(self.shapes[name], wanted.dtype)
+                for entry in (home, *others):
+                    value[entry.row] = part(entry, name)
+            return jax.device_put(value, wanted.sharding)
 
         values = {}
         for name, request in requests.items():
@@ -117,7 +127,7 @@ def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> Hu
     tensors = TensorFolder(path)
     config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
     shapes = parameter_shapes(config)
-    table = resolve(family.table(config), shapes)
+    table = resolve(family.table_of(config, tensors.shapes), shapes)
     check(table, shapes, tensors.shapes, str(path))
     return HuggingFaceFolder(path, family, values, config, tensors, table, shapes)
 
@@ -156,10 +166,19 @@ def export(
     table = resolve(adapter.table(config), shapes)
     dtype = np.dtype(np.float32 if dtype is None else dtype)
 
-    def tensor(entry) -> Pending:
-        parts = tuple(shapes[path] for path in entry.paths)
-        make = lambda: entry.form.join(tuple(np.asarray(value(path)) for path in entry.paths)).astype(dtype)  # noqa: E731
-        return Pending(entry.form.shape(parts), dtype, make)
+    whole: dict[str, np.ndarray] = {}  # a parameter that lies in a tensor a row comes again for each
+
+    def held(entry: Entry, path: str) -> np.ndarray:
+        if entry.row is None:
+            return np.asarray(value(path))
+        if path not in whole:
+            whole.clear()
+            whole[path] = np.asarray(value(path))
+        return whole[path][entry.row]
+
+    def tensor(entry: Entry) -> Pending:
+        make = lambda: entry.form.join(tuple(held(entry, path) for path in entry.paths)).astype(dtype)  # noqa: E731
+        return Pending(entry.shape(shapes), dtype, make)
 
     fields = {"architectures": [adapter.architecture], "model_type": adapter.model_type, "dtype": dtype.name}
     with new_folder(pathlib.Path(folder)) as unfinished:
@@ -171,7 +190,7 @@ def export(
 
 def check(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
     """Raises ValueError unless the tensors are those of the table, in the right shapes."""
-    wanted = {entry.name: entry.form.shape(tuple(shapes[path] for path in entry.paths)) for entry in table}
+    wanted = {entry.name: entry.shape(shapes) for entry in table}
     for names, fault in ((set(wanted) - set(found), "lacks"), (set(found) - set(wanted), "has in excess")):
         if names:
             some, more = sorted(names)[:4], len(names) - 4

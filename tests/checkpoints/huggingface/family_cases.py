@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlm.layers.block import Arrangement, Placement
-from jaxlm.layers.feed_forward import Activation
+from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
+from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring
 from jaxlm.layers.stack import StackConfig
 from jaxlm.models.config import LanguageModelConfig
 
@@ -105,6 +106,15 @@ def feed_forward(**changes: Any) -> Change:
     return blocks(feed_forward=lambda old: _replaced(old, changes))
 
 
+def experts(**changes: Any) -> Change:
+    """These fields of every mixture of experts."""
+
+    def of_layer(old: FeedForwardConfig) -> FeedForwardConfig:
+        return _replaced(old, changes) if isinstance(old, MixtureOfExpertsConfig) else old
+
+    return blocks(feed_forward=of_layer)
+
+
 def norms(**changes: Any) -> Change:
     """These fields of every norm of the blocks."""
     return blocks(norm=lambda old: _replaced(old, changes))
@@ -127,6 +137,11 @@ def _wider(window: tuple[int, int] | None) -> tuple[int, int] | None:
 ROPE = {"rope base": rope(base=lambda base: base * 1.05), "activation": feed_forward(activation=Activation.GELU)}
 GEMMA = ROPE | {"activation": feed_forward(activation=Activation.RELU)}
 WINDOW = {"window": attention(window=_wider)}
+MIXTURE = {
+    "normalised weights": experts(normalize=lambda normalized: not normalized),
+    "experts a token": experts(experts_per_token=1),
+    "scores": experts(scoring=Scoring.SIGMOID),
+}
 
 CASES = (
     Case(
@@ -185,6 +200,28 @@ CASES = (
         | dict(layer_types=["sliding_attention", "full_attention"] * 2, rope_parameters=GEMMA3_ROPES),
         GEMMA | WINDOW | {"rope scaling": rope(scaling=None)},
         scale=0.0,
+    ),
+    Case(
+        "mixtral",
+        "MixtralForCausalLM",
+        DECODER | dict(sliding_window=8, num_local_experts=4),
+        ROPE | WINDOW | MIXTURE,
+    ),
+    Case(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        DECODER
+        | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40)
+        | dict(decoder_sparse_step=2, sliding_window=8, use_sliding_window=True, max_window_layers=3),
+        WINDOW | MIXTURE | {"shared gate": experts(shared_gate=None)},
+    ),
+    Case(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        DECODER
+        | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True, head_dim=16)
+        | dict(mlp_only_layers=[1], sliding_window=8, use_sliding_window=True, attention_bias=True),
+        WINDOW | MIXTURE,
     ),
     Case("olmo2", "Olmo2ForCausalLM", DECODER, ROPE | {"norm epsilon": norms(epsilon=1e-2)}),
     Case(
