@@ -92,7 +92,7 @@ class Surroundings:
       mask: self-attention's mask.
       rotations: for each Rope and head size among the blocks, cosines and sines.
       bias: the stack's shared relative position bias, or None.
-      encoded: [B, S, E], the encoder's output, or None.
+      encoded: [B, S, encoder's width], the encoder's output, or None.
       cross_mask: which decoder position sees which encoder position.
       present: bool [B, T], False on padding; None: there is none.
     """
@@ -144,7 +144,11 @@ class Block(nnx.Module):
         self.attention_norms = norms(config.attention_norm or config.norm)
         crosses = config.cross_attention is not None
         self.cross_attention = (
-            config.cross_attention.build(make, key=key.at("cross_attention"), **options) if crosses else None
+            config.cross_attention.build(
+                make, key=key.at("cross_attention"), source_width=make.encoder_width, **options
+            )
+            if crosses
+            else None
         )
         self.cross_attention_norms = norms(config.norm) if crosses else None
         self.feed_forward = config.feed_forward.build(make, key=key.at("feed_forward"), **options)

@@ -39,8 +39,8 @@ class MixtureOfExpertsConfig(FeedForwardConfig):
       scale: factor on these weights.
       shared: a feed-forward layer that every token goes through besides (DeepSeekMoE, arXiv 2401.06066, 3.2; n shared
         experts are one layer of n times the width); None is none.
-      shared_gate: what this layer gives is multiplied by this activation of a learned product with the token (Qwen2-MoE,
-        arXiv 2407.10671, 2.2.2: SIGMOID); None takes it as it is.
+      shared_gate: what this layer gives is multiplied by this activation of a learned product with the token
+        (Qwen2-MoE: SIGMOID); None leaves it.
       balance_loss: coefficient of the load-balancing loss of this layer, X sum_e f_e P_e, where f_e is the share of
         choices that fell on expert e and P_e its mean score, normalised over experts (Switch, equations 4 to 6, for K
         choices); 1 in balance. Padding does not count. Taken over a microbatch.

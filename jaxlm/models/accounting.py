@@ -61,9 +61,7 @@ def flops_per_token(config: ModelConfig, length: int, encoder_length: int = 0) -
     if isinstance(config, ReplacedTokenDetectorConfig):
         verdict = count_parameters(config, where=lambda path: path[0] == "verdict" and path[-1] == "kernel")
         models = [m for m in (config.generator, config.discriminator) if m is not None]
-        # The discriminator's vocabulary head is not used.
-        unused = 6.0 * config.discriminator.vocab_size * _head_width(config.discriminator)
-        return sum(flops_per_token(m, length) for m in models) - unused + 6.0 * verdict
+        return sum(flops_per_token(m, length) for m in models) + 6.0 * verdict
     if (encoder_length > 0) != (config.architecture is Architecture.ENCODER_DECODER):
         raise ValueError(
             f"encoder_length={encoder_length} does not fit the architecture {config.architecture.value}: only an "
@@ -72,10 +70,6 @@ def flops_per_token(config: ModelConfig, length: int, encoder_length: int = 0) -
     total = sum(6.0 * size * tokens for size, tokens in _matrices(config, length, encoder_length))
     total += sum(12.0 * a.num_heads * a.head_dim * pairs for a, pairs in _attentions(config, length, encoder_length))
     return total / (length + encoder_length)
-
-
-def _head_width(config: LanguageModelConfig) -> int:
-    return (config.embedding.width or config.width) if config.head.tied else config.width
 
 
 def _matrices(config: LanguageModelConfig, length: int, encoder_length: int) -> Iterator[tuple[int, int]]:
@@ -89,11 +83,11 @@ def _matrices(config: LanguageModelConfig, length: int, encoder_length: int) -> 
             tokens = heads * length
         elif path[0] == "embedding":  # its projection
             tokens = length + encoder_length
-        elif encoder_length and (path[0] == "encoder" or path[-3:-1] in _READ_FROM_ENCODER):
+        elif encoder_length and (path[0] in ("encoder", "encoder_embedding") or path[-3:-1] in _READ_FROM_ENCODER):
             tokens = encoder_length
         yield size, tokens
-    if config.head.tied:
-        yield config.vocab_size * _head_width(config), heads * length
+    if config.head is not None and config.head.tied:
+        yield config.vocab_size * (config.embedding.width or config.width), heads * length
 
 
 def _attentions(

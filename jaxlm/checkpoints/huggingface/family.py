@@ -16,13 +16,22 @@ from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, Scaling
 from jaxlm.layers.positions import LinearScaling, Llama3Scaling, NtkScaling, Rope, YarnScaling
 from jaxlm.layers.stack import Layers, Remat, StackConfig
-from jaxlm.models.config import ComputeType, HeadConfig, LanguageModelConfig
+from jaxlm.models.config import (
+    ComputeType,
+    HeadConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    ReplacedTokenDetectorConfig,
+)
 
 Json = dict[str, Any]
 
+FOREIGN = "it is a model of another kind"
+"""Why a family refuses a model that lacks what all of the family have."""
+
 
 class Family:
-    """An adapter between one Hugging Face model class and `LanguageModelConfig`.
+    """An adapter between one Hugging Face model class and `ModelConfig`.
 
     A subclass has `model_type` and `architecture` as `config.json` has them, and three methods. `write` need not judge
     whether a model belongs to the family: `refusals` reads back what it wrote and compares.
@@ -31,7 +40,7 @@ class Family:
     model_type: ClassVar[str]
     architecture: ClassVar[str]
 
-    def read(self, fields: Fields) -> LanguageModelConfig:
+    def read(self, fields: Fields) -> ModelConfig:
         """The model that a `config.json` describes.
 
         Raises:
@@ -39,21 +48,21 @@ class Family:
         """
         raise NotImplementedError
 
-    def write(self, config: LanguageModelConfig) -> Json:
+    def write(self, config: ModelConfig) -> Json:
         """The `config.json` of a model of this family, without what is common to all."""
         raise NotImplementedError
 
-    def table(self, config: LanguageModelConfig) -> Table:
+    def table(self, config: ModelConfig) -> Table:
         """Which tensor holds which parameter, in the form that is written."""
         raise NotImplementedError
 
-    def table_of(self, config: LanguageModelConfig, tensors: Collection[str]) -> Table:
+    def table_of(self, config: ModelConfig, tensors: Collection[str]) -> Table:
         """The table of a checkpoint with these tensors, for families that are found in several forms."""
         return self.table(config)
 
     def model_of(
         self, values: Mapping[str, Any], *, ignore: tuple[str, ...] = (), tensors: Collection[str] | None = None
-    ) -> LanguageModelConfig:
+    ) -> ModelConfig:
         """`read`, with a complaint about fields that it did not look at.
 
         Args:
@@ -69,16 +78,18 @@ class Family:
         fields.finish()
         return config
 
-    def refusals(self, config: LanguageModelConfig) -> list[str]:
+    def refusals(self, config: ModelConfig) -> list[str]:
         """Why this family cannot express a model: one clause a difference, [] if it can."""
         try:
             again = self.model_of({"model_type": self.model_type, **self.write(config)})
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
+        except ValueError as error:
             return [f"it has no {self.model_type} equivalent ({error})"]
+        except (AttributeError, TypeError, KeyError):  # parts that `write` reads are not there
+            return [FOREIGN]
         return differences(essence(config), essence(again), self.model_type)
 
 
-def essence(config: LanguageModelConfig) -> LanguageModelConfig:
+def essence(config: ModelConfig) -> ModelConfig:
     """The configuration without what does not change the function: initialisation, dropout, losses of routers, remat,
     backends, type.
 
@@ -104,6 +115,9 @@ def essence(config: LanguageModelConfig) -> LanguageModelConfig:
             return dataclasses.replace(value, **changes)
         return value
 
+    if isinstance(config, ReplacedTokenDetectorConfig):
+        generator = None if config.generator is None else essence(config.generator)
+        return dataclasses.replace(config, discriminator=essence(config.discriminator), generator=generator)
     standard = config.scaling.kind is Scaling.STANDARD
     config = dataclasses.replace(
         config,

@@ -34,7 +34,7 @@ class Fields:
     """
 
     def __init__(self, values: Mapping[str, Any], ignore: tuple[str, ...] = (), tensors: Collection[str] | None = None):
-        self._tensors = tensors
+        self._tensors, self._ignored, self._parts = tensors, ignore, []
         self._values = dict(values)
         self._unread = set(values) - INCONSEQUENTIAL - set(ignore)
         self.model_type = str(values.get("model_type"))
@@ -62,6 +62,11 @@ class Fields:
                 f"{' or '.join(map(repr, allowed))}."
             )
 
+    def part(self, name: str) -> "Fields":
+        """The fields of a field that is a configuration by itself; `finish` sees to them as well."""
+        self._parts.append(part := Fields(self(name), self._ignored, self._tensors))
+        return part
+
     def has_tensor(self, name: str, default: bool) -> bool:
         """Whether the checkpoint has this tensor; `default` where its tensors are not known."""
         return default if self._tensors is None else name in self._tensors
@@ -75,3 +80,5 @@ class Fields:
                 f"config.json of this {self.model_type} has {shown}, which the adapter does not know and which may "
                 f"change what the model computes; if it does not, name it in `ignore`."
             )
+        for part in self._parts:
+            part.finish()

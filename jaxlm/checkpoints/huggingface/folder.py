@@ -17,7 +17,7 @@ from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folde
 from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models import build_model
-from jaxlm.models.config import LanguageModelConfig
+from jaxlm.models.config import ModelConfig
 
 CONFIG = "config.json"
 
@@ -39,7 +39,7 @@ class HuggingFaceFolder:
     folder: pathlib.Path
     family: Family
     fields: Json
-    config: LanguageModelConfig
+    config: ModelConfig
     tensors: TensorFolder
     table: Table
     shapes: Mapping[str, Shape]
@@ -96,7 +96,7 @@ class HuggingFaceFolder:
         return jax.tree.unflatten(jax.tree.structure(params), [values["params", *path] for path in paths])
 
 
-def parameter_shapes(config: LanguageModelConfig) -> dict[str, Shape]:
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """{path: shape} of a model's parameters, layers one by one."""
     model = nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0)))
     tree, shapes = nnx.to_pure_dict(nnx.state(model)), {}
@@ -134,7 +134,7 @@ def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> Hu
 
 def export(
     folder: pathlib.Path | str,
-    config: LanguageModelConfig,
+    config: ModelConfig,
     shapes: Mapping[str, Shape],
     value: Callable[[str], np.ndarray],
     *,

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlm.layers.block import Arrangement, Placement
+from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
 from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring
 from jaxlm.layers.stack import StackConfig
-from jaxlm.models.config import LanguageModelConfig
+from jaxlm.models.config import ModelConfig
 
-Change = Callable[[LanguageModelConfig], LanguageModelConfig]
+Change = Callable[[ModelConfig], ModelConfig]
 
 DECODER = dict(
     vocab_size=96,
@@ -36,6 +37,9 @@ GEMMA3_ROPES = {
     "full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
     "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
 }
+
+
+GEMMA2 = dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=20)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,6 +96,11 @@ def head(**changes: Any) -> Change:
 def embedding(**changes: Any) -> Change:
     """These fields of the embedding."""
     return lambda config: dataclasses.replace(config, embedding=_replaced(config.embedding, changes))
+
+
+def discriminator(change: Change) -> Change:
+    """The change of a detector's discriminator."""
+    return lambda config: dataclasses.replace(config, discriminator=change(config.discriminator))
 
 
 def relative(**changes: Any) -> Change:
@@ -181,7 +190,7 @@ CASES = (
     Case(
         "gemma2",
         "Gemma2ForCausalLM",
-        DECODER | dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=20),
+        DECODER | GEMMA2,
         GEMMA
         | WINDOW
         | {
@@ -195,9 +204,7 @@ CASES = (
     Case(
         "gemma3",
         "Gemma3ForCausalLM",
-        DECODER
-        | dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=20)
-        | dict(layer_types=["sliding_attention", "full_attention"] * 2, rope_parameters=GEMMA3_ROPES),
+        DECODER | GEMMA2 | dict(layer_types=["sliding_attention", "full_attention"] * 2, rope_parameters=GEMMA3_ROPES),
         GEMMA | WINDOW | {"rope scaling": rope(scaling=None)},
         scale=0.0,
     ),
@@ -254,6 +261,25 @@ CASES = (
     Case("t5_v1_1", "T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
     Case("mt5", "MT5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu")),
     Case(
+        "t5gemma",
+        "T5GemmaForConditionalGeneration",
+        dict(
+            vocab_size=96,
+            encoder=DECODER | GEMMA2 | dict(num_hidden_layers=2, sliding_window=5),
+            decoder=DECODER | GEMMA2 | dict(hidden_size=24, num_hidden_layers=2),
+        ),
+        GEMMA
+        | WINDOW
+        | {
+            "attention soft cap": attention(soft_cap=None),
+            "cross-attention soft cap": blocks(cross_attention=lambda old: old and _replaced(old, {"soft_cap": None})),
+            "logit soft cap": head(soft_cap=None),
+            "score scale": attention(scale=None),
+            "encoder's scale": lambda config: dataclasses.replace(config, encoder_embedding=EmbeddingConfig()),
+        },
+        scale=0.0,
+    ),
+    Case(
         "bert",
         "BertForMaskedLM",
         ENCODER,
@@ -261,6 +287,16 @@ CASES = (
     ),
     Case("roberta", "RobertaForMaskedLM", ENCODER | dict(type_vocab_size=1, pad_token_id=1)),
     Case("electra_generator", "ElectraForMaskedLM", ENCODER | dict(embedding_size=16)),
+    Case(
+        "electra_discriminator",
+        "ElectraForPreTraining",
+        ENCODER | dict(embedding_size=16, hidden_act="relu"),
+        {
+            "head's activation": lambda config: dataclasses.replace(config, head_activation=Activation.GELU),
+            "placement": discriminator(blocks(placement=Placement.OUTPUT)),
+            "activation": discriminator(feed_forward(activation=Activation.GELU)),
+        },
+    ),
     Case(
         "modernbert",
         "ModernBertForMaskedLM",
