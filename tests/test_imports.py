@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "jaxlm.models": {"pallas_kernels", "jaxlm.parallel", "jaxlm.layers"} | GROUND,
     "jaxlm.objectives": {"pallas_kernels"} | GROUND,
     "jaxlm.data": {"jaxlm.objectives"} | GROUND,
-    "jaxlm.checkpoints": DEVICE | GROUND,
+    "jaxlm.checkpoints": DEVICE | GROUND | {"jaxlm.configuration", "jaxlm.data"},
     "jaxlm.decoding": DEVICE | GROUND,
     "jaxlm.training": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.checkpoints", "jaxlm.decoding"},
     "jaxlm.run": DEVICE

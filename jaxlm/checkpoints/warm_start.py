@@ -11,11 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from etils import epath
 
 from jaxlm.checkpoints import naming, stored
-from jaxlm.checkpoints.huggingface import folder as huggingface
-from jaxlm.checkpoints.manifest import FILE_NAME, CheckpointError, Verify
+from jaxlm.checkpoints.manifest import CheckpointError, Verify
+from jaxlm.checkpoints.sources import Source, open_source
 from jaxlm.layers.stacking import StackLayout
 
 
@@ -121,7 +120,7 @@ def warm_start(
       CheckpointError: no intact checkpoint at the path, a leaf taken that the model lacks or has in another shape,
         two leaves for one name, or leaves missing; the message names them and the remedy.
     """
-    checkpoint = _find(config, verify, report)
+    checkpoint = open_source(config.path, config.step, verify, report)
     found, dropped = _matched(checkpoint, config)
     requests = stored.requests_for(params, layouts)
     known = {path: request for request in requests.values() for path in request.paths}
@@ -157,29 +156,7 @@ def warm_start(
     return jax.tree.unflatten(jax.tree.structure(params), filled), account
 
 
-def _find(
-    config: WarmStart, verify: Verify, report: Callable[[str], None]
-) -> stored.StoredCheckpoint | huggingface.HuggingFaceFolder:
-    """The checkpoint that `config.path` means."""
-    path = epath.Path(config.path).resolve()
-    if (path / huggingface.CONFIG).exists():
-        return huggingface.open_folder(path)
-    if (path / FILE_NAME).exists() and path.name.isdecimal():
-        return stored.open_checkpoint(path.parent, int(path.name), verify)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if config.step is not None:
-        return stored.open_checkpoint(folder, config.step, verify)
-    checkpoint = stored.open_latest(folder, verify, report)
-    if checkpoint is None:
-        raise CheckpointError(
-            f"There is no checkpoint to start from in {path}; give a run's folder or one of its steps."
-        )
-    return checkpoint
-
-
-def _matched(
-    checkpoint: stored.StoredCheckpoint | huggingface.HuggingFaceFolder, config: WarmStart
-) -> tuple[dict[naming.Path, naming.Path], list[naming.Path]]:
+def _matched(checkpoint: Source, config: WarmStart) -> tuple[dict[naming.Path, naming.Path], list[naming.Path]]:
     """({name in the model: name on disk}, dropped names), by the patterns alone."""
     found: dict[naming.Path, naming.Path] = {}
     dropped = []
@@ -206,7 +183,7 @@ def _matched(
 
 
 def _filled(
-    checkpoint: stored.StoredCheckpoint | huggingface.HuggingFaceFolder,
+    checkpoint: Source,
     weights: Weights,
     params: Mapping[naming.Path, jax.Array],
     requests: Mapping[naming.Path, stored.Request],

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json
-from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, write_tensors
+from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, read_json, write_tensors
 from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
 from jaxlm.layers.stacking import StackLayout
 from jaxlm.models import build_model
@@ -122,7 +122,7 @@ def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> Hu
     path = pathlib.Path(path)
     if not (path / CONFIG).exists():
         raise FileNotFoundError(f"{path} has no {CONFIG}; give a Hugging Face model's folder.")
-    values = json.loads((path / CONFIG).read_text())
+    values = read_json(path / CONFIG)
     family = families.by_config(values)
     tensors = TensorFolder(path)
     config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
