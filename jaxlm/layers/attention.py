@@ -10,7 +10,7 @@ from flax import nnx
 from jaxlm.layers.cache import CacheConfig, Extension, KeyValueCache, PackedTexts, held_positions
 from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
-from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
+from jaxlm.layers.parameters import Linear, ParameterMaker, Parametrization, PathKey
 from jaxlm.layers.positions import Alibi, RelativePositions, RelativeTable, Rope, Rotation, rotate
 from jaxlm.layers.remat import name_activation
 from pallas_kernels.attention_backends import ATTENTION
@@ -93,6 +93,10 @@ class AttentionConfig:
         """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
+    def score_scale(self, parametrization: Parametrization) -> float:
+        """The factor on q . k: `scale`, or what None stands for."""
+        return parametrization.attention_scale(self.head_dim) if self.scale is None else self.scale
+
     def build(
         self,
         make: ParameterMaker,
@@ -147,7 +151,7 @@ class Attention(nnx.Module):
             RelativeTable(config.position, make, config.num_heads, key=key.at("relative")) if own_table else None
         )
         self.config = config
-        self.scale = make.parametrization.attention_scale(config.head_dim) if config.scale is None else config.scale
+        self.scale = config.score_scale(make.parametrization)
 
     def __call__(
         self,

@@ -8,11 +8,13 @@ from flax import nnx
 
 from jaxlm.architecture import Architecture
 from jaxlm.layers.attention import AttentionConfig
+from jaxlm.layers.disentangled_attention import RelativeEmbeddings
 from jaxlm.models import build_model
 from jaxlm.models.config import LanguageModelConfig, ModelConfig, ReplacedTokenDetectorConfig
 
 Path = tuple[str, ...]
 
+_ONCE_A_STEP = ("position_key", "position_query")  # multiplied with relative positions, not with tokens
 _READ_FROM_ENCODER = (("cross_attention", "key"), ("cross_attention", "value"))
 
 
@@ -77,7 +79,7 @@ def _matrices(config: LanguageModelConfig, length: int, encoder_length: int) -> 
     heads = max(config.future_tokens, 1)
     for path, parameter in parameters(config):
         size, tokens = _active_size(parameter), length
-        if parameter.role not in ("hidden", "output") or path[0] == "pooler":
+        if parameter.role not in ("hidden", "output") or path[0] == "pooler" or path[-2] in _ONCE_A_STEP:
             continue
         if path[0] == "vocabulary_head":
             tokens = heads * length
@@ -99,6 +101,9 @@ def _attentions(
         tokens = encoder_length if encoder_length and name == "encoder" else length
         for block in stack.all_blocks:
             yield block.attention, _pairs(block.attention, tokens, both_sides=encodes)
+            if isinstance(stack.relative_positions, RelativeEmbeddings):
+                # Each term with positions is one product with 2 K vectors, where a pair of tokens stands for two.
+                yield block.attention, block.attention.terms * stack.relative_positions.span * tokens
             if block.cross_attention is not None:
                 yield block.cross_attention, tokens * encoder_length
     for _ in range(config.future_tokens):

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxlm.checkpoints.huggingface import (
     bert,
+    deberta,
     gemma,
     gpt2,
     gpt_neox,
@@ -39,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
     bert.Roberta(),
     bert.ElectraGenerator(),
     bert.ElectraDiscriminator(),
+    deberta.DebertaV2(),
     modernbert.ModernBert(),
 )
 """In the order in which a model is offered to them for export."""

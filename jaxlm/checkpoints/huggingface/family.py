@@ -106,8 +106,7 @@ def essence(config: ModelConfig) -> ModelConfig:
                     changes[name] = neutral
             if isinstance(value, AttentionConfig):  # what None stands for
                 changes["num_kv_heads"] = value.kv_heads
-                if value.scale is None:
-                    changes["scale"] = config.scaling.attention_scale(value.head_dim)
+                changes["scale"] = value.score_scale(config.scaling)
             if isinstance(value, StackConfig):
                 blocks = tuple(plain(block) for block in value.all_blocks)
                 changes |= {"blocks": blocks, "num_layers": len(blocks), "prologue": ()}

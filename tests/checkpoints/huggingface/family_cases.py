@@ -31,6 +31,7 @@ ENCODER = {name: value for name, value in DECODER.items() if name != "num_key_va
 }
 T5 = dict(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4)
 T5_BUCKETS = dict(relative_attention_num_buckets=16, relative_attention_max_distance=40)
+DEBERTA = ENCODER | dict(relative_attention=True, pos_att_type="c2p|p2c", legacy=False, max_position_embeddings=48)
 LLAMA3 = dict(rope_type="llama3", rope_theta=5000.0, factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = dict(rope_type="yarn", rope_theta=5000.0, factor=2.0, original_max_position_embeddings=16)
 GEMMA3_ROPES = {
@@ -150,6 +151,11 @@ MIXTURE = {
     "normalised weights": experts(normalize=lambda normalized: not normalized),
     "experts a token": experts(experts_per_token=1),
     "scores": experts(scoring=Scoring.SIGMOID),
+}
+DISENTANGLED = {
+    "content to position": attention(content_to_position=False),
+    "position to content": attention(position_to_content=False),
+    "score scale": attention(scale=0.35),
 }
 
 CASES = (
@@ -297,6 +303,19 @@ CASES = (
             "activation": discriminator(feed_forward(activation=Activation.GELU)),
         },
     ),
+    Case(
+        "deberta_v3",
+        "DebertaV2ForMaskedLM",
+        DEBERTA | dict(position_buckets=8, share_att_key=True, norm_rel_ebd="layer_norm", position_biased_input=False),
+        DISENTANGLED | {"buckets": relative(max_distance=40), "norm of positions": relative(norm=None)},
+    ),
+    Case(
+        "deberta_v2",
+        "DebertaV2ForMaskedLM",
+        DEBERTA | dict(max_relative_positions=12, type_vocab_size=2, hidden_act="relu"),
+        DISENTANGLED | {"head's activation": head(transform=Activation.GELU)},
+    ),
+    Case("deberta_content_to_position", "DebertaV2ForMaskedLM", DEBERTA | dict(pos_att_type="c2p")),
     Case(
         "modernbert",
         "ModernBertForMaskedLM",

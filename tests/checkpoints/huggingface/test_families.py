@@ -9,8 +9,9 @@ from safetensors.numpy import load_file
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.huggingface.folder import export
+from jaxlm.layers import RelativeEmbeddings
 from tests.checkpoints.huggingface.family_cases import CASES
-from tests.checkpoints.huggingface.side_by_side import SideBySide
+from tests.checkpoints.huggingface.side_by_side import SideBySide, relative
 
 torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'jaxlm[torch]'")
 transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'jaxlm[torch]'")
@@ -102,3 +103,24 @@ def test_experts_in_one_tensor_are_read(both, tmp_path):
     separate, together = pair.parameters(pair.params), fused.parameters(fused.params)
     for path, value in separate.items():
         np.testing.assert_array_equal(together[path], value, path)
+
+
+def test_both_heads_of_deberta_are_read(both, tmp_path):
+    """transformers has two names for one head."""
+    pair = both(BY_NAME["deberta_v3"])
+    case = dataclasses.replace(pair.case, options=pair.case.options | {"legacy": True})
+    legacy = SideBySide(case, tmp_path)
+    assert legacy.model.cls is not None and legacy.folder.config == pair.folder.config
+    legacy.definition = pair.definition
+    assert relative(legacy.ours.logits, legacy.theirs.logits) <= 1e-5
+
+
+def test_buckets_of_relative_positions_are_those_of_transformers():
+    """At the sizes of the released models: 256 buckets to a distance of 512."""
+    from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+    offsets = np.arange(-2000, 2001)
+    for span, distance in ((256, 512), (8, 40), (32, 100)):
+        theirs = make_log_bucket_position(torch.tensor(offsets), span, distance).long().numpy() + span
+        found = RelativeEmbeddings(span, distance).rows(offsets)
+        np.testing.assert_array_equal(found, np.clip(theirs, 0, 2 * span - 1))
