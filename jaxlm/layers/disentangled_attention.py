@@ -1,8 +1,8 @@
 """DeBERTa's disentangled attention (arXiv 2006.03654, 3.1): content and relative position meet in the scores.
 
 The score of a query at i for a key at j is q_i . k_j + q_i . K_d + k_j . Q_d, where K and Q are projections of a vector
-for each relative position d of i and j: content to content, content to position, position to content. The last two are a bias
-of their own for each example and head: [B, H, T, T] numbers, twice while they are computed, whatever computes the
+for each relative position d of i and j: content to content, content to position, position to content. The last two are
+a bias of its own for each example and head: [B, H, T, T] numbers, twice while they are computed, whatever computes the
 attention. Kernels that take no such bias refuse it by name, as do rows that are split along their length.
 """
 

@@ -13,6 +13,7 @@ from jaxlm.checkpoints.huggingface import (
     mixture_of_experts,
     modernbert,
     olmo,
+    openelm,
     t5,
     t5gemma,
 )
@@ -31,6 +32,7 @@ FAMILIES: tuple[Family, ...] = (
     mixture_of_experts.Mixtral(),
     mixture_of_experts.Qwen2Moe(),
     mixture_of_experts.Qwen3Moe(),
+    openelm.OpenElm(),
     gpt2.GPT2(),
     gpt_neox.GPTNeoX(),
     t5.T5(),
