@@ -367,9 +367,26 @@ class Caches:
         return Caches(lengths, blocks, sources)
 
     @property
+    def capacity(self) -> int:
+        """Tokens that the layer with the most entries has room for; 0 if no layer's memory depends on the length."""
+        own = _caches([_own(block) for block in self.blocks])
+        return max((cache.entries for cache in own if isinstance(cache, KeyValueCache)), default=0)
+
+    @property
+    def source_capacity(self) -> int | None:
+        """Tokens of an encoder's text that there is room for; None without an encoder."""
+        crossing = [block.cross.entries for block in self.blocks if isinstance(block, BlockCache) and block.cross]
+        return crossing[0] if crossing else None
+
+    @property
     def nbytes(self) -> int:
         """Memory of all leaves, in bytes."""
         return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(self))
+
+
+def _own(block: Any) -> Any:
+    """What a block remembers of its own text."""
+    return block.attention if isinstance(block, BlockCache) else block
 
 
 def _is_cache(node: Any) -> bool:

@@ -20,11 +20,11 @@ def run(workshop, repository):
     """60 steps on the project's own documents, from the command line in a process of its own."""
     gin = workshop.gin(
         "docs",
-        "LEARNING_RATE = 1e-2\nsample.SamplingConfig.max_new_tokens = 8\nEVAL_PERIOD = 30\nCHECKPOINT_PERIOD = 30\n"
+        "LEARNING_RATE = 1e-2\nsampling.SamplingConfig.max_new_tokens = 8\nEVAL_PERIOD = 30\nCHECKPOINT_PERIOD = 30\n"
         f"FILES = '{repository / 'docs'}'\nTRAIN_STEPS = {STEPS}\nrun.RunConfig.baselines = True\n"
         "run.RunConfig.profile = @profile.ProfileConfig()\n"
         "profile.ProfileConfig.first = 20\nprofile.ProfileConfig.last = 21",
-        imports=("run", "decoding.sample", "training.profile"),
+        imports=("run", "decoding.sampling", "training.profile"),
     )
     return gin, workshop.folder / "docs", workshop.observe("docs", gin)
 
