@@ -327,3 +327,5 @@ CASES = (
         },
     ),
 )
+
+GENERATIVE = [case for case in CASES if case.model.endswith(("ForCausalLM", "LMHeadModel", "ConditionalGeneration"))]

@@ -11,11 +11,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints import naming
-from jaxlm.checkpoints.huggingface.folder import HuggingFaceFolder, open_folder
+from jaxlm.checkpoints.huggingface.folder import HuggingFaceFolder, export, open_folder
 from jaxlm.checkpoints.huggingface.tensors import resolve
+from jaxlm.decoding.cached_model import CachedModel
+from jaxlm.decoding.engine import Engine, EngineConfig
+from jaxlm.decoding.requests import Request
+from jaxlm.decoding.sampling import SamplingConfig
 from jaxlm.layers.context import LOCAL
 from jaxlm.models import ModelConfig, ReplacedTokenDetector, build_model
 from jaxlm.training.state import abstract_model
@@ -159,6 +164,55 @@ class SideBySide:
                 error += float(np.sum((ours_of - theirs_of) ** 2))
                 size += float(np.sum(theirs_of**2))
         return (error / size) ** 0.5
+
+    def send_back(self, folder: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Exports our parameters, as the adapter that read them, to a folder; {tensor: theirs, ours}."""
+        values, theirs = self.parameters(self.params), self.model.config
+        ids = {name: getattr(theirs, name) for name in ("pad_token_id",) if getattr(theirs, name) is not None}
+        shapes = {path: value.shape for path, value in values.items()}
+        kind = self.folder.family.model_type
+        family = export(folder, self.folder.config, shapes, values.__getitem__, special_ids=ids, family=kind)
+        assert family is self.folder.family
+        before, after = load_file(self.path / "model.safetensors"), load_file(folder / "model.safetensors")
+        assert before.keys() == after.keys()
+        return {name: (before[name], after[name]) for name in before}
+
+    def greedy(self, count: int = 32) -> tuple[int, int]:
+        """Continues the beginnings of the texts by `count` tokens, each by itself.
+
+        Returns:
+          Tokens up to which transformers' choice is clear, its two highest logits being more than 1e-4 apart, and how
+          many of these are the engine's as well.
+        """
+        import torch
+
+        both = self.model.config.is_encoder_decoder
+        texts, cut = (SOURCES, SOURCE_CUT) if both else (TOKENS, CUT)
+        prompts = [text[:n] for text, n in zip(texts, cut)]
+        start = 0 if both else None
+        model = CachedModel(self.definition.merge(self.params), start_id=start)
+        sampling = SamplingConfig(temperature=0.0, max_new_tokens=count)
+        answers = Engine(model, EngineConfig(slots=2)).generate([Request(prompt, sampling) for prompt in prompts])
+        clear = same = 0
+        for prompt, answer in zip(prompts, answers, strict=True):
+            out = self.model.generate(
+                torch.tensor(prompt[None]),
+                attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
+                do_sample=False,
+                max_new_tokens=count,
+                eos_token_id=None,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+                **({"decoder_start_token_id": start} if both else {}),
+            )
+            theirs = out.sequences[0, -count:].numpy()
+            highest = torch.stack(out.logits)[:, 0].topk(2).values.numpy()
+            unclear = np.flatnonzero(highest[:, 0] - highest[:, 1] <= 1e-4)
+            until = int(unclear[0]) if len(unclear) else count
+            clear += until
+            same += int(np.sum(np.cumprod(answer.tokens[:until] == theirs[:until])))
+        return clear, same
 
     def _run_theirs(
         self, lengths: tuple[int, ...] | None, source_lengths: tuple[int, ...] | None

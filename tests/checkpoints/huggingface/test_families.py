@@ -5,12 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.huggingface.folder import export
 from jaxlm.layers import RelativeEmbeddings
-from tests.checkpoints.huggingface.family_cases import CASES
+from tests.checkpoints.huggingface.family_cases import CASES, GENERATIVE
 from tests.checkpoints.huggingface.side_by_side import SideBySide, relative
 
 torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'jaxlm[torch]'")
@@ -46,24 +45,18 @@ def test_gradients_are_those_of_transformers(case, both):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_and_back_bit_for_bit(case, both, tmp_path):
     pair = both(case)
-    values, theirs = pair.parameters(pair.params), pair.model.config
-    ids = {name: getattr(theirs, name) for name in ("pad_token_id",) if getattr(theirs, name) is not None}
-    family = export(
-        tmp_path / "ours",
-        pair.folder.config,
-        {path: value.shape for path, value in values.items()},
-        values.__getitem__,
-        special_ids=ids,
-        family=pair.folder.family.model_type,
-    )
-    assert family.architecture == case.model
-    before, after = load_file(pair.path / "model.safetensors"), load_file(tmp_path / "ours" / "model.safetensors")
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        np.testing.assert_array_equal(tensor, after[name], name)
+    for name, (before, after) in pair.send_back(tmp_path / "ours").items():
+        np.testing.assert_array_equal(before, after, name)
     again = SideBySide(case, tmp_path)
     again.model = getattr(transformers, case.model).from_pretrained(tmp_path / "ours").eval()
     np.testing.assert_array_equal(again.theirs.logits, pair.theirs.logits)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", GENERATIVE, ids=str)
+def test_greedy_texts_are_those_of_transformers(case, both):
+    clear, same = both(case).greedy()
+    assert clear == same and clear >= 16
 
 
 CHANGES = [pytest.param(case, feature, id=f"{case}-{feature}") for case in CASES for feature in case.features]

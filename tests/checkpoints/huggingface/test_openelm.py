@@ -1,139 +1,25 @@
 """OpenELM, which transformers does not have, beside its definition in numpy and float64."""
 
-import json
-
-import jax
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from jaxlm.checkpoints.huggingface.folder import export, open_folder, parameter_shapes
+from jaxlm.checkpoints.huggingface.folder import open_folder
 from jaxlm.checkpoints.huggingface.openelm import multipliers
-from jaxlm.models import build_model
 from jaxlm.models.openelm import scaled
-from jaxlm.training.state import abstract_model
-
-WIDTH, DIM, LAYERS, VOCABULARY, LENGTH = 32, 8, 3, 50, 24
-CONFIG = {
-    "model_type": "openelm",
-    "architectures": ["OpenELMForCausalLM"],
-    "vocab_size": VOCABULARY,
-    "model_dim": WIDTH,
-    "num_transformer_layers": LAYERS,
-    "head_dim": DIM,
-    "num_gqa_groups": 2,
-    "num_query_heads": [2, 4, 4],
-    "num_kv_heads": [1, 2, 2],
-    "qkv_multipliers": [0.5, 1.0],
-    "ffn_multipliers": [0.5, 1.25, 2.0],
-    "ffn_dim_divisor": 8,
-    "ffn_with_glu": True,
-    "activation_fn_name": "swish",
-    "normalization_layer_name": "rms_norm",
-    "normalize_qk_projections": True,
-    "share_input_output_layers": True,
-    "rope_freq_constant": 10000,
-    "rope_max_length": 64,
-    "max_context_length": 32,
-}
-HIDDEN = [16, 40, 64]
+from tests.checkpoints.huggingface.openelm_reference import CONFIG, HIDDEN, comes_back, difference, written
 
 
-def tensors():
-    """By the names of the released checkpoints."""
-    rng = np.random.default_rng(0)
-    shapes = {"token_embeddings.weight": (VOCABULARY, WIDTH), "norm.weight": (WIDTH,)}
-    for i in range(LAYERS):
-        q, kv, hidden = CONFIG["num_query_heads"][i], CONFIG["num_kv_heads"][i], HIDDEN[i]
-        shapes |= {
-            f"layers.{i}.attn.qkv_proj.weight": ((q + 2 * kv) * DIM, WIDTH),
-            f"layers.{i}.attn.out_proj.weight": (WIDTH, q * DIM),
-            f"layers.{i}.attn.q_norm.weight": (DIM,),
-            f"layers.{i}.attn.k_norm.weight": (DIM,),
-            f"layers.{i}.ffn.proj_1.weight": (2 * hidden, WIDTH),
-            f"layers.{i}.ffn.proj_2.weight": (WIDTH, hidden),
-            f"layers.{i}.attn_norm.weight": (WIDTH,),
-            f"layers.{i}.ffn_norm.weight": (WIDTH,),
-        }
-    draw = {name: 0.2 * rng.standard_normal(shape) + (len(shape) == 1) for name, shape in shapes.items()}
-    return {f"transformer.{name}": value.astype(np.float32) for name, value in draw.items()}
-
-
-def reference(weights, tokens):
-    """Logits of [T] tokens by the paper: pre-norm, grouped queries, normalised and rotated, SwiGLU."""
-    weights = {name.removeprefix("transformer."): value.astype(np.float64) for name, value in weights.items()}
-
-    def normed(x, name):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weights[f"{name}.weight"]
-
-    def rotated(x):  # [H, T, D]
-        angles = np.arange(len(tokens))[:, None] * 10000.0 ** (-np.arange(0, DIM, 2) / DIM)
-        first, second = np.split(x, 2, axis=-1)
-        sine, cosine = np.sin(angles), np.cos(angles)
-        return np.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1)
-
-    x = weights["token_embeddings.weight"][tokens]
-    hidden_keys = np.triu(np.ones((len(tokens), len(tokens)), bool), 1)
-    for i in range(LAYERS):
-        layer, heads, keys = f"layers.{i}", CONFIG["num_query_heads"][i], CONFIG["num_kv_heads"][i]
-        qkv = (normed(x, f"{layer}.attn_norm") @ weights[f"{layer}.attn.qkv_proj.weight"].T).reshape(
-            len(tokens), -1, DIM
-        )
-        q, k, v = np.split(qkv.swapaxes(0, 1), [heads, heads + keys])
-        q, k = rotated(normed(q, f"{layer}.attn.q_norm")), rotated(normed(k, f"{layer}.attn.k_norm"))
-        k, v = np.repeat(k, heads // keys, 0), np.repeat(v, heads // keys, 0)
-        scores = np.where(hidden_keys, -np.inf, q @ k.swapaxes(1, 2) / np.sqrt(DIM))
-        shares = np.exp(scores - scores.max(-1, keepdims=True))
-        found = (shares / shares.sum(-1, keepdims=True)) @ v
-        x = x + found.swapaxes(0, 1).reshape(len(tokens), -1) @ weights[f"{layer}.attn.out_proj.weight"].T
-        gate, up = np.split(normed(x, f"{layer}.ffn_norm") @ weights[f"{layer}.ffn.proj_1.weight"].T, 2, -1)
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ weights[f"{layer}.ffn.proj_2.weight"].T
-    return normed(x, "norm") @ weights["token_embeddings.weight"].T
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "openelm").mkdir()
-    save_file(tensors(), tmp_path / "openelm" / "model.safetensors")
-    (tmp_path / "openelm" / "config.json").write_text(json.dumps(CONFIG))
-    return tmp_path / "openelm"
-
-
-def test_it_computes_what_the_paper_defines_and_goes_back_bit_for_bit(folder, tmp_path):
-    found = open_folder(folder)
+def test_it_computes_what_the_paper_defines(tmp_path):
+    found = open_folder(written(tmp_path / "openelm"))
     blocks = found.config.decoder.all_blocks
     assert [block.feed_forward.hidden for block in blocks] == HIDDEN
     assert [block.attention.num_heads for block in blocks] == CONFIG["num_query_heads"]
-    definition, abstract, _ = abstract_model(lambda key: build_model(found.config, key=key))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    params = found.load(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract), definition.layouts
-    )
-    tokens = np.random.default_rng(1).integers(0, VOCABULARY, LENGTH)
-    ones = np.ones((1, LENGTH), np.int32)
-    batch = {
-        "decoder_input_tokens": tokens[None],
-        "decoder_segment_ids": ones,
-        "decoder_positions": np.arange(LENGTH)[None],
-    }
+    assert difference(found) <= 1e-5
 
-    @jax.jit
-    def logits(params, batch):
-        model = definition.merge(params)
-        return model.head(model.hidden_states(batch)[0])
 
-    expected = reference(tensors(), tokens)
-    assert np.abs(logits(params, batch)[0] - expected).max() <= 1e-5 * np.abs(expected).max()
-
-    values = {"/".join(str(k.key) for k in path): np.asarray(x) for path, x in jax.tree.leaves_with_path(params)}
-    assert values.keys() == parameter_shapes(found.config).keys()
-    shapes = {path: value.shape for path, value in values.items()}
-    assert export(tmp_path / "back", found.config, shapes, values.__getitem__).model_type == "openelm"
+def test_and_back_bit_for_bit(tmp_path):
+    found = open_folder(written(tmp_path / "openelm"))
+    assert comes_back(found, tmp_path / "back")
     assert open_folder(tmp_path / "back").config == found.config
-    after = load_file(tmp_path / "back" / "model.safetensors")
-    assert after.keys() == tensors().keys()
-    for name, value in tensors().items():
-        np.testing.assert_array_equal(value, after[name], name)
 
 
 def test_multipliers_give_the_heads_again():
@@ -146,7 +32,7 @@ def test_multipliers_give_the_heads_again():
         multipliers(1280, [12, 20, 12], 64, 4)
 
 
-def test_heads_that_do_not_share_keys_alike_are_refused(folder):
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_kv_heads": [1, 2, 4]}))
+def test_heads_that_do_not_share_keys_alike_are_refused(tmp_path):
+    folder = written(tmp_path / "openelm", num_kv_heads=[1, 2, 4])
     with pytest.raises(ValueError, match=r"num_kv_heads \[1, 2, 4\] must name 3 layers with 2 query heads"):
         open_folder(folder)
