@@ -3,8 +3,8 @@
     python -m benchmarks.interchange families                  # all, and the table in docs/interchange.md
     python -m benchmarks.interchange families --only=deberta_v3 --only=mixtral
 
-Needs the torch extra. Differences are the largest over the largest number expected, in float32. OpenELM, which transformers
-has not, is compared with its definition in numpy.
+Needs the torch extra. Differences are the largest over the largest number expected, in float32. OpenELM, which
+transformers has not, is compared with its definition in numpy.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def guide_with_results(text: str) -> str:
     """docs/interchange.md with the measured differences."""
     rows = json.loads(RESULTS.read_text())["cases"]
     lines = [
-        "| model | logits, largest | mean | hidden states | packed beside padded | gradients | least moved by a feature "
-        "| back bit for bit | greedy tokens |",
+        "| model | logits, largest | mean | hidden states | packed beside padded | gradients | least moved by a "
+        "feature | back bit for bit | greedy tokens |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():

@@ -252,7 +252,12 @@ CASES = (
             "parallel branches": blocks(arrangement=Arrangement.SEQUENTIAL),
         },
     ),
-    Case("gpt_neox_sequential", "GPTNeoXForCausalLM", ENCODER | dict(use_parallel_residual=False)),
+    Case(
+        "gpt_neox_sequential",
+        "GPTNeoXForCausalLM",
+        ENCODER | dict(use_parallel_residual=False),
+        {"sequential branches": blocks(arrangement=Arrangement.PARALLEL_NORMS)},
+    ),
     Case(
         "t5",
         "T5ForConditionalGeneration",
@@ -264,8 +269,21 @@ CASES = (
             "unscaled scores": attention(scale=None),
         },
     ),
-    Case("t5_v1_1", "T5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
-    Case("mt5", "MT5ForConditionalGeneration", T5 | dict(feed_forward_proj="gated-gelu")),
+    # Scores without a scale: with larger norms, float32 itself is 5e-6 from float64 here and there.
+    Case(
+        "t5_v1_1",
+        "T5ForConditionalGeneration",
+        T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        {"activation": feed_forward(activation=Activation.GELU)},
+        scale=0.5,
+    ),
+    Case(
+        "mt5",
+        "MT5ForConditionalGeneration",
+        T5 | dict(feed_forward_proj="gated-gelu"),
+        {"scaled output": head(scale_by_width=True)},
+        scale=0.5,
+    ),
     Case(
         "t5gemma",
         "T5GemmaForConditionalGeneration",
@@ -291,8 +309,18 @@ CASES = (
         ENCODER,
         {"placement": blocks(placement=Placement.OUTPUT), "head's activation": head(transform=Activation.RELU)},
     ),
-    Case("roberta", "RobertaForMaskedLM", ENCODER | dict(type_vocab_size=1, pad_token_id=1)),
-    Case("electra_generator", "ElectraForMaskedLM", ENCODER | dict(embedding_size=16)),
+    Case(
+        "roberta",
+        "RobertaForMaskedLM",
+        ENCODER | dict(type_vocab_size=1, pad_token_id=1),
+        {"placement": blocks(placement=Placement.OUTPUT), "activation": feed_forward(activation=Activation.RELU)},
+    ),
+    Case(
+        "electra_generator",
+        "ElectraForMaskedLM",
+        ENCODER | dict(embedding_size=16, hidden_act="relu"),
+        {"head's activation": head(transform=Activation.RELU), "activation": feed_forward(activation=Activation.GELU)},
+    ),
     Case(
         "electra_discriminator",
         "ElectraForPreTraining",
@@ -315,7 +343,16 @@ CASES = (
         DEBERTA | dict(max_relative_positions=12, type_vocab_size=2, hidden_act="relu"),
         DISENTANGLED | {"head's activation": head(transform=Activation.GELU)},
     ),
-    Case("deberta_content_to_position", "DebertaV2ForMaskedLM", DEBERTA | dict(pos_att_type="c2p")),
+    Case(
+        "deberta_content_to_position",
+        "DebertaV2ForMaskedLM",
+        DEBERTA | dict(pos_att_type="c2p"),
+        {
+            "position to content": attention(
+                position_to_content=True, content_to_position=False, shared_projections=True
+            )
+        },
+    ),
     Case(
         "modernbert",
         "ModernBertForMaskedLM",

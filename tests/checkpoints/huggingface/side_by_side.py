@@ -178,7 +178,7 @@ class SideBySide:
         return {name: (before[name], after[name]) for name in before}
 
     def greedy(self, count: int = 32) -> tuple[int, int]:
-        """Continues the beginnings of the texts by `count` tokens, each by itself.
+        """Continues the beginnings of the texts by `count` tokens each, or as many as the model's context leaves.
 
         Returns:
           Tokens up to which transformers' choice is clear, its two highest logits being more than 1e-4 apart, and how
@@ -191,10 +191,14 @@ class SideBySide:
         prompts = [text[:n] for text, n in zip(texts, cut)]
         start = 0 if both else None
         model = CachedModel(self.definition.merge(self.params), start_id=start)
-        sampling = SamplingConfig(temperature=0.0, max_new_tokens=count)
-        answers = Engine(model, EngineConfig(slots=2)).generate([Request(prompt, sampling) for prompt in prompts])
+        longest = model.context_length or LENGTH + count
+        counts = [count if both else min(count, longest - len(prompt)) for prompt in prompts]
+        requests = [
+            Request(prompt, SamplingConfig(temperature=0.0, max_new_tokens=n)) for prompt, n in zip(prompts, counts)
+        ]
+        answers = Engine(model, EngineConfig(slots=2)).generate(requests)
         clear = same = 0
-        for prompt, answer in zip(prompts, answers, strict=True):
+        for prompt, count, answer in zip(prompts, counts, answers, strict=True):
             out = self.model.generate(
                 torch.tensor(prompt[None]),
                 attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
@@ -203,6 +207,7 @@ class SideBySide:
                 eos_token_id=None,
                 pad_token_id=0,
                 output_logits=True,
+                use_cache=False,  # whose form in transformers fails where a decoder is deeper than its encoder
                 return_dict_in_generate=True,
                 **({"decoder_start_token_id": start} if both else {}),
             )
