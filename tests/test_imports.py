@@ -37,8 +37,13 @@ MAY_IMPORT = {
         "jaxlm.objectives",
         "jaxlm.training",
     },
+    "jaxlm.studies": DEVICE
+    | GROUND
+    | {"jaxlm.checkpoints", "jaxlm.configuration", "jaxlm.objectives", "jaxlm.data", "jaxlm.training", "jaxlm.run"},
     "jaxlm.planning": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.training", "jaxlm.run"},
-    "jaxlm.evaluation": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
+    "jaxlm.evaluation": DEVICE
+    | GROUND
+    | {"jaxlm.checkpoints", "jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
 }
 
 

@@ -20,7 +20,7 @@ from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.heads import Pooler, VocabularyHead
 from jaxlm.parallel.stages import ONE_STAGE, Stages
 from pallas_kernels.cross_entropy import OutputProjection
-from pallas_kernels.masks import Causal, Mask, PrefixLM, Segments
+from pallas_kernels.masks import Causal, Intervals, Mask, PrefixLM, Segments
 
 Batch = Mapping[str, jax.Array]
 
@@ -245,7 +245,7 @@ class LanguageModel(nnx.Module):
             **_tokens(batch, "decoder", context),
             context=self._in_stack(context, "stack"),
             encoded=encoded,
-            cross_mask=Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"]),
+            cross_mask=cross_mask(batch),
             normalize=normalize,
         )
         return hidden, encoder_side + decoder_side
@@ -306,10 +306,18 @@ def self_mask(batch: Batch, architecture: Architecture) -> Mask:
     """The self-attention mask of a packed batch; for an encoder-decoder, its decoder's."""
     if architecture is Architecture.ENCODER:
         return Segments(batch["encoder_segment_ids"])
+    if "decoder_visible_keys" in batch:
+        return Intervals(*batch["decoder_visible_keys"].swapaxes(0, 1))
     ids = batch["decoder_segment_ids"]
     if architecture is Architecture.PREFIX_DECODER:
         return PrefixLM(prefix_ends(batch["decoder_causal_attention"], ids)) & Segments(ids)
     return Causal() & Segments(ids)
+
+
+def cross_mask(batch: Batch) -> Mask:
+    """Which encoder positions a decoder position sees: its own segment's, unless the batch names another."""
+    ids = batch.get("decoder_encoder_segment_ids", batch["decoder_segment_ids"])
+    return Segments(ids, batch["encoder_segment_ids"])
 
 
 def prefix_ends(marked: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -347,11 +347,7 @@ CASES = (
         "deberta_content_to_position",
         "DebertaV2ForMaskedLM",
         DEBERTA | dict(pos_att_type="c2p"),
-        {
-            "position to content": attention(
-                position_to_content=True, content_to_position=False, shared_projections=True
-            )
-        },
+        {"score scale": attention(scale=0.35)},
     ),
     Case(
         "modernbert",
