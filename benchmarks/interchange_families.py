@@ -2,6 +2,7 @@
 
     python -m benchmarks.interchange families                  # all, and the table in docs/interchange.md
     python -m benchmarks.interchange families --only=deberta_v3 --only=mixtral
+    python -m benchmarks.interchange families --missing        # goes on where it was stopped
 
 Needs the torch extra. Differences are the largest over the largest number expected, in float32. OpenELM, which
 transformers has not, is compared with its definition in numpy.
@@ -74,25 +75,26 @@ def main() -> None:
     import transformers
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=[*(case.name for case in CASES), "openelm"])
-    only = parser.parse_args().only
+    names = [*(case.name for case in CASES), "openelm"]
+    parser.add_argument("--only", action="append", choices=names)
+    parser.add_argument("--missing", action="store_true", help="only those without results")
+    args = parser.parse_args()
     versions = {module.__name__: module.__version__ for module in (jax, torch, transformers)}
-    before = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
-    after = {}
-    for name in [*(case.name for case in CASES), "openelm"]:
-        if only and name not in only:
-            after |= {name: before[name]} if name in before else {}
+    found = json.loads(RESULTS.read_text())["cases"] if RESULTS.exists() else {}
+    for name in args.only or names:
+        if args.missing and name in found:
             continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = pathlib.Path(scratch)
             if name == "openelm":
-                after[name] = measure_openelm(folder)
+                found[name] = measure_openelm(folder)
             else:
-                after[name] = measure(next(case for case in CASES if case.name == name), folder)
-        print(name, json.dumps(after[name]), flush=True)
+                found[name] = measure(next(case for case in CASES if case.name == name), folder)
+        print(name, json.dumps(found[name]), flush=True)
+        ordered = {name: found[name] for name in names if name in found}
+        RESULTS.write_text(json.dumps({"versions": versions, "cases": ordered}, indent=2) + "\n")
+        GUIDE.write_text(guide_with_results(GUIDE.read_text()))
         jax.clear_caches()
-    RESULTS.write_text(json.dumps({"versions": versions, "cases": after}, indent=2) + "\n")
-    GUIDE.write_text(guide_with_results(GUIDE.read_text()))
 
 
 def measure_openelm(folder: pathlib.Path) -> dict:
