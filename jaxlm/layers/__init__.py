@@ -6,6 +6,7 @@ Names here must not be those of modules beside it: gin files find `jaxlm.layers.
 from jaxlm.layers.attention import AttentionConfig, QKNorm
 from jaxlm.layers.block import Arrangement, BlockConfig, Placement
 from jaxlm.layers.context import Context
+from jaxlm.layers.disentangled_attention import DisentangledAttentionConfig, RelativeEmbeddings
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
 from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring
@@ -33,6 +34,7 @@ __all__ = [
     "AttentionConfig",
     "BlockConfig",
     "Context",
+    "DisentangledAttentionConfig",
     "EmbeddingConfig",
     "FeedForwardConfig",
     "InitConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "Parametrization",
     "Placement",
     "QKNorm",
+    "RelativeEmbeddings",
     "RelativePositions",
     "Remat",
     "ResidualInit",

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.cache import BlockCache, Cache, CacheConfig, Extension, PackedTexts
 from jaxlm.layers.context import Context
+from jaxlm.layers.disentangled_attention import RelativeVectors
 from jaxlm.layers.feed_forward import FeedForwardConfig
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
@@ -92,15 +93,15 @@ class Surroundings:
     Attributes:
       mask: self-attention's mask.
       rotations: for each Rope and head size among the blocks, cosines and sines.
-      bias: the stack's shared relative position bias, or None.
-      encoded: [B, S, E], the encoder's output, or None.
+      bias: what the stack shares of relative positions: a bias, vectors, or None.
+      encoded: [B, S, encoder's width], the encoder's output, or None.
       cross_mask: which decoder position sees which encoder position.
       present: bool [B, T], False on padding; None: there is none.
     """
 
     mask: Mask
     rotations: dict[tuple[Rope, int], Rotation]
-    bias: Bias | None = None
+    bias: Bias | RelativeVectors | None = None
     encoded: jax.Array | None = None
     cross_mask: Mask | None = None
     present: jax.Array | None = None
@@ -124,7 +125,7 @@ class Surroundings:
 
 def _first_axes(part: Any) -> list[str | None]:
     """What the first axis of each array runs over."""
-    if isinstance(part, Mask | Bias):
+    if isinstance(part, Mask | Bias | RelativeVectors):
         return [axes[0] if axes else None for axes in part.axes]
     return ["batch"] * len(jax.tree.leaves(part))
 
@@ -149,7 +150,11 @@ class Block(nnx.Module):
         self.attention_norms = norms(config.attention_norm or config.norm)
         crosses = config.cross_attention is not None
         self.cross_attention = (
-            config.cross_attention.build(make, key=key.at("cross_attention"), **options) if crosses else None
+            config.cross_attention.build(
+                make, key=key.at("cross_attention"), source_width=make.encoder_width, **options
+            )
+            if crosses
+            else None
         )
         self.cross_attention_norms = norms(config.norm) if crosses else None
         self.feed_forward = config.feed_forward.build(make, key=key.at("feed_forward"), **options)

@@ -182,6 +182,7 @@ class ParameterMaker:
       width: model width (E).
       depth: layers of the stack the parameters are for; 1 outside stacks.
       stacked: the parameters will get a leading axis "layers" (they are made under vmap).
+      encoder_width: width of what cross-attention reads; None is `width`.
     """
 
     init: InitConfig
@@ -189,6 +190,7 @@ class ParameterMaker:
     width: int
     depth: int = 1
     stacked: bool = False
+    encoder_width: int | None = None
 
     def matrix(
         self,

@@ -52,7 +52,8 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
         for name, stack in model.stacks.items():
             length = layout.features.get(f"{name}_segment_ids", layout.features["dataset_ids"])[0][1]
             tokens = _tokens(rows, length, run.step.microbatches, parallel)
-            blocks = [_widths(block, model, parallel) for block in stack.all_blocks]
+            width = model.width_of(name)
+            blocks = [_widths(block, width, parallel) for block in stack.all_blocks]
             size = model.compute.dtype.itemsize
             kept = _KEPT.get(stack.remat, "products")
             inside = tokens * size * sum(block[kept] for block in blocks)
@@ -63,7 +64,7 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
                 pipeline = run.parallel.pipeline
                 at_once = tokens * stages // pipeline.microbatches
                 if pipeline.recompute is Recompute.STAGE:
-                    inputs = tokens * stages * size * model.width * pipeline.rounds
+                    inputs = tokens * stages * size * width * pipeline.rounds
                     inside = inputs + inside // pipeline.microbatches
             saved += inside
             working = max(working, at_once * size * max(block["everything"] for block in blocks))
@@ -95,7 +96,7 @@ def _split(parallel: Parallelism, name: str, size: int) -> int:
     return degree(parallel.mesh, parallel.spec((name,), (size,)), 0)
 
 
-def _widths(block: BlockConfig, model: LanguageModelConfig, parallel: Parallelism) -> dict[str, int]:
+def _widths(block: BlockConfig, width: int, parallel: Parallelism) -> dict[str, int]:
     """Numbers that a token has in a block, on one device: its input, results of products, everything in between."""
     attentions = [a for a in (block.attention, block.cross_attention) if a is not None]
     heads = sum((2 * a.num_heads) * a.head_dim // _split(parallel, "heads", a.num_heads) for a in attentions)
@@ -104,12 +105,12 @@ def _widths(block: BlockConfig, model: LanguageModelConfig, parallel: Parallelis
     hidden *= getattr(block.feed_forward, "experts_per_token", 1)  # of a mixture of experts
     hidden = hidden // _split(parallel, "mlp", hidden) if hidden else 0
     gated = 2 if getattr(block.feed_forward, "gated", False) else 1
-    products = heads + keys + gated * hidden + model.width * (1 + len(attentions))
-    everything = products + hidden + model.width * (1 + len(attentions))
+    products = heads + keys + gated * hidden + width * (1 + len(attentions))
+    everything = products + hidden + width * (1 + len(attentions))
     return {
         "nothing": 0,
-        "inputs": model.width,
-        "inputs and attention": model.width + heads // 2,
-        "products": products + model.width,
+        "inputs": width,
+        "inputs and attention": width + heads // 2,
+        "products": products + width,
         "everything": everything,
     }
