@@ -92,6 +92,17 @@ class AttentionConfig:
         """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
+    @property
+    def pair_flops(self) -> float:
+        """Floating-point operations forwards and backwards for a (query, key) pair that the mask shows."""
+        return 12.0 * self.num_heads * self.head_dim
+
+    def pairs(self, length: int, *, both_sides: bool) -> float:
+        """(query, key) pairs in a row of so many tokens that see each other, or only those before them."""
+        left, right = self.window or (length, length)
+        sides = (left, right) if both_sides else (left,)
+        return length * sum(w - w * w / (2 * length) for w in (min(side, length) for side in sides))
+
     def build(self, make: ParameterMaker, *, residual_gain: float, dtype: jnp.dtype, key: PathKey) -> "Attention":
         """The module; a subclass may build another with the same call. Arguments as for `FeedForwardConfig.build`."""
         return Attention(self, make, residual_gain=residual_gain, dtype=dtype, key=key)

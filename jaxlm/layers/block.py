@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from jaxlm.layers.positions import Rope, Rotation
 from jaxlm.layers.side_values import SideValues
 from pallas_kernels.biases import Bias
 from pallas_kernels.masks import Mask
+
+Ways = Callable[[str, int], int]
 
 
 class Placement(enum.Enum):
@@ -45,9 +47,84 @@ class Arrangement(enum.Enum):
     PARALLEL_NORMS = "parallel_norms"
 
 
+class BlockKind:
+    """What others ask of the configuration of a block, whatever is in it: `BlockConfig`, `mamba.MambaBlockConfig`.
+
+    Attributes:
+      branches: how many branches of it write to the residual stream, for `ParameterMaker.residual_gain`.
+    """
+
+    branches: ClassVar[int]
+
+    @property
+    def crosses(self) -> bool:
+        """Whether it attends to an encoder's output."""
+        return False
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether a mask may show its tokens what follows them; a running state knows only what came before."""
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> int | None:
+        """Heads whose scores take a bias of the stack's relative positions; None: it has no scores."""
+        return None
+
+    @property
+    def rotations(self) -> frozenset[tuple[Rope, int]]:
+        """The RoPEs it wants, each with its head size."""
+        return frozenset()
+
+    def mixing_flops(self, length: int, encoder_length: int, *, both_sides: bool) -> float:
+        """Floating-point operations between the tokens of a row, forwards and backwards: all but those with matrices.
+
+        Args:
+          length: tokens in the row (T).
+          encoder_length: of the encoder's row that it attends to, or 0.
+          both_sides: a token sees what follows it.
+        """
+        raise NotImplementedError
+
+    def token_sizes(self, width: int, ways: Ways) -> "TokenSizes":
+        """How many numbers a token has in it, for the planner's guess of memory.
+
+        Args:
+          width: model width.
+          ways: (logical axis, size) -> into how many parts the mesh splits it.
+        """
+        raise NotImplementedError
+
+    def build(self, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey) -> "BlockModule":
+        """The module; arguments as for `FeedForwardConfig.build`."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """One block.
+class TokenSizes:
+    """Numbers that a token has in a block, on one device, its input apart.
+
+    Attributes:
+      mixed: the result of attention, or of the scan.
+      products: results of products with matrices, `mixed` included.
+      everything: with what lies between them.
+    """
+
+    mixed: int
+    products: int
+    everything: int
+
+
+class BlockModule(Protocol):
+    """What a stack asks of a block."""
+
+    def __call__(self, x: jax.Array, around: "Surroundings", context: Context) -> tuple[jax.Array, SideValues]:
+        """[B, T, E] after the block, and its side values; `around` is what the stack's blocks share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig(BlockKind):
+    """A block of a transformer.
 
     Attributes:
       attention: self-attention.
@@ -69,6 +146,8 @@ class BlockConfig:
     arrangement: Arrangement = Arrangement.SEQUENTIAL
     dropout: float = 0.0
 
+    branches: ClassVar[int] = 2
+
     def __post_init__(self):
         object.__setattr__(self, "placement", Placement(self.placement))
         object.__setattr__(self, "arrangement", Arrangement(self.arrangement))
@@ -83,6 +162,50 @@ class BlockConfig:
                 "BlockConfig.cross_attention.position must be None: positions of the two texts do not compare."
             )
 
+    @property
+    def crosses(self) -> bool:
+        """See `BlockKind`."""
+        return self.cross_attention is not None
+
+    @property
+    def bidirectional(self) -> bool:
+        """See `BlockKind`."""
+        return True
+
+    @property
+    def heads(self) -> int | None:
+        """See `BlockKind`."""
+        return self.attention.num_heads
+
+    @property
+    def rotations(self) -> frozenset[tuple[Rope, int]]:
+        """See `BlockKind`."""
+        position = self.attention.position
+        return frozenset({(position, self.attention.head_dim)} if isinstance(position, Rope) else ())
+
+    def mixing_flops(self, length: int, encoder_length: int, *, both_sides: bool) -> float:
+        """See `BlockKind`."""
+        within = self.attention.pair_flops * self.attention.pairs(length, both_sides=both_sides)
+        across = self.cross_attention.pair_flops * length * encoder_length if self.crosses else 0.0
+        return within + across
+
+    def token_sizes(self, width: int, ways: Ways) -> TokenSizes:
+        """See `BlockKind`."""
+        attentions = [a for a in (self.attention, self.cross_attention) if a is not None]
+        heads = sum(2 * a.num_heads * a.head_dim // ways("heads", a.num_heads) for a in attentions)
+        keys = sum(2 * a.kv_heads * a.head_dim // ways("kv_heads", a.kv_heads) for a in attentions)
+        hidden = getattr(self.feed_forward, "hidden", 0)
+        hidden *= getattr(self.feed_forward, "experts_per_token", 1)  # of a mixture of experts
+        hidden = hidden // ways("mlp", hidden) if hidden else 0
+        gated = 2 if getattr(self.feed_forward, "gated", False) else 1
+        outputs = width * (1 + len(attentions))
+        products = heads + keys + gated * hidden + outputs
+        return TokenSizes(heads // 2, products, products + hidden + outputs)
+
+    def build(self, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey) -> "Block":
+        """See `BlockKind`."""
+        return Block(self, make, dtype=dtype, key=key)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surroundings:
@@ -94,7 +217,8 @@ class Surroundings:
       bias: the stack's shared relative position bias, or None.
       encoded: [B, S, E], the encoder's output, or None.
       cross_mask: which decoder position sees which encoder position.
-      present: bool [B, T], False on padding; None: there is none.
+      segment_ids: int32 [B, T] in the mesh's order, 1, 2, ... for the texts of a row, 0 for padding; None: each row is
+        one text.
     """
 
     mask: Mask
@@ -102,11 +226,16 @@ class Surroundings:
     bias: Bias | None = None
     encoded: jax.Array | None = None
     cross_mask: Mask | None = None
-    present: jax.Array | None = None
+    segment_ids: jax.Array | None = None
+
+    @property
+    def present(self) -> jax.Array | None:
+        """bool [B, T], False on padding; None: there is none."""
+        return None if self.segment_ids is None else self.segment_ids > 0
 
     def split(self) -> tuple[list[jax.Array], list[jax.Array], Callable[[list, list], "Surroundings"]]:
         """Its arrays: those [B, ...] of the batch's rows, the others, and what makes it of the two again."""
-        parts = (self.mask, tuple(self.rotations.values()), self.bias, self.encoded, self.cross_mask, self.present)
+        parts = (self.mask, tuple(self.rotations.values()), self.bias, self.encoded, self.cross_mask, self.segment_ids)
         axes = [name for part in parts for name in _first_axes(part)]
         leaves, structure = jax.tree.flatten(parts)
         of_rows = [i for i, name in enumerate(axes) if name == "batch"]

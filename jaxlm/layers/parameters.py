@@ -181,6 +181,7 @@ class ParameterMaker:
       parametrization: how width and depth enter.
       width: model width (E).
       depth: layers of the stack the parameters are for; 1 outside stacks.
+      branches: branches of that stack's blocks that write to the residual stream; 2 outside stacks.
       stacked: the parameters will get a leading axis "layers" (they are made under vmap).
     """
 
@@ -188,6 +189,7 @@ class ParameterMaker:
     parametrization: Parametrization
     width: int
     depth: int = 1
+    branches: int = 2
     stacked: bool = False
 
     def matrix(
@@ -220,8 +222,8 @@ class ParameterMaker:
 
     @property
     def residual_gain(self) -> float:
-        """`gain` of matrices that write to the residual stream, two a layer."""
-        return 1.0 / math.sqrt(2 * self.depth) if self.init.residual is ResidualInit.BY_DEPTH else 1.0
+        """`gain` of matrices that write to the residual stream."""
+        return 1.0 / math.sqrt(self.branches) if self.init.residual is ResidualInit.BY_DEPTH else 1.0
 
     def embedding(self, key: PathKey, dims: Dims, std: float | None = None) -> nnx.Param:
         """A table that ids or positions look up."""

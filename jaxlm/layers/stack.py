@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.layers.attention import AttentionConfig
-from jaxlm.layers.block import Block, BlockConfig, Surroundings
+from jaxlm.layers.block import BlockKind, BlockModule, Surroundings
 from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
@@ -45,9 +44,9 @@ class StackConfig:
       dropout: rate on the stack's output (T5).
     """
 
-    blocks: tuple[BlockConfig, ...]
+    blocks: tuple[BlockKind, ...]
     num_layers: int
-    prologue: tuple[BlockConfig, ...] = ()
+    prologue: tuple[BlockKind, ...] = ()
     final_norm: NormConfig | None = None
     relative_positions: RelativePositions | None = None
     layers: Layers = Layers.SCAN
@@ -65,15 +64,14 @@ class StackConfig:
                 f"StackConfig.num_layers={self.num_layers} must be a positive multiple of the pattern's "
                 f"{len(self.blocks)} blocks; put blocks that do not repeat into `prologue`."
             )
-        heads = {block.attention.num_heads for block in self.all_blocks}
-        if self.relative_positions is not None and len(heads) > 1:
+        if self.relative_positions is not None and len(self.heads) != 1:
             raise ValueError(
-                f"One table of relative positions needs the same number of heads in all blocks, got {sorted(heads)}; "
-                f"give each AttentionConfig a `position` of its own."
+                f"One table of relative positions needs the same number of heads in all blocks, got "
+                f"{sorted(self.heads)}; give each AttentionConfig a `position` of its own."
             )
 
     @property
-    def all_blocks(self) -> tuple[BlockConfig, ...]:
+    def all_blocks(self) -> tuple[BlockKind, ...]:
         """The block of each layer, prologue first."""
         return self.prologue + self.blocks * (self.num_layers // len(self.blocks))
 
@@ -81,6 +79,16 @@ class StackConfig:
     def depth(self) -> int:
         """Number of layers, with the prologue."""
         return len(self.prologue) + self.num_layers
+
+    @property
+    def branches(self) -> int:
+        """Number of branches that write to the residual stream."""
+        return sum(block.branches for block in self.all_blocks)
+
+    @property
+    def heads(self) -> frozenset[int]:
+        """Numbers of heads among the blocks whose scores take a bias."""
+        return frozenset(block.heads for block in self.all_blocks if block.heads is not None)
 
     @property
     def scanned_repeats(self) -> int | None:
@@ -101,7 +109,7 @@ class Stack(nnx.Module):
         key: PathKey,
         stages: Stages = ONE_STAGE,
     ):
-        make = dataclasses.replace(make, depth=config.depth)
+        make = dataclasses.replace(make, depth=config.depth, branches=config.branches)
         layer_key, repeats = key.at("layers"), config.scanned_repeats
         if stages.count > 1 and repeats is None:
             raise ValueError(
@@ -110,10 +118,10 @@ class Stack(nnx.Module):
                 f"StackConfig.layers to 'scan' with a shorter pattern, or MeshConfig.stage to 1."
             )
 
-        def block(config: BlockConfig, key: PathKey, make: ParameterMaker = make) -> Block:
-            return Block(config, make, dtype=dtype, key=key)
+        def block(config: BlockKind, key: PathKey, make: ParameterMaker = make) -> BlockModule:
+            return config.build(make, dtype=dtype, key=key)
 
-        def repeated_block(position: int) -> Block:
+        def repeated_block(position: int) -> BlockModule:
             made = functools.partial(block, config.blocks[position], make=dataclasses.replace(make, stacked=True))
             order = jnp.asarray(stages.order(repeats))
             graph = nnx.graphdef(nnx.eval_shape(lambda: made(layer_key.layer(0))))
@@ -136,9 +144,8 @@ class Stack(nnx.Module):
         self.layers = nnx.Dict({str(i): layer for i, layer in enumerate(layers)})
         self.prologue = nnx.Dict({str(i): layer for i, layer in enumerate(prologue)}) if prologue else None
         self.norm = Norm(config.final_norm, make, (("embed", make.width),)) if config.final_norm else None
-        heads = config.blocks[0].attention.num_heads
         self.relative = (
-            RelativeTable(config.relative_positions, make, heads, key=key.at("relative"))
+            RelativeTable(config.relative_positions, make, *config.heads, key=key.at("relative"))
             if config.relative_positions
             else None
         )
@@ -158,7 +165,7 @@ class Stack(nnx.Module):
         context: Context,
         encoded: jax.Array | None = None,
         cross_mask: Mask | None = None,
-        present: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         normalize: bool = True,
     ) -> tuple[jax.Array, SideValues]:
         """Runs all layers.
@@ -170,13 +177,13 @@ class Stack(nnx.Module):
           context: operations and dropout key.
           encoded: [B, S, E], the encoder's output, for blocks with cross-attention.
           cross_mask: which decoder position sees which encoder position.
-          present: bool [B, T], False on padding; None: there is none.
+          segment_ids: int32 [B, T] in the mesh's order, 0 on padding; None: each row is one text.
           normalize: whether to end with the final norm and dropout; False leaves them to `finish`.
 
         Returns:
           [B, T, E], and the layers' side values, added up.
         """
-        around = self.surroundings(mask, positions, encoded, cross_mask, present)
+        around = self.surroundings(mask, positions, encoded, cross_mask, segment_ids)
         run = remat(self.config.remat, scanned=False)
         total = NO_SIDE_VALUES
         for i, block in (self.prologue or {}).items():
@@ -204,19 +211,15 @@ class Stack(nnx.Module):
         positions: jax.Array,
         encoded: jax.Array | None = None,
         cross_mask: Mask | None = None,
-        present: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         *,
-        more_blocks: tuple[BlockConfig, ...] = (),
+        more_blocks: tuple[BlockKind, ...] = (),
     ) -> Surroundings:
         """What all blocks share, computed once; `more_blocks` outside the stack are to share it as well."""
-        attentions: set[AttentionConfig] = {block.attention for block in self.config.all_blocks + more_blocks}
-        rotations = {
-            (a.position, a.head_dim): rotation(a.position, positions, a.head_dim)
-            for a in attentions
-            if isinstance(a.position, Rope)
-        }
+        wanted = frozenset[tuple[Rope, int]]().union(*(b.rotations for b in self.config.all_blocks + more_blocks))
+        rotations = {(rope, head_dim): rotation(rope, positions, head_dim) for rope, head_dim in wanted}
         bias = None if self.relative is None else self.relative()
-        return Surroundings(mask, rotations, bias, encoded, cross_mask, present)
+        return Surroundings(mask, rotations, bias, encoded, cross_mask, segment_ids)
 
     def _scan(self, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(self.layers)
@@ -241,10 +244,10 @@ class Stack(nnx.Module):
 
 def remat(
     policy: RematPolicy, *, scanned: bool
-) -> Callable[[Block, jax.Array, Surroundings, Context], tuple[jax.Array, SideValues]]:
+) -> Callable[[BlockModule, jax.Array, Surroundings, Context], tuple[jax.Array, SideValues]]:
     """A function that runs a block, recomputing in the backward pass what `policy` says."""
 
-    def run(block: Block, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
+    def run(block: BlockModule, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(block)
 
         def parameter(variable: nnx.Variable) -> nnx.Variable:

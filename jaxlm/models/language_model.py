@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.architecture import Architecture
-from jaxlm.layers.block import Block
 from jaxlm.layers.context import LOCAL, Context
 from jaxlm.layers.embeddings import Embedding
 from jaxlm.layers.parameters import ParameterMaker, PathKey
@@ -55,11 +54,15 @@ class LanguageModel(nnx.Module):
             dtype=dtype,
             key=root.at("vocabulary_head"),
         )
-        in_depth = dataclasses.replace(make, depth=1 + max(stack.depth for stack in config.stacks.values()))
-        future = {
-            str(i): Block(config.future_block, in_depth, dtype=dtype, key=root.at("future").at(i))
-            for i in range(config.future_tokens)
-        }
+        future = {}
+        if config.future_tokens:
+            depth = 1 + max(stack.depth for stack in config.stacks.values())
+            branches = config.future_block.branches + max(stack.branches for stack in config.stacks.values())
+            in_depth = dataclasses.replace(make, depth=depth, branches=branches)
+            future = {
+                str(i): config.future_block.build(in_depth, dtype=dtype, key=root.at("future").at(i))
+                for i in range(config.future_tokens)
+            }
         self.future = nnx.Dict(future) if future else None
         self.pooler = Pooler(make, dtype=dtype, key=root.at("pooler")) if config.pooler else None
         self.config = config
@@ -190,11 +193,11 @@ class LanguageModel(nnx.Module):
 
 
 def _tokens(batch: Batch, side: str, context: Context) -> dict[str, jax.Array]:
-    """What a stack knows of its tokens, [B, T] each in the mesh's order: positions, and which are not padding."""
+    """What a stack knows of its tokens, int32 [B, T] each in the mesh's order: positions and segments."""
     arrange = context.ops.arrange
     return {
         "positions": arrange(batch[f"{side}_positions"]),
-        "present": arrange(batch[f"{side}_segment_ids"] > 0),
+        "segment_ids": arrange(batch[f"{side}_segment_ids"]),
     }
 
 
