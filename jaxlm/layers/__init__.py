@@ -8,6 +8,9 @@ from jaxlm.layers.block import Arrangement, BlockConfig, Placement
 from jaxlm.layers.context import Context
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
+from jaxlm.layers.mamba import MambaConfig
+from jaxlm.layers.mamba2 import Mamba2Config
+from jaxlm.layers.mamba_block import MambaBlockConfig
 from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring
 from jaxlm.layers.norms import NormConfig, NormKind
 from jaxlm.layers.parameters import InitConfig, InitScheme, Parametrization, ResidualInit, Scaling
@@ -25,6 +28,7 @@ from jaxlm.layers.positions import (
 from jaxlm.layers.remat import Remat, SaveNamed
 from jaxlm.layers.stack import Layers, StackConfig
 from jaxlm.layers.stacking import StackLayout
+from jaxlm.layers.step_sizes import StepSizes
 
 __all__ = [
     "Activation",
@@ -41,6 +45,9 @@ __all__ = [
     "LearnedPositions",
     "LinearScaling",
     "Llama3Scaling",
+    "Mamba2Config",
+    "MambaBlockConfig",
+    "MambaConfig",
     "MixtureOfExpertsConfig",
     "NormConfig",
     "NormKind",
@@ -58,5 +65,6 @@ __all__ = [
     "SinusoidalPositions",
     "StackConfig",
     "StackLayout",
+    "StepSizes",
     "YarnScaling",
 ]

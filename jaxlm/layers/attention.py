@@ -80,12 +80,7 @@ class AttentionConfig:
                 f"Rope.fraction={self.position.fraction} of head_dim={self.head_dim} leaves no pair of dimensions to "
                 f"rotate; use position=None for no positions."
             )
-
-        if self.backend not in ("auto", *ATTENTION.backends):
-            raise ValueError(
-                f"AttentionConfig.backend={self.backend!r} does not exist; there are {sorted(ATTENTION.backends)} and "
-                f"'auto'."
-            )
+        ATTENTION.check_name(self.backend, "AttentionConfig.backend")
 
     @property
     def kv_heads(self) -> int:

@@ -217,8 +217,7 @@ class Surroundings:
       bias: the stack's shared relative position bias, or None.
       encoded: [B, S, E], the encoder's output, or None.
       cross_mask: which decoder position sees which encoder position.
-      segment_ids: int32 [B, T] in the mesh's order, 1, 2, ... for the texts of a row, 0 for padding; None: each row is
-        one text.
+      present: bool [B, T], False on padding; None: there is none.
     """
 
     mask: Mask
@@ -226,16 +225,11 @@ class Surroundings:
     bias: Bias | None = None
     encoded: jax.Array | None = None
     cross_mask: Mask | None = None
-    segment_ids: jax.Array | None = None
-
-    @property
-    def present(self) -> jax.Array | None:
-        """bool [B, T], False on padding; None: there is none."""
-        return None if self.segment_ids is None else self.segment_ids > 0
+    present: jax.Array | None = None
 
     def split(self) -> tuple[list[jax.Array], list[jax.Array], Callable[[list, list], "Surroundings"]]:
         """Its arrays: those [B, ...] of the batch's rows, the others, and what makes it of the two again."""
-        parts = (self.mask, tuple(self.rotations.values()), self.bias, self.encoded, self.cross_mask, self.segment_ids)
+        parts = (self.mask, tuple(self.rotations.values()), self.bias, self.encoded, self.cross_mask, self.present)
         axes = [name for part in parts for name in _first_axes(part)]
         leaves, structure = jax.tree.flatten(parts)
         of_rows = [i for i, name in enumerate(axes) if name == "batch"]

@@ -199,6 +199,7 @@ class ParameterMaker:
         outputs: Dims,
         *,
         gain: float = 1.0,
+        std: float | None = None,
         count: Dims = (),
         share: float = 1.0,
         used_as: jnp.dtype | None = None,
@@ -209,12 +210,15 @@ class ParameterMaker:
           key: of the parameter.
           inputs, outputs: its two sides; the shape is count + inputs + outputs.
           gain: factor on its standard deviation.
+          std: in place of the initialisation's standard deviation.
           count: how many there are, e.g. (("experts", 8),).
           share: of the matrices, how many each token is multiplied with, as a fraction.
           used_as: the type to which it is cast before any use. Where parameters travel between devices once a step,
             they do so in this type.
         """
-        if self.init.scheme is InitScheme.FIXED:
+        if std is not None:
+            pass
+        elif self.init.scheme is InitScheme.FIXED:
             std = self.init.std / math.sqrt(self.parametrization.width_ratio(self.width))
         else:
             std = self.init.std / math.sqrt(math.prod(size for _, size in inputs))
@@ -247,6 +251,10 @@ class ParameterMaker:
         """A scale or bias."""
         return self._param(jnp.full(tuple(size for _, size in dims), value, jnp.float32), dims, "vector")
 
+    def vector_of(self, values: jax.Array, dims: Dims) -> nnx.Param:
+        """Scales, biases, decays that start as these float32 values, of the sizes that `dims` has."""
+        return self._param(values, dims, "vector")
+
     def table(self, key: PathKey, dims: Dims, std: float) -> nnx.Param:
         """A small random table whose size does not follow the width, such as relative position biases."""
         return self._random(key, dims, std, "vector")
@@ -275,10 +283,11 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         gain: float = 1.0,
+        std: float | None = None,
         dtype: jnp.dtype,
         key: PathKey,
     ):
-        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain, used_as=dtype)
+        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain, std=std, used_as=dtype)
         self.bias = make.vector(outputs, 0.0) if bias else None
         self.contracted = len(inputs)
         self.dtype = dtype

@@ -165,7 +165,7 @@ class Stack(nnx.Module):
         context: Context,
         encoded: jax.Array | None = None,
         cross_mask: Mask | None = None,
-        segment_ids: jax.Array | None = None,
+        present: jax.Array | None = None,
         normalize: bool = True,
     ) -> tuple[jax.Array, SideValues]:
         """Runs all layers.
@@ -177,13 +177,13 @@ class Stack(nnx.Module):
           context: operations and dropout key.
           encoded: [B, S, E], the encoder's output, for blocks with cross-attention.
           cross_mask: which decoder position sees which encoder position.
-          segment_ids: int32 [B, T] in the mesh's order, 0 on padding; None: each row is one text.
+          present: bool [B, T], False on padding; None: there is none.
           normalize: whether to end with the final norm and dropout; False leaves them to `finish`.
 
         Returns:
           [B, T, E], and the layers' side values, added up.
         """
-        around = self.surroundings(mask, positions, encoded, cross_mask, segment_ids)
+        around = self.surroundings(mask, positions, encoded, cross_mask, present)
         run = remat(self.config.remat, scanned=False)
         total = NO_SIDE_VALUES
         for i, block in (self.prologue or {}).items():
@@ -211,7 +211,7 @@ class Stack(nnx.Module):
         positions: jax.Array,
         encoded: jax.Array | None = None,
         cross_mask: Mask | None = None,
-        segment_ids: jax.Array | None = None,
+        present: jax.Array | None = None,
         *,
         more_blocks: tuple[BlockKind, ...] = (),
     ) -> Surroundings:
@@ -219,7 +219,7 @@ class Stack(nnx.Module):
         wanted = frozenset[tuple[Rope, int]]().union(*(b.rotations for b in self.config.all_blocks + more_blocks))
         rotations = {(rope, head_dim): rotation(rope, positions, head_dim) for rope, head_dim in wanted}
         bias = None if self.relative is None else self.relative()
-        return Surroundings(mask, rotations, bias, encoded, cross_mask, segment_ids)
+        return Surroundings(mask, rotations, bias, encoded, cross_mask, present)
 
     def _scan(self, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(self.layers)

@@ -147,6 +147,12 @@ class LanguageModelConfig:
                     f"A block of the {name} has cross_attention, but the architecture {self.architecture.value} gives "
                     f"it nothing to attend to; only the decoder of an encoder_decoder has."
                 )
+            reads = crosses or self.architecture is Architecture.CAUSAL_DECODER
+            if not reads and (causal := [block for block in blocks if not block.bidirectional]):
+                raise ValueError(
+                    f"The {name} of the architecture {self.architecture.value} shows tokens what follows them, but a "
+                    f"{type(causal[0]).__name__} carries a state that knows only what came before; use causal_decoder."
+                )
 
     @property
     def stacks(self) -> dict[str, StackConfig]:

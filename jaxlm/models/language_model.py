@@ -193,11 +193,11 @@ class LanguageModel(nnx.Module):
 
 
 def _tokens(batch: Batch, side: str, context: Context) -> dict[str, jax.Array]:
-    """What a stack knows of its tokens, int32 [B, T] each in the mesh's order: positions and segments."""
+    """What a stack knows of its tokens, [B, T] each in the mesh's order: positions, and which are not padding."""
     arrange = context.ops.arrange
     return {
         "positions": arrange(batch[f"{side}_positions"]),
-        "segment_ids": arrange(batch[f"{side}_segment_ids"]),
+        "present": arrange(batch[f"{side}_segment_ids"] > 0),
     }
 
 

@@ -54,7 +54,7 @@ INIT = InitConfig(cut=2.0, residual=ResidualInit.BY_DEPTH)
 MAKE = ParameterMaker(INIT, Parametrization(), width=16)
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 16)), jnp.float32)
 POSITIONS = jnp.arange(8)[None].repeat(2, 0)
-PRESENT = (POSITIONS < jnp.array([[8], [5]])).astype(jnp.int32)
+PRESENT = POSITIONS < jnp.array([[8], [5]])
 
 
 def made(config):
@@ -77,7 +77,7 @@ def loss_and_gradient(config, params, dropout_seed=None):
     def run(params):
         def loss(params):
             stack = nnx.merge(graph, params)
-            out, side = stack(X, Causal(), POSITIONS, context=context, segment_ids=PRESENT)
+            out, side = stack(X, Causal(), POSITIONS, context=context, present=PRESENT)
             return jnp.sum(out * jnp.cos(jnp.arange(16.0))) + side.losses["size"], side.metrics
 
         (total, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
@@ -143,13 +143,13 @@ def test_side_values_are_those_of_every_layer(scanned, expected):
     """Three of the five layers have them."""
     stack = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: made(CONFIG))), scanned)
     x, sizes = X, []
-    around = stack.surroundings(Causal(), POSITIONS, segment_ids=PRESENT)
+    around = stack.surroundings(Causal(), POSITIONS, present=PRESENT)
     blocks = [stack.prologue["0"], *(nnx.merge(*_layer(stack, p, r)) for r in range(2) for p in range(2))]
     for block in blocks:
         x, side = block(x, around, LOCAL)
         sizes += [float(side.losses["size"])] if side.losses else []
     assert len(sizes) == 3 and min(sizes) > 0
-    out, side = stack(X, Causal(), POSITIONS, context=LOCAL, segment_ids=PRESENT)
+    out, side = stack(X, Causal(), POSITIONS, context=LOCAL, present=PRESENT)
     np.testing.assert_allclose(side.losses["size"], sum(sizes), rtol=1e-5)
     assert side.metrics["largest"][1] == 3
     np.testing.assert_allclose(out, stack.norm(x), rtol=1e-4, atol=1e-5)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, modernbert, olmo, t5
+from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, mamba, modernbert, olmo, t5
 from jaxlm.checkpoints.huggingface.family import Family
 from jaxlm.models.config import LanguageModelConfig
 
@@ -18,6 +18,8 @@ FAMILIES: tuple[Family, ...] = (
     olmo.Olmo2(),
     gpt2.GPT2(),
     gpt_neox.GPTNeoX(),
+    mamba.Mamba(),
+    mamba.Mamba2(),
     t5.T5(),
     t5.MT5(),
     bert.Bert(),

@@ -16,6 +16,7 @@ from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, Scaling
 from jaxlm.layers.positions import LinearScaling, Llama3Scaling, NtkScaling, Rope, YarnScaling
 from jaxlm.layers.stack import Layers, Remat, StackConfig
+from jaxlm.layers.step_sizes import StepSizes
 from jaxlm.models.config import ComputeType, HeadConfig, LanguageModelConfig
 
 Json = dict[str, Any]
@@ -85,7 +86,7 @@ def essence(config: LanguageModelConfig) -> LanguageModelConfig:
             return tuple(plain(part) for part in value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             changes = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            for name, neutral in (("dropout", 0.0), ("backend", "auto")):
+            for name, neutral in (("dropout", 0.0), ("backend", "auto"), ("steps", StepSizes())):
                 if name in changes:
                     changes[name] = neutral
             if isinstance(value, AttentionConfig):  # what None stands for

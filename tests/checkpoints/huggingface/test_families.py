@@ -147,7 +147,10 @@ def test_every_feature_counts(case, feature, workshop):
     assert np.abs(found - expected).max() >= 1e-3 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("case", [CASES[4], CASES[-1]], ids=str)
+RECURRENT = [case for case in CASES if case.name in ("mamba", "mamba2")]
+
+
+@pytest.mark.parametrize("case", [CASES[4], CASES[-1], *RECURRENT], ids=str)
 def test_padded_and_packed_rows(case, workshop):
     """Two texts side by side in one row here are two padded rows there."""
     model, _ = workshop.made(case)
