@@ -8,6 +8,7 @@ from jaxlm.layers.block import Arrangement, BlockConfig, Placement
 from jaxlm.layers.context import Context
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
+from jaxlm.layers.linear_attention import ChannelDecay, FeatureMap, FixedDecay, HeadDecay, LinearAttentionConfig
 from jaxlm.layers.mamba import MambaConfig
 from jaxlm.layers.mamba2 import Mamba2Config
 from jaxlm.layers.mamba_block import MambaBlockConfig
@@ -36,14 +37,19 @@ __all__ = [
     "Arrangement",
     "AttentionConfig",
     "BlockConfig",
+    "ChannelDecay",
     "Context",
     "EmbeddingConfig",
     "FeedForwardConfig",
+    "FeatureMap",
+    "FixedDecay",
+    "HeadDecay",
     "InitConfig",
     "InitScheme",
     "Layers",
     "LearnedPositions",
     "LinearScaling",
+    "LinearAttentionConfig",
     "Llama3Scaling",
     "Mamba2Config",
     "MambaBlockConfig",

@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -87,16 +89,29 @@ class AttentionConfig:
         """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
+    runs: ClassVar[bool] = False  # carries no state along the row
+
+    @property
+    def score_heads(self) -> int | None:
+        """Heads whose scores take a bias of the stack's relative positions."""
+        return self.num_heads
+
     @property
     def pair_flops(self) -> float:
         """Floating-point operations forwards and backwards for a (query, key) pair that the mask shows."""
         return 12.0 * self.num_heads * self.head_dim
 
-    def pairs(self, length: int, *, both_sides: bool) -> float:
-        """(query, key) pairs in a row of so many tokens that see each other, or only those before them."""
+    def mixing_flops(self, length: int, *, both_sides: bool) -> float:
+        """Of a row of so many tokens that see each other, or only those before them."""
         left, right = self.window or (length, length)
         sides = (left, right) if both_sides else (left,)
-        return length * sum(w - w * w / (2 * length) for w in (min(side, length) for side in sides))
+        pairs = length * sum(w - w * w / (2 * length) for w in (min(side, length) for side in sides))
+        return self.pair_flops * pairs
+
+    def token_sizes(self, ways: Callable[[str, int], int]) -> tuple[int, int]:
+        """Numbers that a token has on one device: in the result, and in queries, keys, values and result."""
+        heads = self.num_heads * self.head_dim // ways("heads", self.num_heads)
+        return heads, 2 * heads + 2 * self.kv_heads * self.head_dim // ways("kv_heads", self.kv_heads)
 
     def build(self, make: ParameterMaker, *, residual_gain: float, dtype: jnp.dtype, key: PathKey) -> "Attention":
         """The module; a subclass may build another with the same call. Arguments as for `FeedForwardConfig.build`."""

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.context import Context
 from jaxlm.layers.feed_forward import FeedForwardConfig
+from jaxlm.layers.linear_attention import LinearAttentionConfig
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.positions import Rope, Rotation
@@ -62,8 +63,8 @@ class BlockKind:
         return False
 
     @property
-    def bidirectional(self) -> bool:
-        """Whether a mask may show its tokens what follows them; a running state knows only what came before."""
+    def running_state(self) -> str | None:
+        """The configuration in it whose layer carries a state along the row, knowing only what came before; or None."""
         raise NotImplementedError
 
     @property
@@ -137,7 +138,7 @@ class BlockConfig(BlockKind):
       dropout: rate on each branch's output.
     """
 
-    attention: AttentionConfig
+    attention: AttentionConfig | LinearAttentionConfig
     feed_forward: FeedForwardConfig
     norm: NormConfig
     attention_norm: NormConfig | None = None
@@ -168,14 +169,14 @@ class BlockConfig(BlockKind):
         return self.cross_attention is not None
 
     @property
-    def bidirectional(self) -> bool:
+    def running_state(self) -> str | None:
         """See `BlockKind`."""
-        return True
+        return type(self.attention).__name__ if self.attention.runs else None
 
     @property
     def heads(self) -> int | None:
         """See `BlockKind`."""
-        return self.attention.num_heads
+        return self.attention.score_heads
 
     @property
     def rotations(self) -> frozenset[tuple[Rope, int]]:
@@ -185,22 +186,21 @@ class BlockConfig(BlockKind):
 
     def mixing_flops(self, length: int, encoder_length: int, *, both_sides: bool) -> float:
         """See `BlockKind`."""
-        within = self.attention.pair_flops * self.attention.pairs(length, both_sides=both_sides)
+        within = self.attention.mixing_flops(length, both_sides=both_sides)
         across = self.cross_attention.pair_flops * length * encoder_length if self.crosses else 0.0
         return within + across
 
     def token_sizes(self, width: int, ways: Ways) -> TokenSizes:
         """See `BlockKind`."""
-        attentions = [a for a in (self.attention, self.cross_attention) if a is not None]
-        heads = sum(2 * a.num_heads * a.head_dim // ways("heads", a.num_heads) for a in attentions)
-        keys = sum(2 * a.kv_heads * a.head_dim // ways("kv_heads", a.kv_heads) for a in attentions)
+        attentions = [a.token_sizes(ways) for a in (self.attention, self.cross_attention) if a is not None]
+        mixed, projected = map(sum, zip(*attentions))
         hidden = getattr(self.feed_forward, "hidden", 0)
         hidden *= getattr(self.feed_forward, "experts_per_token", 1)  # of a mixture of experts
         hidden = hidden // ways("mlp", hidden) if hidden else 0
         gated = 2 if getattr(self.feed_forward, "gated", False) else 1
         outputs = width * (1 + len(attentions))
-        products = heads + keys + gated * hidden + outputs
-        return TokenSizes(heads // 2, products, products + hidden + outputs)
+        products = projected + gated * hidden + outputs
+        return TokenSizes(mixed, products, products + hidden + outputs)
 
     def build(self, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey) -> "Block":
         """See `BlockKind`."""

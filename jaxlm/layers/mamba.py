@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ class MambaConfig:
         """
         return length * (12.0 * self.inner * self.state + 6.0 * self.inner * self.taps)
 
-    def token_sizes(self, ways) -> tuple[int, int, int]:
+    def token_sizes(self, ways: Callable[[str, int], int]) -> tuple[int, int, int]:
         """See `jaxlm.layers.block.TokenSizes`."""
         inner = self.inner // ways("mlp", self.inner)
         products = 3 * inner + self.step_rank + 2 * self.state

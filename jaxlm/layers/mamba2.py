@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ class Mamba2Config:
         convolved = self.inner + 2 * self.groups * self.state
         return length * (12.0 * self.inner * self.state + 6.0 * convolved * self.taps)
 
-    def token_sizes(self, ways) -> tuple[int, int, int]:
+    def token_sizes(self, ways: Callable[[str, int], int]) -> tuple[int, int, int]:
         """See `jaxlm.layers.block.TokenSizes`."""
         split = ways("heads", self.num_heads)
         inner, shared = self.inner // split, 2 * self.groups * self.state

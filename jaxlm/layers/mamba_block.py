@@ -35,8 +35,8 @@ class MambaBlockConfig(BlockKind):
 
     @property
     @override
-    def bidirectional(self) -> bool:
-        return False
+    def running_state(self) -> str | None:
+        return type(self.mixer).__name__
 
     @override
     def mixing_flops(self, length: int, encoder_length: int, *, both_sides: bool) -> float:

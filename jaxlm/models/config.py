@@ -148,10 +148,10 @@ class LanguageModelConfig:
                     f"it nothing to attend to; only the decoder of an encoder_decoder has."
                 )
             reads = crosses or self.architecture is Architecture.CAUSAL_DECODER
-            if not reads and (causal := [block for block in blocks if not block.bidirectional]):
+            if not reads and (running := [block.running_state for block in blocks if block.running_state]):
                 raise ValueError(
                     f"The {name} of the architecture {self.architecture.value} shows tokens what follows them, but a "
-                    f"{type(causal[0]).__name__} carries a state that knows only what came before; use causal_decoder."
+                    f"layer of {running[0]} carries a state that knows only what came before; use causal_decoder."
                 )
 
     @property
