@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("For which machine? Give --topology, such as --topology=v5e:4x4 (see --help).")
         machine = topology(flags["topology"])
         xla_flags.use(flags.get("xla_preset"))
-        tries = int(flags.get("search") or _CANDIDATES)
+        tries = flags.get("search") or str(_CANDIDATES)
+        if not tries.isdecimal() or tries == "0":
+            raise ValueError(f"--search={tries} is not a number of candidates; write --search or --search=8.")
     except ValueError as error:
         print(f"jaxlm.plan: {error}", file=sys.stderr)
         return 2
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = resolve_or_exit(RunConfig, rest)
     folder = pathlib.Path(flags["save"]) if "save" in flags else None
     try:
-        return _plan(run, machine, tries if "search" in flags else 0, folder)
+        return _plan(run, machine, int(tries) if "search" in flags else 0, folder)
     except (ValueError, CannotCompile, OSError) as error:
         if os.environ.get("JAXLM_TRACEBACK"):
             raise

@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "jaxlm.models": {"pallas_kernels", "jaxlm.parallel", "jaxlm.layers"} | GROUND,
     "jaxlm.objectives": {"pallas_kernels"} | GROUND,
     "jaxlm.data": {"jaxlm.objectives"} | GROUND,
-    "jaxlm.checkpoints": DEVICE | GROUND,
-    "jaxlm.decoding": DEVICE | GROUND,
+    "jaxlm.checkpoints": DEVICE | GROUND | {"jaxlm.configuration", "jaxlm.data"},
+    "jaxlm.decoding": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data"},
     "jaxlm.training": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.checkpoints", "jaxlm.decoding"},
     "jaxlm.run": DEVICE
     | GROUND
@@ -37,8 +37,13 @@ MAY_IMPORT = {
         "jaxlm.objectives",
         "jaxlm.training",
     },
+    "jaxlm.studies": DEVICE
+    | GROUND
+    | {"jaxlm.checkpoints", "jaxlm.configuration", "jaxlm.objectives", "jaxlm.data", "jaxlm.training", "jaxlm.run"},
     "jaxlm.planning": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.training", "jaxlm.run"},
-    "jaxlm.evaluation": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
+    "jaxlm.evaluation": DEVICE
+    | GROUND
+    | {"jaxlm.checkpoints", "jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
 }
 
 

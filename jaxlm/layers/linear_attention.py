@@ -10,6 +10,7 @@
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Callable
 from typing import ClassVar
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.layers.cache import CacheConfig, Extension, PackedTexts, RecurrentCache, run_steps
 from jaxlm.layers.context import Context
 from jaxlm.layers.feed_forward import Activation
 from jaxlm.layers.norms import Norm, NormConfig
@@ -25,9 +27,11 @@ from jaxlm.layers.parameters import Dims, Linear, ParameterMaker, PathKey
 from jaxlm.layers.positions import Rope, Rotation, rotate
 from jaxlm.layers.remat import name_activation
 from pallas_kernels.biases import Bias
-from pallas_kernels.linear_attention import LINEAR_ATTENTION
+from pallas_kernels.linear_attention import LINEAR_ATTENTION, linear_attention_step
 from pallas_kernels.masks import Mask, running_segments
 from pallas_kernels.residuals import ATTENTION_OUT
+
+_AXES = (("heads", "head_dim", None),)  # of the state
 
 
 class FeatureMap(enum.Enum):
@@ -273,6 +277,43 @@ class LinearAttention(nnx.Module):
             backend=self.config.backend,
         )
         return self._gated(out, x, context)
+
+    def prefill(
+        self,
+        x: jax.Array,
+        source: jax.Array,
+        mask: Mask,
+        *,
+        rotation: Rotation | None,
+        bias: Bias | None,
+        texts: PackedTexts,
+        caching: CacheConfig,
+        context: Context,
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """As `__call__`, and the state after each of the texts in these rows. The state runs along one text a row."""
+        del source, bias, caching
+        running_segments(mask)
+        inputs = [None if y is None else texts.unpacked(y) for y in self._keyed(x, rotation, context)]
+        out, state = context.ops.linear_attention(
+            *inputs, segment_ids=texts.present(x.shape[1]), scale=self.scale, backend=self.config.backend
+        )
+        return self._gated(texts.packed(out, len(x)), x, context), RecurrentCache(state, (), _AXES)
+
+    def extend(
+        self,
+        x: jax.Array,
+        cache: RecurrentCache,
+        new: Extension,
+        *,
+        rotation: Rotation | None,
+        bias: Bias | None,
+        context: Context,
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """Of t new tokens a slot, x [B, t, E]; and the cache with them in it. Arguments as for `Attention.extend`."""
+        del bias
+        step = functools.partial(linear_attention_step, scale=self.scale)
+        out, state = run_steps(step, cache.state, self._keyed(x, rotation, context), new.present)
+        return self._gated(out, x, context), RecurrentCache(state, (), _AXES)
 
     def _keyed(self, x: jax.Array, rotation: Rotation | None, context: Context) -> tuple[jax.Array | None, ...]:
         """Queries and keys [B, T, H, Dk], values [B, T, H, Dv] (with a 1 if normalized), logarithms of decays."""

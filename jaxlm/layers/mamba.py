@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.layers.cache import PackedTexts, RecurrentCache, run_steps
 from jaxlm.layers.context import Context
 from jaxlm.layers.feed_forward import Activation
 from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
@@ -15,9 +16,11 @@ from jaxlm.layers.remat import name_activation
 from jaxlm.layers.short_convolution import ShortConvolution
 from jaxlm.layers.step_sizes import StepSizes, refuse_scaling
 from pallas_kernels.residuals import ATTENTION_OUT
-from pallas_kernels.selective_scan import SELECTIVE_SCAN
+from pallas_kernels.selective_scan import SELECTIVE_SCAN, selective_scan_step
 
 STEPS = StepSizes()
+
+_AXES = (("mlp", None), (None, "mlp"))  # of the state and of the convolution's window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,32 @@ class Mamba(nnx.Module):
             *self._scanned(u, context), segment_ids=segment_ids, backend=self.config.backend
         )
         return self._gated(y, gate, context)
+
+    def prefill(
+        self, x: jax.Array, segment_ids: jax.Array | None, texts: PackedTexts, context: Context
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """As `__call__`, and the state after each of the texts in these rows. The scan has one text a row."""
+        value, gate = self._projected(x, context)
+        u, dt, a, b, c, d = self._scanned(self._activated(self.convolution(value, segment_ids), context), context)
+        u, dt, b, c = (texts.unpacked(part) for part in (u, dt, b, c))
+        ids, backend = texts.present(x.shape[1]), self.config.backend
+        y, state = context.ops.selective_scan(u, dt, a, b, c, d, segment_ids=ids, backend=backend)
+        cache = RecurrentCache(state, (self.convolution.window(value, texts),), _AXES)
+        return self._gated(texts.packed(y, len(x)), gate, context), cache
+
+    def extend(
+        self, x: jax.Array, cache: RecurrentCache, present: jax.Array | None, context: Context
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """Of t new tokens a slot, x [B, t, E], those that are `present`; and the cache with them in it."""
+        value, gate = self._projected(x, context)
+        convolved, window = self.convolution.extend(value, *cache.windows, present)
+        u, dt, a, b, c, d = self._scanned(self._activated(convolved, context), context)
+
+        def step(state, u, dt, b, c):
+            return selective_scan_step(state, u, dt, a, b, c, d)
+
+        y, state = run_steps(step, cache.state, (u, dt, b, c), present)
+        return self._gated(y, gate, context), RecurrentCache(state, (window,), _AXES)
 
     def _projected(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
         return name_activation(self.value(x, context), "up"), name_activation(self.gate(x, context), "gate")

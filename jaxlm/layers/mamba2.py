@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.layers.cache import PackedTexts, RecurrentCache, run_steps
 from jaxlm.layers.context import Context
 from jaxlm.layers.feed_forward import Activation
 from jaxlm.layers.mamba import STEPS
@@ -15,8 +16,11 @@ from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
 from jaxlm.layers.remat import name_activation
 from jaxlm.layers.short_convolution import ShortConvolution
 from jaxlm.layers.step_sizes import StepSizes, refuse_scaling
-from pallas_kernels.linear_attention import LINEAR_ATTENTION
+from pallas_kernels.linear_attention import LINEAR_ATTENTION, linear_attention_step
 from pallas_kernels.residuals import ATTENTION_OUT
+
+# Of the state and of the three convolutions' windows.
+_AXES = (("heads", None, "head_dim"), (None, "heads", "head_dim"), (None, None, None), (None, None, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +146,36 @@ class Mamba2(nnx.Module):
             *self._keyed(u, write, read, dt), log_decay, segment_ids=segment_ids, backend=self.config.backend
         )
         return self._normed(y, u, gate, context)
+
+    def prefill(
+        self, x: jax.Array, segment_ids: jax.Array | None, texts: PackedTexts, context: Context
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """As `__call__`, and the state after each of the texts in these rows. The scan has one text a row."""
+        gate, parts = name_activation(self.gate(x, context), "gate"), self._projected(x, context)
+        convolved = [convolution(part, segment_ids) for part, convolution in zip(parts, self._convolutions)]
+        u, write, read = self._activated(convolved, context)
+        dt, log_decay = self._steps(x, context)
+        scanned = (texts.unpacked(part) for part in (*self._keyed(u, write, read, dt), log_decay))
+        y, state = context.ops.linear_attention(
+            *scanned, segment_ids=texts.present(x.shape[1]), backend=self.config.backend
+        )
+        windows = tuple(convolution.window(part, texts) for part, convolution in zip(parts, self._convolutions))
+        cache = RecurrentCache(state, windows, _AXES)
+        return self._normed(texts.packed(y, len(x)), u, gate, context), cache
+
+    def extend(
+        self, x: jax.Array, cache: RecurrentCache, present: jax.Array | None, context: Context
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """Of t new tokens a slot, x [B, t, E], those that are `present`; and the cache with them in it."""
+        gate = self.gate(x, context)
+        parts = zip(self._projected(x, context), self._convolutions, cache.windows, strict=True)
+        extended = [convolution.extend(part, window, present) for part, convolution, window in parts]
+        u, write, read = self._activated([convolved for convolved, _ in extended], context)
+        dt, log_decay = self._steps(x, context)
+        inputs = (*self._keyed(u, write, read, dt), log_decay)
+        y, state = run_steps(linear_attention_step, cache.state, inputs, present)
+        cache = RecurrentCache(state, tuple(window for _, window in extended), _AXES)
+        return self._normed(y, u, gate, context), cache
 
     @property
     def _convolutions(self) -> tuple[ShortConvolution, ...]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.layers.block import BlockKind, Surroundings, TokenSizes, Ways
+from jaxlm.layers.cache import CacheConfig, Extension, PackedTexts, RecurrentCache
 from jaxlm.layers.context import Context
 from jaxlm.layers.mamba import MambaConfig
 from jaxlm.layers.mamba2 import Mamba2Config
@@ -65,6 +66,29 @@ class MambaBlock(nnx.Module):
         inner = context.fold("mixer")
         y = self.mixer(self.norm(x), running_segments(around.mask), inner)
         return self._joined(x, y, inner), NO_SIDE_VALUES
+
+    def prefill(
+        self,
+        x: jax.Array,
+        around: Surroundings,
+        texts: PackedTexts,
+        sources: PackedTexts | None,
+        caching: CacheConfig,
+        context: Context,
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """x [R, T, E] after the block, and what it remembers of the N texts in these rows; see `Block.prefill`."""
+        del sources, caching  # a state is float32
+        inner = context.fold("mixer")
+        y, cache = self.mixer.prefill(self.norm(x), running_segments(around.mask), texts, inner)
+        return self._joined(x, y, inner), cache
+
+    def extend(
+        self, x: jax.Array, new: Extension, cache: RecurrentCache, context: Context
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """x [B, t, E] after the block, t new tokens of each slot, and the cache with them in it."""
+        inner = context.fold("mixer")
+        y, cache = self.mixer.extend(self.norm(x), cache, new.present, inner)
+        return self._joined(x, y, inner), cache
 
     def _joined(self, x: jax.Array, y: jax.Array, context: Context) -> jax.Array:
         x = x + context.fold("out").dropout(y, self.config.dropout)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.layers.cache import PackedTexts
 from jaxlm.layers.parameters import Dims, ParameterMaker, PathKey
 
 
@@ -36,6 +37,10 @@ class ShortConvolution(nnx.Module):
                 earlier = jnp.where(same.reshape(same.shape + (1,) * (x.ndim - 2)), earlier, 0)
             shifted.insert(0, earlier)
         return self._weighted(shifted)
+
+    def window(self, x: jax.Array, texts: PackedTexts) -> jax.Array:
+        """What the token after each of N texts sees of it, [N, taps - 1, *channels], from packed rows x."""
+        return texts.before_end(x, self.taps - 1)
 
     def extend(self, x: jax.Array, window: jax.Array, present: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Of t new tokens.

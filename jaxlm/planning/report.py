@@ -157,8 +157,12 @@ def save(folder: pathlib.Path, plan: Plan, advice: Sequence[str] = (), search: S
 
 
 def ranking(plans: Sequence[tuple[str, Plan]]) -> list[tuple[str, ...]]:
-    """Rows of a search, the best first, under `RANKING_HEAD`."""
-    order = sorted(plans, key=lambda entry: (not entry[1].fits, entry[1].estimate.step if entry[1].estimate else 0.0))
+    """Rows of a search, the best first, under `RANKING_HEAD`; where no time is estimated, the smallest."""
+
+    def worth(plan: Plan) -> tuple[bool, float, float]:
+        return not plan.fits, plan.estimate.step if plan.estimate else 0.0, plan.peak
+
+    order = sorted(plans, key=lambda entry: worth(entry[1]))
     found = []
     for number, (name, plan) in enumerate(order, 1):
         guess = plan.estimate

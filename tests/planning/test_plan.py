@@ -37,9 +37,12 @@ def tiny(model="causal_decoder", objective="full_lm", lengths="{'targets': 64}",
 def test_the_command_plans_without_data_and_saves(run_python, tmp_path):
     flags = [flag.format(model="causal_decoder", objective="full_lm") for flag in TINY]
     flags += ["--gin.TASK_FEATURE_LENGTHS={'targets': 64}", "--gin.MeshConfig.fsdp=2"]
-    done = run_python(["-m", "jaxlm.plan", *flags, "--topology=cpu:4", f"--save={tmp_path / 'plan'}"])
+    done = run_python(["-m", "jaxlm.plan", *flags, "--topology=cpu:4", "--search=2", f"--save={tmp_path / 'plan'}"])
     assert "data 2 x fsdp 2" in done.stdout and "temporaries" in done.stdout
-    saved = json.loads((tmp_path / "plan" / "plan.json").read_text())["plan"]
+    written = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    saved, ranked = written["plan"], written["search"]
+    assert len({entry["levers"] for entry in ranked}) == 3 and done.stdout.count("compiling: ") == 2
+    assert "fsdp 2" in done.stdout and "further candidates were not compiled" in done.stdout
     assert saved["mesh"] == {"data": 2, "fsdp": 2} and saved["fits"]
     assert saved["memory"]["parameters"] * 2 == saved["parameters"] * 4  # float32 in two parts
     kinds = {collective["kind"] for collective in saved["costs"]["collectives"]}
@@ -55,6 +58,7 @@ def test_the_command_plans_without_data_and_saves(run_python, tmp_path):
     [
         (["--topology=v9:2x2"], "There is no topology 'v9:2x2'"),
         ([], "For which machine"),
+        (["--topology=cpu:4", "--search=some"], "--search=some is not a number of candidates"),
         (["--topology=cpu:3", "--gin.MeshConfig.fsdp=2"], "does not divide the 3 devices"),
         (["--topology=cpu:3"], "cannot be split over 3 devices"),
     ],

@@ -1,4 +1,4 @@
-"""Run with 8 devices by test_meshes.py: a stack of Mamba, Mamba-2 and linear attention on a mesh, against one device."""
+"""Run with 8 devices by test_meshes.py: Mamba, Mamba-2 and linear attention on a mesh, against one device."""
 
 import dataclasses
 import json

@@ -174,3 +174,20 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file, {} if there is no such file.
+
+    Raises:
+      ValueError: it is not JSON.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object; get it again.")
+    return found

@@ -1,0 +1,289 @@
+"""Opens a trained model, from a run's folder or a Hugging Face folder: the module, and what one must know to use it.
+
+    model = pretrained.load("runs/mine")
+    ids = model.vocabulary.encode("Once upon a time")
+
+Layers are unrolled, which decoding wants, and parameters have the type the model computes in.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxlm.architecture import Architecture
+from jaxlm.checkpoints import naming, stored
+from jaxlm.checkpoints.huggingface.files import read_json
+from jaxlm.checkpoints.huggingface.folder import HuggingFaceFolder
+from jaxlm.checkpoints.huggingface.tokenizer import read_tokenizer
+from jaxlm.checkpoints.manifest import CheckpointError, Verify
+from jaxlm.checkpoints.sources import Source, open_source
+from jaxlm.checkpoints.t5.layout import T5Checkpoint
+from jaxlm.configuration import resolve as resolve_configuration
+from jaxlm.data import tasks
+from jaxlm.data.vocabularies import Vocabulary
+from jaxlm.layers.positions import LearnedPositions
+from jaxlm.layers.stack import Layers
+from jaxlm.models import build_model
+from jaxlm.models.config import ComputeType, LanguageModelConfig, ModelConfig
+from jaxlm.models.language_model import LanguageModel
+from jaxlm.parallel.parallelism import Parallelism
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+    """A trained model.
+
+    Attributes:
+      model: the module, its parameters read.
+      config: what it was built from: the trained model's configuration with unrolled layers, in the architecture of
+        its last steps.
+      vocabulary: text to ids and back; None where there is none to be had, see `no_vocabulary`.
+      no_vocabulary: one sentence why `vocabulary` is None, else None.
+      start_id: the id that a decoder's input begins with, before the first token of a prompt or answer: pad_id for
+        runs, whose inputs are targets shifted by one; of a Hugging Face folder, what its tokenizer puts before every
+        text (a decoder) or its decoder_start_token_id (an encoder-decoder). None: inputs begin with the text, as in
+        GPT-2; or the model is an encoder.
+      eos_ids: ids that end a text; () where none is known.
+      context_length: tokens of the longest row that it was trained on, or says it was; None where nothing says. Learned
+        positions go no further; others may.
+      source: the folder it was read from, for people.
+    """
+
+    model: LanguageModel
+    config: LanguageModelConfig
+    vocabulary: Vocabulary | None
+    no_vocabulary: str | None
+    start_id: int | None
+    eos_ids: tuple[int, ...]
+    context_length: int | None
+    source: str
+
+
+def load(
+    path: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    averaged: bool = False,
+    compute: ComputeType | str | None = None,
+    parallel: Parallelism | None = None,
+) -> Pretrained:
+    """Opens a trained model.
+
+    Args:
+      path: a run's folder (or its `checkpoints`, or one step of these), a Hugging Face model's folder, or a checkpoint
+        of T5X or Mesh TensorFlow.
+      step: of a run; None is the newest intact one.
+      averaged: take the moving average of the parameters.
+      compute: type of activations and products; None is the run's own, and float32 for a Hugging Face folder.
+      parallel: the mesh to put the parameters on; None is the first device.
+
+    Raises:
+      CheckpointError: no such checkpoint, or it is damaged.
+      ValueError: the model is of no known kind, or its configuration cannot be read.
+      FileNotFoundError: a file of a Hugging Face folder is missing.
+    """
+    source = open_source(path, step, Verify.DIGESTS, report=lambda line: print(line, file=sys.stderr))
+    if isinstance(source, HuggingFaceFolder):
+        config, about = source.config, _about_folder(source)
+    elif isinstance(source, T5Checkpoint):
+        config, about = source.config, _about_t5(source)
+    else:
+        run = read_run(source)
+        config, about = language_model_of(run, source), _about_run(run, source)
+    if compute is not None:
+        config = dataclasses.replace(config, compute=ComputeType(compute))
+    config = unrolled(config)
+    model = read_model(source, config, "ema_params" if averaged else "params", parallel)
+    return Pretrained(model=model, config=config, source=str(source.folder), **about)
+
+
+def read_run(checkpoint: stored.StoredCheckpoint) -> Any:
+    """The `jaxlm.run.RunConfig` that was saved with a checkpoint.
+
+    Raises:
+      ConfigError: this version cannot read it, or a module that it names is not there.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        gin = pathlib.Path(scratch) / "config.gin"
+        gin.write_text(checkpoint.config)
+        # Named, not imported: runs are built above checkpoints.
+        return resolve_configuration("@jaxlm.run.RunConfig()", [f"--gin_file={gin}"])
+
+
+def model_config_of(run: Any, step: int) -> ModelConfig:
+    """The model of a `RunConfig` as it was trained in the steps before `step`."""
+    return run.model_of(_phase(run, step))
+
+
+def language_model_of(run: Any, checkpoint: stored.StoredCheckpoint) -> LanguageModelConfig:
+    """The model of a run's checkpoint.
+
+    Raises:
+      ValueError: it is a replaced-token detector.
+    """
+    config = model_config_of(run, checkpoint.step)
+    if not isinstance(config, LanguageModelConfig):
+        raise ValueError(
+            f"{checkpoint.folder} holds a {type(config).__name__}, not a language model; start a run from its "
+            f"discriminator (a Rename among WarmStart.rules), or export one of its parts."
+        )
+    return config
+
+
+def unrolled(config: LanguageModelConfig) -> LanguageModelConfig:
+    """The same model with a program for each layer instead of a scan."""
+    stacks = {name: dataclasses.replace(stack, layers=Layers.UNROLL) for name, stack in config.stacks.items()}
+    return dataclasses.replace(config, **stacks)
+
+
+def read_model(
+    source: Source, config: LanguageModelConfig, weights: str = "params", parallel: Parallelism | None = None
+) -> LanguageModel:
+    """A module with the parameters of a source, read tensor by tensor to where they are to lie.
+
+    Args:
+      source: what to read.
+      config: the model, its layers unrolled.
+      weights: "params", or "ema_params" for their average.
+      parallel: the mesh; None is the first device.
+
+    Raises:
+      CheckpointError: the source has no such weights, or those of another model.
+      ValueError: the mesh has pipeline stages.
+    """
+    if parallel is not None and parallel.stages.count > 1:
+        raise ValueError(
+            f"A trained model is opened with all layers on every device, but the mesh has {parallel.stages.count} "
+            f"pipeline stages; set MeshConfig.stage to 1."
+        )
+    abstract = nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0)))
+    graph, state = nnx.split(abstract)
+    variables = dict(nnx.to_flat_state(state))
+    requests = {key: _request(key, variable, weights, parallel) for key, variable in variables.items()}
+    _check(source, {request.paths[0]: request.shape for request in requests.values()}, weights)
+    order = {path: i for i, path in enumerate(source.leaves)}  # fused tensors are then read once
+    requests = dict(sorted(requests.items(), key=lambda item: order[item[1].paths[0]]))
+    values = source.read(requests)
+    filled = [(key, variable.replace(values[key])) for key, variable in variables.items()]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _request(key: tuple, variable: nnx.Variable, weights: str, parallel: Parallelism | None) -> stored.Request:
+    """Where a parameter is on disk, and how it is wanted."""
+    value, metadata = variable.get_value(), variable.get_metadata()
+    shape, axes = tuple(value.shape), tuple(metadata["axes"])
+    if parallel is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        sharding = parallel.sharding(axes, shape)
+    # What a model casts before any use need not be kept wider.
+    dtype = np.dtype(metadata.get("used_as") or value.dtype)
+    return stored.Request(((weights, *map(str, key)),), None, shape, dtype, sharding)
+
+
+def _check(source: Source, wanted: Mapping[naming.Path, tuple[int, ...]], weights: str) -> None:
+    """Raises CheckpointError unless the source holds exactly the parameters wanted."""
+    leaves = {path: leaf.shape for path, leaf in source.leaves.items() if path[0] == weights}
+    if not leaves:
+        raise CheckpointError(f"{source.folder} holds no {weights}: the run kept no average; take its parameters.")
+    missing = [naming.show(path[1:]) for path in wanted if path not in leaves]
+    extra = [naming.show(path[1:]) for path in leaves if path not in wanted]
+    other = [naming.show(path[1:]) for path, shape in wanted.items() if leaves.get(path, shape) != shape]
+    for names, fault in ((missing, "lacks"), (extra, "has in excess"), (other, "has in another shape")):
+        if names:
+            raise CheckpointError(
+                f"{source.folder} {fault} {stored.some(names)}, by the configuration saved with it; it was written by "
+                f"another version of jaxlm or changed since, so read it with that version."
+            )
+
+
+def _phase(run: Any, step: int) -> Any:
+    """The phase of a run that its step `step` ended or continued."""
+    return next((phase for phase in run.phases if phase.start < step <= phase.end), run.phases[0])
+
+
+def _about_run(run: Any, checkpoint: stored.StoredCheckpoint) -> dict[str, Any]:
+    """What `Pretrained` says of a run's model beside it."""
+    phase = _phase(run, checkpoint.step)
+    model, data = run.model_of(phase), run.data_of(phase)
+    vocabulary, problem = _tried(lambda: _vocabulary_of(data.mixture))
+    info = None if vocabulary is None else vocabulary.info()
+    lengths = tuple(dict(data.feature_lengths).values())
+    trained = {Architecture.ENCODER_DECODER: None, Architecture.ENCODER: max(lengths)}.get(
+        model.architecture, sum(lengths)
+    )
+    starts = info is not None and model.architecture is not Architecture.ENCODER
+    return {
+        "vocabulary": vocabulary,
+        "no_vocabulary": problem,
+        "start_id": info.pad_id if starts else None,
+        "eos_ids": () if info is None else (info.eos_id,),
+        "context_length": _learned(model) or trained,
+    }
+
+
+def _vocabulary_of(mixture: Any) -> Vocabulary:
+    """The vocabulary of a task or mixture, or of the one registered under that name."""
+    found = tasks.resolve(mixture)
+    task = found.tasks()[0] if isinstance(found, tasks.Mixture) else found
+    vocabulary = task.output_features["targets"].vocabulary
+    vocabulary.info()  # opens its files
+    return vocabulary
+
+
+def _about_folder(folder: HuggingFaceFolder) -> dict[str, Any]:
+    """What `Pretrained` says of a Hugging Face folder beside the model."""
+    generation = read_json(folder.folder / "generation_config.json")
+    fields = {**folder.fields, **{name: value for name, value in generation.items() if value is not None}}
+    tokenizer, problem = _tried(lambda: read_tokenizer(folder.folder))
+    info = None if tokenizer is None else tokenizer.vocabulary.info()
+    architecture, start = folder.config.architecture, None
+    if architecture is Architecture.ENCODER_DECODER:
+        start = fields.get("decoder_start_token_id", fields.get("pad_token_id", 0))
+    elif architecture is not Architecture.ENCODER and tokenizer is not None:
+        start = tokenizer.start_id
+    ends = fields.get("eos_token_id")
+    if ends is None and info is not None:
+        ends = info.eos_id
+    lengths = ("max_position_embeddings", "n_positions")
+    said = next((folder.fields[name] for name in lengths if folder.fields.get(name)), None)
+    if architecture is Architecture.ENCODER_DECODER:
+        said = None  # T5's n_positions is of no consequence
+    return {
+        "vocabulary": None if tokenizer is None else tokenizer.vocabulary,
+        "no_vocabulary": problem,
+        "start_id": start,
+        "eos_ids": tuple(ends) if isinstance(ends, list) else (() if ends is None else (ends,)),
+        "context_length": _learned(folder.config) or said,
+    }
+
+
+def _about_t5(checkpoint: T5Checkpoint) -> dict[str, Any]:
+    """What `Pretrained` says of a model of T5's own trainers: their conventions, since the checkpoint says nothing."""
+    return {
+        "vocabulary": None,
+        "no_vocabulary": f"{checkpoint.folder} is a checkpoint of T5's trainers, which hold no vocabulary.",
+        "start_id": 0,
+        "eos_ids": (1,),
+        "context_length": None,
+    }
+
+
+def _learned(config: LanguageModelConfig) -> int | None:
+    positions = config.embedding.positions
+    return positions.max_length if isinstance(positions, LearnedPositions) else None
+
+
+def _tried(make: Callable[[], Any]) -> tuple[Any, str | None]:
+    """(what is made, None), or (None, why not)."""
+    try:
+        return make(), None
+    except (ValueError, OSError, ImportError) as error:
+        return None, str(error)
