@@ -86,6 +86,7 @@ def test_the_engine_draws_what_is_likeliest_of_the_whole_text(model, uncached):
     for answer, request in zip(engine.generate(requests), requests, strict=True):
         text = [0, *request.prompt]
         for token in answer.tokens:
-            assert token == uncached(model, text)[-1].argmax()
+            logits = uncached(model, text)[-1]
+            assert logits[token] >= logits.max() - 1e-4  # a tie may fall either way
             text.append(int(token))
         assert len(answer.tokens) == request.sampling.max_new_tokens
