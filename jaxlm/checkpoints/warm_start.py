@@ -198,7 +198,7 @@ class Started:
                 origin = Origin(taken.source, ("opt_state", *path[:name], *taken.path[1:]))
             found = origin.source.leaves.get(origin.path)
             if found is not None and found.shape == leaf.shape:
-                kept[path] = Leaf(tuple(found.shape), np.dtype(found.dtype), (origin,))
+                kept[path] = Leaf(tuple(found.shape), (origin,))
                 moments_kept += name is not None
         if moments and not moments_kept:
             raise CheckpointError(

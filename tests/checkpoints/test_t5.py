@@ -206,6 +206,8 @@ def test_the_activation_is_what_the_gin_file_beside_it_says(tmp_path):
     gin = tmp_path / "model" / "config.gin"
     gin.write_text("network.T5Config.mlp_activations = ('swish', 'linear')\nnetwork.T5Config.num_heads = 6\n")
     assert open_source(folder).config.decoder.blocks[0].feed_forward.activation is Activation.SILU
+    gin.write_text("ACTIVATIONS = ('relu', 'linear')\nnetwork.T5Config.mlp_activations = %ACTIVATIONS\n")
+    assert open_source(folder).config.decoder.blocks[0].feed_forward.activation is Activation.RELU
     gin.write_text("network.T5Config.mlp_activations = ('gelu', 'gelu')\n")
     with pytest.raises(ValueError, match=r"activations \('gelu', 'gelu'\); known are relu, gelu"):
         open_source(folder)

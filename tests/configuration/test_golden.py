@@ -23,6 +23,7 @@ ROOTS = {
     "parallel": "@jaxlm.run.RunConfig()",
     "evaluation": "@jaxlm.evaluation.suite.EvaluationConfig()",
     "runs": "@jaxlm.run.RunConfig()",
+    "adaptations": "@jaxlm.run.RunConfig()",
     "studies": "@jaxlm.studies.config.StudyConfig()",
 }
 

@@ -46,16 +46,15 @@ class Leaf:
     """A parameter as it will be: read from disk as it is, or made of other leaves when it is needed.
 
     Attributes:
-      shape, dtype: of the result.
+      shape: of the result.
       origins: the arrays on disk that go into it.
       how: what is done to them, a clause a step; () where it is the array on disk.
       parents: the leaves it is made of.
       make: makes it of `parents`; None where it is the array on disk. It asks parents for their arrays itself, so
-        that a mean over many holds no more than two.
+        that a mean over many need not hold them all.
     """
 
     shape: Shape
-    dtype: np.dtype
     origins: tuple[Origin, ...]
     how: tuple[str, ...] = ()
     parents: tuple["Leaf", ...] = ()
@@ -97,7 +96,7 @@ def together(parents: tuple[Leaf, ...], how: str, make: Callable[[tuple[Leaf, ..
     """The leaf that `make` makes of several."""
     origins = tuple(origin for parent in parents for origin in parent.origins)
     clauses = tuple(dict.fromkeys(clause for parent in parents for clause in parent.how))
-    return Leaf(shape, parents[0].dtype, origins, (*clauses, how), parents, make)
+    return Leaf(shape, origins, (*clauses, how), parents, make)
 
 
 def leaves_of(source: Source, weights: Weights) -> dict[str, Leaf]:
@@ -109,10 +108,7 @@ def leaves_of(source: Source, weights: Weights) -> dict[str, Leaf]:
     found = {path: leaf for path, leaf in source.leaves.items() if path[0] == weights.value}
     if not found:
         raise CheckpointError(f"{source.folder} holds no {weights.value}; take the other weights.")
-    return {
-        naming.show(path[1:]): Leaf(tuple(leaf.shape), np.dtype(leaf.dtype), (Origin(source, path),))
-        for path, leaf in found.items()
-    }
+    return {naming.show(path[1:]): Leaf(tuple(leaf.shape), (Origin(source, path),)) for path, leaf in found.items()}
 
 
 class Draft:

@@ -55,7 +55,8 @@ class UpscaleDepth(Recipe):
 
     With closed copies the deeper model computes what the shallower one did, wherever the layers in `order` come back to
     where they left off (0-23 then 8-31: layers 8-23 stand twice, and their second copies are closed); not so with
-    post-norm, where a closed branch is still normed.
+    post-norm, where a closed branch is still normed. In a stack whose layers alternate (windows, experts), choose an
+    order that keeps each layer's place in the pattern.
 
     Attributes:
       order: see `PickLayers`.
@@ -95,7 +96,8 @@ class DecoderToEncoderDecoder(Recipe):
     """The same decoder twice, as encoder and as decoder with cross-attention (T5Gemma, arXiv 2504.06225).
 
     With a closed gate the decoder's logits are those of the decoder it comes from, whatever the encoder reads. To take
-    the encoder from another checkpoint, write the rules out: see docs/surgery.md.
+    the encoder from another checkpoint, write the rules out: see docs/surgery.md. Tables of relative positions are
+    copied too, though a bidirectional encoder reads half of its buckets in another way.
 
     Attributes:
       cross_attention: see `CrossAttention`.
@@ -114,7 +116,7 @@ class DecoderToEncoderDecoder(Recipe):
         if self.cross_attention is CrossAttention.FRESH:
             rules.append(Fresh(r"decoder/.*/cross_attention(?:_norms)?/.*"))
         else:
-            rules.append(Copy(r"(decoder/.*)/attention((?:_norms)?/.*)", r"\1/cross_attention\2"))
+            rules.append(Copy(r"(decoder/.*)/attention((?:_norms)?/(?!relative/).*)", r"\1/cross_attention\2"))
         if self.gate is Gate.CLOSED:
             rules.append(Constant(r"decoder/.*/cross_attention/output/(?:kernel|bias)", 0.0))
         return tuple(rules)

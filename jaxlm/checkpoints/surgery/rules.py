@@ -165,7 +165,7 @@ class Constant(Rule):
             # Broadcast, so that it takes no memory before it is placed.
             value = np.broadcast_to(np.asarray(self.value, wanted.dtype), wanted.shape)
             how = (f"{self.value:g} everywhere",)
-            draft.leaves[name] = Leaf(wanted.shape, value.dtype, (), how, (), lambda _, value=value: value)
+            draft.leaves[name] = Leaf(wanted.shape, (), how, (), lambda _, value=value: value)
 
 
 def _of_model(rule: Rule, draft: Draft, pattern: str) -> set[str]:

@@ -317,6 +317,8 @@ def _activation(path: pathlib.Path, shapes: Mapping[str, Shape]) -> Activation:
         said = re.search(r"(?:mlp_activations|DenseReluDense\.activation)\s*=\s*(.*)", text)
         if said is None:
             continue
+        macro = re.fullmatch(r"%(\w+)", said[1].strip())
+        said = (macro and re.search(rf"^{macro[1]}\s*=\s*(.*)", text, re.MULTILINE)) or said
         named = re.findall(r"\w+", said[1])
         if len(named) != 1 + gated or named[0] not in ACTIVATIONS or named[1:] not in ([], ["linear"]):
             raise ValueError(
