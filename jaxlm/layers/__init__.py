@@ -6,6 +6,7 @@ Names here must not be those of modules beside it: gin files find `jaxlm.layers.
 from jaxlm.layers.attention import AttentionConfig, QKNorm
 from jaxlm.layers.block import Arrangement, BlockConfig, Placement
 from jaxlm.layers.context import Context
+from jaxlm.layers.disentangled_attention import DisentangledAttentionConfig, RelativeEmbeddings
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
 from jaxlm.layers.linear_attention import ChannelDecay, FeatureMap, FixedDecay, HeadDecay, LinearAttentionConfig
@@ -39,6 +40,7 @@ __all__ = [
     "BlockConfig",
     "ChannelDecay",
     "Context",
+    "DisentangledAttentionConfig",
     "EmbeddingConfig",
     "FeedForwardConfig",
     "FeatureMap",
@@ -61,6 +63,7 @@ __all__ = [
     "Parametrization",
     "Placement",
     "QKNorm",
+    "RelativeEmbeddings",
     "RelativePositions",
     "Remat",
     "ResidualInit",

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxlm.layers.cache import CacheConfig, Extension, KeyValueCache, PackedTexts, held_positions
 from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
-from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
+from jaxlm.layers.parameters import Linear, ParameterMaker, Parametrization, PathKey
 from jaxlm.layers.positions import Alibi, RelativePositions, RelativeTable, Rope, Rotation, rotate
 from jaxlm.layers.remat import name_activation
 from pallas_kernels.attention_backends import ATTENTION
@@ -114,18 +114,41 @@ class AttentionConfig:
         heads = self.num_heads * self.head_dim // ways("heads", self.num_heads)
         return heads, 2 * heads + 2 * self.kv_heads * self.head_dim // ways("kv_heads", self.kv_heads)
 
-    def build(self, make: ParameterMaker, *, residual_gain: float, dtype: jnp.dtype, key: PathKey) -> "Attention":
-        """The module; a subclass may build another with the same call. Arguments as for `FeedForwardConfig.build`."""
-        return Attention(self, make, residual_gain=residual_gain, dtype=dtype, key=key)
+    def score_scale(self, parametrization: Parametrization) -> float:
+        """The factor on q . k: `scale`, or what None stands for."""
+        return parametrization.attention_scale(self.head_dim) if self.scale is None else self.scale
+
+    def build(
+        self,
+        make: ParameterMaker,
+        *,
+        residual_gain: float,
+        dtype: jnp.dtype,
+        key: PathKey,
+        source_width: int | None = None,
+    ) -> "Attention":
+        """The module; a subclass may build another with the same call.
+
+        Arguments as for `FeedForwardConfig.build`, and `source_width`: of what keys and values are made of, if not the
+        model's width.
+        """
+        return Attention(self, make, residual_gain=residual_gain, dtype=dtype, key=key, source_width=source_width)
 
 
 class Attention(nnx.Module):
     """Queries of one sequence attend to keys and values of the same or another one."""
 
     def __init__(
-        self, config: AttentionConfig, make: ParameterMaker, *, residual_gain: float, dtype: jnp.dtype, key: PathKey
+        self,
+        config: AttentionConfig,
+        make: ParameterMaker,
+        *,
+        residual_gain: float,
+        dtype: jnp.dtype,
+        key: PathKey,
+        source_width: int | None = None,
     ):
-        embed = (("embed", make.width),)
+        embed, source = (("embed", make.width),), (("embed", source_width or make.width),)
         heads = (("heads", config.num_heads), ("head_dim", config.head_dim))
         kv_heads = (("kv_heads", config.kv_heads), ("head_dim", config.head_dim))
 
@@ -134,8 +157,8 @@ class Attention(nnx.Module):
 
         query_gain = config.head_dim**-0.5 if make.init.scaled_query else 1.0
         self.query = linear("query", embed, heads, config.qkv_bias, query_gain)
-        self.key = linear("key", embed, kv_heads, config.qkv_bias)
-        self.value = linear("value", embed, kv_heads, config.qkv_bias)
+        self.key = linear("key", source, kv_heads, config.qkv_bias)
+        self.value = linear("value", source, kv_heads, config.qkv_bias)
         self.output = linear("output", heads, embed, config.output_bias, residual_gain)
         first = 1 if config.qk_norm is QKNorm.HEAD else 0  # the axes a norm runs over: (D,) or (H, D)
         normed = config.qk_norm is not QKNorm.NONE
@@ -147,7 +170,7 @@ class Attention(nnx.Module):
             RelativeTable(config.position, make, config.num_heads, key=key.at("relative")) if own_table else None
         )
         self.config = config
-        self.scale = make.parametrization.attention_scale(config.head_dim) if config.scale is None else config.scale
+        self.scale = config.score_scale(make.parametrization)
 
     def __call__(
         self,
@@ -163,7 +186,7 @@ class Attention(nnx.Module):
 
         Args:
           x: [B, T, E].
-          source: [B, S, E]; x itself for self-attention.
+          source: [B, S, source width]; x itself for self-attention.
           mask: which query sees which key; `config.window` narrows it.
           rotation: cosines and sines for `config.position`, if it is a Rope.
           bias: of a table shared by the stack; added to none of the layer's own.

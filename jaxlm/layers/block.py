@@ -12,6 +12,7 @@ from flax import nnx
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.cache import BlockCache, Cache, CacheConfig, Extension, PackedTexts
 from jaxlm.layers.context import Context
+from jaxlm.layers.disentangled_attention import DisentangledAttentionConfig, RelativeVectors
 from jaxlm.layers.feed_forward import FeedForwardConfig
 from jaxlm.layers.linear_attention import LinearAttentionConfig
 from jaxlm.layers.norms import Norm, NormConfig
@@ -67,6 +68,11 @@ class BlockKind:
     def running_state(self) -> str | None:
         """The configuration in it whose layer carries a state along the row, knowing only what came before; or None."""
         raise NotImplementedError
+
+    @property
+    def disentangled(self) -> bool:
+        """Whether its scores take the stack's vectors of relative positions (DeBERTa)."""
+        return False
 
     @property
     def heads(self) -> int | None:
@@ -189,6 +195,11 @@ class BlockConfig(BlockKind):
         return type(self.attention).__name__ if self.attention.runs else None
 
     @property
+    def disentangled(self) -> bool:
+        """See `BlockKind`."""
+        return isinstance(self.attention, DisentangledAttentionConfig)
+
+    @property
     def heads(self) -> int | None:
         """See `BlockKind`."""
         return self.attention.score_heads
@@ -229,15 +240,15 @@ class Surroundings:
     Attributes:
       mask: self-attention's mask.
       rotations: for each Rope and head size among the blocks, cosines and sines.
-      bias: the stack's shared relative position bias, or None.
-      encoded: [B, S, E], the encoder's output, or None.
+      bias: what the stack shares of relative positions: a bias, vectors, or None.
+      encoded: [B, S, encoder's width], the encoder's output, or None.
       cross_mask: which decoder position sees which encoder position.
       present: bool [B, T], False on padding; None: there is none.
     """
 
     mask: Mask
     rotations: dict[tuple[Rope, int], Rotation]
-    bias: Bias | None = None
+    bias: Bias | RelativeVectors | None = None
     encoded: jax.Array | None = None
     cross_mask: Mask | None = None
     present: jax.Array | None = None
@@ -261,7 +272,7 @@ class Surroundings:
 
 def _first_axes(part: Any) -> list[str | None]:
     """What the first axis of each array runs over."""
-    if isinstance(part, Mask | Bias):
+    if isinstance(part, Mask | Bias | RelativeVectors):
         return [axes[0] if axes else None for axes in part.axes]
     return ["batch"] * len(jax.tree.leaves(part))
 
@@ -286,7 +297,11 @@ class Block(nnx.Module):
         self.attention_norms = norms(config.attention_norm or config.norm)
         crosses = config.cross_attention is not None
         self.cross_attention = (
-            config.cross_attention.build(make, key=key.at("cross_attention"), **options) if crosses else None
+            config.cross_attention.build(
+                make, key=key.at("cross_attention"), source_width=make.encoder_width, **options
+            )
+            if crosses
+            else None
         )
         self.cross_attention_norms = norms(config.norm) if crosses else None
         self.feed_forward = config.feed_forward.build(make, key=key.at("feed_forward"), **options)

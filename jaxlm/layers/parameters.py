@@ -183,6 +183,7 @@ class ParameterMaker:
       depth: layers of the stack the parameters are for; 1 outside stacks.
       branches: branches of that stack's blocks that write to the residual stream; 2 outside stacks.
       stacked: the parameters will get a leading axis "layers" (they are made under vmap).
+      encoder_width: width of what cross-attention reads; None is `width`.
     """
 
     init: InitConfig
@@ -191,6 +192,7 @@ class ParameterMaker:
     depth: int = 1
     branches: int = 2
     stacked: bool = False
+    encoder_width: int | None = None
 
     def matrix(
         self,

@@ -12,6 +12,10 @@ from flax import nnx
 from jaxlm.layers.block import BlockKind, BlockModule, Surroundings
 from jaxlm.layers.cache import CacheConfig, Caches, Extension, PackedTexts
 from jaxlm.layers.context import Context
+from jaxlm.layers.disentangled_attention import (
+    RelativeEmbeddings,
+    RelativeEmbeddingTable,
+)
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.positions import RelativePositions, RelativeTable, Rope, Rotation, rotation
@@ -39,7 +43,8 @@ class StackConfig:
       num_layers: layers (L), a multiple of the pattern's length, not counting `prologue`.
       prologue: blocks before the pattern, each once.
       final_norm: norm of the stack's output; None where the blocks end with one (post-norm).
-      relative_positions: T5's biases from one table that all blocks share.
+      relative_positions: what all blocks share of relative positions: T5's biases from one table, or the vectors of
+        disentangled attention.
       layers: scanned or unrolled; see `Layers`.
       remat: what the backward pass computes again: a `Remat` by name, or `SaveNamed` with lists of activations.
       dropout: rate on the stack's output (T5).
@@ -49,7 +54,7 @@ class StackConfig:
     num_layers: int
     prologue: tuple[BlockKind, ...] = ()
     final_norm: NormConfig | None = None
-    relative_positions: RelativePositions | None = None
+    relative_positions: RelativePositions | RelativeEmbeddings | None = None
     layers: Layers = Layers.SCAN
     remat: RematPolicy = Remat.NONE
     dropout: float = 0.0
@@ -65,10 +70,16 @@ class StackConfig:
                 f"StackConfig.num_layers={self.num_layers} must be a positive multiple of the pattern's "
                 f"{len(self.blocks)} blocks; put blocks that do not repeat into `prologue`."
             )
-        if self.relative_positions is not None and len(self.heads) != 1:
+        if isinstance(self.relative_positions, RelativePositions) and len(self.heads) != 1:
             raise ValueError(
                 f"One table of relative positions needs the same number of heads in all blocks, got "
                 f"{sorted(self.heads)}; give each AttentionConfig a `position` of its own."
+            )
+        vectors = isinstance(self.relative_positions, RelativeEmbeddings)
+        if any(block.disentangled != vectors for block in self.all_blocks):
+            raise ValueError(
+                f"Disentangled attention and RelativeEmbeddings go together in all blocks of a stack, but "
+                f"StackConfig.relative_positions is {self.relative_positions}."
             )
 
     @property
@@ -145,11 +156,7 @@ class Stack(nnx.Module):
         self.layers = nnx.Dict({str(i): layer for i, layer in enumerate(layers)})
         self.prologue = nnx.Dict({str(i): layer for i, layer in enumerate(prologue)}) if prologue else None
         self.norm = Norm(config.final_norm, make, (("embed", make.width),)) if config.final_norm else None
-        self.relative = (
-            RelativeTable(config.relative_positions, make, *config.heads, key=key.at("relative"))
-            if config.relative_positions
-            else None
-        )
+        self.relative = _relative(config, make, dtype=dtype, key=key.at("relative"))
         self.config, self.stages = config, stages
 
     def layouts(self, path: tuple[str, ...]) -> tuple[StackLayout, ...]:
@@ -327,6 +334,19 @@ class Stack(nnx.Module):
 
         layers = StackedLayers(values, self.config.scanned_repeats, self.stages)
         return context.ops.run_layers(repeat, layers, x, rows, (shared, context.dropout_key))
+
+
+def _relative(
+    config: StackConfig, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey
+) -> RelativeTable | RelativeEmbeddingTable | None:
+    """What makes the relative positions that the blocks share."""
+    match config.relative_positions:
+        case None:
+            return None
+        case RelativeEmbeddings() as vectors:
+            return RelativeEmbeddingTable(vectors, make, dtype=dtype, key=key)
+        case biases:
+            return RelativeTable(biases, make, *config.heads, key=key)
 
 
 def remat(

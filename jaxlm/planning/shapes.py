@@ -54,7 +54,8 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
         for name, stack in model.stacks.items():
             length = layout.features.get(f"{name}_segment_ids", layout.features["dataset_ids"])[0][1]
             tokens = _tokens(rows, length, run.step.microbatches, parallel)
-            blocks = [_kept(block.token_sizes(model.width, ways), model.width) for block in stack.all_blocks]
+            width = model.width_of(name)
+            blocks = [_kept(block.token_sizes(width, ways), width) for block in stack.all_blocks]
             size = model.compute.dtype.itemsize
             kept = _KEPT.get(stack.remat, "products")
             inside = tokens * size * sum(block[kept] for block in blocks)
@@ -65,7 +66,7 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
                 pipeline = run.parallel.pipeline
                 at_once = tokens * stages // pipeline.microbatches
                 if pipeline.recompute is Recompute.STAGE:
-                    inputs = tokens * stages * size * model.width * pipeline.rounds
+                    inputs = tokens * stages * size * width * pipeline.rounds
                     inside = inputs + inside // pipeline.microbatches
             saved += inside
             working = max(working, at_once * size * max(block["everything"] for block in blocks))

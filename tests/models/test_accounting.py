@@ -67,7 +67,7 @@ def cases(config):
     narrow = dataclasses.replace(plain.embedding, width=8)
     yield "narrow embedding", dataclasses.replace(plain, head=bert, embedding=narrow)
     yield "encoder_decoder", config(BOTH)
-    yield "detector", ReplacedTokenDetectorConfig(plain, plain, EmbeddingSharing.UNTIED)
+    yield "detector", ReplacedTokenDetectorConfig(dataclasses.replace(plain, head=None), plain, EmbeddingSharing.UNTIED)
     yield "causal", config(CAUSAL)
     yield "three tokens", config(CAUSAL, future_tokens=3, future_block=plain.decoder.blocks[0])
 
