@@ -144,6 +144,10 @@ def test_it_is_what_an_export_to_hugging_face_holds(tmp_path):
     source = open_source(write_t5x(tmp_path / "checkpoint_5", t5x_arrays(V1_1, values)))
     assert source.config == folder.config
     assert_holds(source, read(folder))
+    value = lambda path: source.array(("params", *path.split("/")))  # noqa: E731
+    export(tmp_path / "again", source.config, source.shapes, value)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("theirs", "again")]
+    assert files[0] == files[1]
 
 
 def test_layers_that_were_scanned_come_one_by_one(tmp_path):
