@@ -170,7 +170,7 @@ class WidenResidual(Recipe):
     Net2Net's widening (arXiv 1511.05641; bert2BERT, arXiv 2110.07143, "function-preserving initialisation"): what reads
     the stream shares its weights out among the copies, what writes to it writes the same to each. Heads, head size and
     hidden width stay; blocks are dense. The function stays the same, for norms of either kind, where nothing is scaled
-    by the model's width (`EmbeddingConfig.scale_by_width`, `HeadConfig.scale_by_width`, a parametrisation other than the
+    by the model's width (`EmbeddingConfig.scale_by_width`, `HeadConfig.scale_by_width`, a parametrisation but the
     standard). Copies train alike until something tells them apart: dropout, or noise.
     """
 
