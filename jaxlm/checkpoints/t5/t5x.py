@@ -6,6 +6,7 @@ In the place of such a parameter the tree has the array's TensorStore specificat
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -19,6 +20,7 @@ import tensorstore
 from flax import serialization, traverse_util
 
 from jaxlm.checkpoints.huggingface.tensors import Shape
+from jaxlm.checkpoints.stored import some
 
 FILE = "checkpoint"
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -97,12 +99,12 @@ class T5XTensors:
             dtype = np.dtype(ml_dtypes.bfloat16 if brain else named)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, the array of {name}, cannot be read ({error}); get the folder again.") from error
-        chunks = [range(math.ceil(n / c)) for n, c in zip(about["shape"], about["chunks"])]
-        last = ".".join(str(chunk[-1]) for chunk in chunks) or "0"
-        if not (path / last).exists() and not (path / last.replace(".", "/")).exists():
-            raise ValueError(
-                f"{path}, the array of {name}, lacks its last part; the folder is not whole, get it again."
-            )
+        separator = about.get("dimension_separator", ".")
+        parts = itertools.product(*(range(math.ceil(n / c)) for n, c in zip(about["shape"], about["chunks"])))
+        names = (separator.join(map(str, part)) or "0" for part in parts)
+        # Where the array has a fill value, parts that hold nothing else are left out.
+        if about.get("fill_value") is None and (lost := [part for part in names if not (path / part).exists()]):
+            raise ValueError(f"{path}, the array of {name}, lacks {some(lost)}; the folder is not whole, get it again.")
         return _Stored(path, tuple(about["shape"]), dtype)
 
 
