@@ -254,6 +254,8 @@ def test_damaged_folders_are_refused(tmp_path):
         open_source(folder)
     with pytest.raises(ValueError, match=r"no T5X checkpoint of step 2 \(it has: 1\)"):
         open_source(tmp_path, step=2)
+    with pytest.raises(ValueError, match="is one checkpoint, but not by its name that of step 2; leave out"):
+        open_source(folder, step=2)
 
 
 def mesh_arrays(config, values):

@@ -109,11 +109,13 @@ class T5XTensors:
 
 
 def find_step(folder: pathlib.Path, step: int | None) -> pathlib.Path | None:
-    """The folder of one of T5X's steps in a model's folder, the newest if `step` is None; None if there is none."""
-    if _is_checkpoint(folder):
-        return folder
+    """The folder of one of the checkpoints in a model's folder, the newest if `step` is None; None if there is none.
+
+    Raises:
+      ValueError: there are some, but none of this step.
+    """
     names = {path: re.fullmatch(r"checkpoint_(\d+)", path.name) for path in folder.glob("checkpoint_*")}
-    steps = {int(match[1]): path for path, match in names.items() if match and _is_checkpoint(path)}
+    steps = {int(match[1]): path for path, match in names.items() if match and is_checkpoint(path)}
     if not steps:
         return None
     if step is not None and step not in steps:
@@ -123,7 +125,8 @@ def find_step(folder: pathlib.Path, step: int | None) -> pathlib.Path | None:
     return steps[max(steps) if step is None else step]
 
 
-def _is_checkpoint(folder: pathlib.Path) -> bool:
+def is_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether this is the folder of one of T5X's checkpoints."""
     file = folder / FILE
     if not file.is_file():
         return False
