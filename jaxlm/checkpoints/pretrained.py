@@ -24,6 +24,7 @@ from jaxlm.checkpoints.huggingface.folder import HuggingFaceFolder
 from jaxlm.checkpoints.huggingface.tokenizer import read_tokenizer
 from jaxlm.checkpoints.manifest import CheckpointError, Verify
 from jaxlm.checkpoints.sources import Source, open_source
+from jaxlm.checkpoints.t5.layout import T5Checkpoint
 from jaxlm.configuration import resolve as resolve_configuration
 from jaxlm.data import tasks
 from jaxlm.data.vocabularies import Vocabulary
@@ -76,7 +77,8 @@ def load(
     """Opens a trained model.
 
     Args:
-      path: a run's folder (or its `checkpoints`, or one step of these), or a Hugging Face model's folder.
+      path: a run's folder (or its `checkpoints`, or one step of these), a Hugging Face model's folder, or a checkpoint
+        of T5X or Mesh TensorFlow.
       step: of a run; None is the newest intact one.
       averaged: take the moving average of the parameters.
       compute: type of activations and products; None is the run's own, and float32 for a Hugging Face folder.
@@ -90,6 +92,8 @@ def load(
     source = open_source(path, step, Verify.DIGESTS, report=lambda line: print(line, file=sys.stderr))
     if isinstance(source, HuggingFaceFolder):
         config, about = source.config, _about_folder(source)
+    elif isinstance(source, T5Checkpoint):
+        config, about = source.config, _about_t5(source)
     else:
         run = read_run(source)
         config, about = language_model_of(run, source), _about_run(run, source)
@@ -128,7 +132,7 @@ def language_model_of(run: Any, checkpoint: stored.StoredCheckpoint) -> Language
     if not isinstance(config, LanguageModelConfig):
         raise ValueError(
             f"{checkpoint.folder} holds a {type(config).__name__}, not a language model; start a run from its "
-            f"discriminator (WarmStart.rename), or export one of its parts."
+            f"discriminator (a Rename among WarmStart.rules), or export one of its parts."
         )
     return config
 
@@ -258,6 +262,17 @@ def _about_folder(folder: HuggingFaceFolder) -> dict[str, Any]:
         "start_id": start,
         "eos_ids": tuple(ends) if isinstance(ends, list) else (() if ends is None else (ends,)),
         "context_length": _learned(folder.config) or said,
+    }
+
+
+def _about_t5(checkpoint: T5Checkpoint) -> dict[str, Any]:
+    """What `Pretrained` says of a model of T5's own trainers: their conventions, since the checkpoint says nothing."""
+    return {
+        "vocabulary": None,
+        "no_vocabulary": f"{checkpoint.folder} is a checkpoint of T5's trainers, which hold no vocabulary.",
+        "start_id": 0,
+        "eos_ids": (1,),
+        "context_length": None,
     }
 
 

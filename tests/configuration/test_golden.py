@@ -23,6 +23,7 @@ ROOTS = {
     "parallel": "@jaxlm.run.RunConfig()",
     "evaluation": "@jaxlm.evaluation.suite.EvaluationConfig()",
     "runs": "@jaxlm.run.RunConfig()",
+    "studies": "@jaxlm.studies.config.StudyConfig()",
 }
 
 # What is said before the files of a folder, or before one file, that need or change another's values.

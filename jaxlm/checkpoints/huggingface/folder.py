@@ -4,18 +4,17 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from jaxlm.checkpoints import naming, stored
+from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json
 from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, read_json, write_tensors
 from jaxlm.checkpoints.huggingface.tensors import Shape, Table, resolve
-from jaxlm.layers.stacking import StackLayout
+from jaxlm.checkpoints.tabulated import TabulatedCheckpoint
 from jaxlm.models import build_model
 from jaxlm.models.config import LanguageModelConfig
 
@@ -23,67 +22,16 @@ CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFaceFolder:
-    """A folder as `save_pretrained` leaves it, to be read like one of our own checkpoints (`stored.StoredCheckpoint`).
+class HuggingFaceFolder(TabulatedCheckpoint):
+    """A folder as `save_pretrained` leaves it.
 
     Attributes:
-      folder: where it is.
       family: its adapter.
       fields: the parsed `config.json`.
-      config: the model it describes, in float32, initialised anyhow.
-      tensors: its tensors, by name.
-      table: which of them holds which parameter.
-      shapes: {path: shape} of the parameters, layers one by one.
     """
 
-    folder: pathlib.Path
     family: Family
     fields: Json
-    config: LanguageModelConfig
-    tensors: TensorFolder
-    table: Table
-    shapes: Mapping[str, Shape]
-
-    @property
-    def leaves(self) -> dict[naming.Path, jax.ShapeDtypeStruct]:
-        """{path: shape and type} as in a checkpoint: ("params", "decoder", "layers", "17", ...)."""
-        return {
-            ("params", *path.split("/")): jax.ShapeDtypeStruct(self.shapes[path], self.tensors.dtype(entry.name))
-            for entry in self.table
-            for path in entry.paths
-        }
-
-    def read(self, requests: Mapping[naming.Path, stored.Request]) -> dict[naming.Path, jax.Array]:
-        """The arrays asked for, tensor after tensor; see `stored.StoredCheckpoint.read`."""
-        home = {path: entry for entry in self.table for path in entry.paths}
-        split: dict[str, tuple[np.ndarray, ...]] = {}  # fused tensors come again for each of their parameters
-
-        def parameter(path: naming.Path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-            name = naming.show(path[1:])
-            entry = home[name]
-            if entry.name not in split:
-                split.clear()
-                shapes = tuple(self.shapes[part] for part in entry.paths)
-                split[entry.name] = entry.form.split(self.tensors.read(entry.name), shapes)
-            value = split[entry.name][entry.paths.index(name)]
-            return jax.device_put(np.asarray(value, wanted.dtype), wanted.sharding)
-
-        values = {}
-        for name, request in requests.items():
-            parts = [parameter(path, request.layer) for path in request.paths]
-            values[name] = stored.stacker(request)(*parts) if request.stacked else parts[0]
-        return values
-
-    def load(self, params: Any, layouts: tuple[StackLayout, ...]) -> Any:
-        """All parameters.
-
-        Args:
-          params: those of the model `config` as a tree of `jax.ShapeDtypeStruct` (or arrays): shapes, types, shardings.
-          layouts: its scanned stacks.
-        """
-        values = self.read(stored.requests_for({"params": params}, layouts))
-        paths = naming.flatten(params)
-        return jax.tree.unflatten(jax.tree.structure(params), [values["params", *path] for path in paths])
 
 
 def parameter_shapes(config: LanguageModelConfig) -> dict[str, Shape]:
@@ -119,7 +67,7 @@ def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> Hu
     shapes = parameter_shapes(config)
     table = resolve(family.table(config), shapes)
     check(table, shapes, tensors.shapes, str(path))
-    return HuggingFaceFolder(path, family, values, config, tensors, table, shapes)
+    return HuggingFaceFolder(path, config, tensors, table, shapes, family, values)
 
 
 def export(
