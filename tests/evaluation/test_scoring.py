@@ -141,7 +141,7 @@ def test_no_logits_of_all_tokens():
     )
     assert batch.at.shape == (2, 8)  # 2 x 2 tokens a row, in steps of 8
     text = scoring._token_scores.lower(
-        scorer._graph, scorer._state, batch.features, batch.at, batch.labels, context=scorer._context
+        scorer._graph, scorer._state, batch.features, batch.at, batch.labels, context=scorer.context
     ).as_text()
     assert "x64x16x" in text  # hidden states of all tokens
     assert "x64x512x" not in text and "128x512x" not in text
