@@ -27,6 +27,7 @@ ROWS = [
     {"q": "Water is", "options": ["wet", "dry"], "label": 0, "kind": "sky"},
     {"q": "One and one are", "options": ["two", "nine"], "label": 0, "kind": "sum"},
 ]
+RANKED = RankClassification()
 RANK = Prompt(context="{{ q }}", choices="options", gold="label")
 
 
@@ -43,7 +44,7 @@ def model(trained):
 
 @pytest.fixture
 def make_task(tmp_path):
-    def make(rows=ROWS, prompts=(RANK,), measure=RankClassification(), train=None, **options):
+    def make(rows=ROWS, prompts=(RANK,), measure=RANKED, train=None, **options):
         for name, lines in (("rows.jsonl", rows), ("train.jsonl", train)):
             if lines is not None:
                 (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
