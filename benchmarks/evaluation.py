@@ -3,8 +3,8 @@
     python -m benchmarks.evaluation --data DATA  # eval/hellaswag, pretrain/books_pd; writes results/evaluation.json
 
 A Llama of random parameters is made once and scored by both, each in a process of its own on one core, in processor
-seconds from texts to scores; loading and our compilation (reported beside) are not counted. The harness' best batch size
-of 1, 8, 32 and auto is found on the first rows, and all rows are then scored with it. Where the gain comes from is
+seconds from texts to scores; loading and our compilation (reported beside) are not counted. The harness' best batch
+size of 1, 8, 32 and auto is found on the first rows, and all rows are then scored with it. Where the gain comes from is
 measured on ours: without contexts shared, and with logits of every token. Needs transformers, torch and lm-eval.
 """
 
