@@ -11,7 +11,7 @@ from jaxlm.data.tasks import Feature, Task
 from jaxlm.data.vocabularies import ByteVocabulary
 
 WORDS = "the quick brown fox jumps over the lazy dog and runs far away home".split()
-EVALUATION = InMemory("evaluation", ({"query": "unrelated", "choices": ["x y", " ".join(WORDS)]},))
+EVALUATION = InMemory(({"query": "unrelated", "choices": ["x y", " ".join(WORDS)]},))
 
 
 def test_words_are_compared_without_case_and_punctuation():

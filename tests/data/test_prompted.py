@@ -43,8 +43,8 @@ def test_a_few_rows_that_fail_are_said_and_left_out_and_many_are_an_error(caplog
 def test_a_mixture_has_a_task_for_each_template_at_t0s_rates():
     vocabulary = ByteVocabulary()
     sets = (
-        PromptedSet("small", InMemory("small", tuple(ROWS)), Two()),
-        PromptedSet("large", InMemory("large", tuple(ROWS)), SENTIMENT),
+        PromptedSet("small", InMemory(tuple(ROWS)), Two()),
+        PromptedSet("large", InMemory(tuple(ROWS)), SENTIMENT),
     )
     mixture = prompted_mixture("multitask", sets, vocabulary, cap=100)
     names = [task.name for task in mixture.tasks()]
