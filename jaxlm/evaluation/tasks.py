@@ -23,7 +23,7 @@ import numpy as np
 from jaxlm.data.sources import Source, TextFiles
 from jaxlm.evaluation.intervals import Estimate, estimate
 from jaxlm.evaluation.measures import Judged, Measure
-from jaxlm.evaluation.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError
+from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError
 from jaxlm.evaluation.text_model import TextModel
 
 _FAILING_SHARE = 0.01

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxlm.evaluation.prompts import Prompt, PromptsourceTemplates, Question, TemplateError
+from jaxlm.data.prompts import Prompt, PromptsourceTemplates, Question, TemplateError
 
 COPA = {"premise": "It rained.", "choice1": "Wet.", "choice2": "Dry.", "question": "effect", "label": 0}
 
