@@ -22,7 +22,7 @@ python -m jaxlm.generate --model=hf/llama --chat
 --gin_file, --gin.NAME    of `jaxlm.decoding.generation.GenerationConfig`; default: gin_configs/decoding/sampling.gin
 
 A line has prompt, sample, text, tokens, log_probabilities (of each token under the model itself; null of beams, which
-have a score) and finish: stop, length or complete.
+have a score) and finish: stop, length or complete; with drafts acceptance_length, the tokens that a pass yields.
 """
 
 import json
@@ -202,6 +202,7 @@ def _line(prompt: str, sample: int, answer: Any) -> dict[str, Any]:
         "tokens": answer.tokens.tolist(),
         "log_probabilities": None if scores is None else [round(float(x), 6) for x in scores],
         **({} if answer.score is None else {"score": float(answer.score)}),
+        **({} if answer.acceptance_length is None else {"acceptance_length": round(answer.acceptance_length, 3)}),
         "finish": answer.finish.value,
     }
 

@@ -20,6 +20,7 @@ from jaxlm.decoding.processors import Texts, prompts_as_texts, states_of
 from jaxlm.decoding.requests import Finish, Request
 from jaxlm.decoding.sampling import Sampling, SamplingConfig
 from jaxlm.decoding.speculative import STOP_IDS, SpeculativeConfig, State, begin, speculate, verify_once
+from jaxlm.layers import Mamba2Config, MambaBlockConfig, MambaConfig
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.block import BlockConfig
 from jaxlm.layers.cache import CacheConfig
@@ -210,6 +211,23 @@ def test_greedy_texts_are_those_of_the_engine(architecture, full):
         if drafter is model:  # its own drafts are all accepted: one token from the prompt, then K + 1 a pass
             assert [answer.passes for answer in found[:2]] == [-(-11 // (K + 1)), -(-4 // (K + 1))]
             assert found[0].acceptance_length == K + 1
+
+
+@pytest.mark.full
+def test_a_recurrent_state_goes_on_from_what_was_accepted(config, build):
+    """Mamba, Mamba-2 and attention within a window: greedy texts are those of the engine."""
+    norm, made = (
+        NormConfig(),
+        config(Architecture.CAUSAL_DECODER, AttentionConfig(2, 8, position=Rope(), window=(4, 0))),
+    )
+    mixers = (MambaConfig(24, 2, state=4), Mamba2Config(4, 6, state=5, groups=2))
+    blocks = (*(MambaBlockConfig(mixer, norm) for mixer in mixers), *made.decoder.blocks)
+    stack = dataclasses.replace(made.decoder, blocks=blocks, num_layers=3)
+    model = cached(build(dataclasses.replace(made, decoder=stack)))
+    requests = [Request(prompt, SamplingConfig(12, temperature=0.0)) for prompt in PROMPTS]
+    wanted = Engine(model, EngineConfig(slots=4)).generate(requests)
+    for found, answer in zip(speculate(model, requests, SpeculativeConfig(K, NGramLookup())), wanted, strict=True):
+        assert found.tokens.tolist() == answer.tokens.tolist()
 
 
 def test_texts_by_chance_are_functions_of_seed_and_request_alone():
