@@ -200,7 +200,7 @@ def test_greedy_texts_are_those_of_the_engine(architecture, full):
     assert wanted[2].finish is Finish.STOP
     ways = [(SpeculativeConfig(K), draft), (SpeculativeConfig(K), model), (SpeculativeConfig(K, NGramLookup()), None)]
     if not full:
-        ways = ways[1:] if architecture is Architecture.CAUSAL_DECODER else ways[:1]
+        ways = ways[1:2] if architecture is Architecture.CAUSAL_DECODER else ways[:1]
     for config, drafter in ways:
         found = speculate(model, requests, config, draft=drafter)
         for answer, expected in zip(found, wanted, strict=True):
