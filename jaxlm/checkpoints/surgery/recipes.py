@@ -17,6 +17,7 @@ from jaxlm.checkpoints.surgery.rules import (
     Drop,
     Fill,
     Fresh,
+    Merge,
     PickLayers,
     Rename,
     Resize,
@@ -164,6 +165,20 @@ class EncoderDecoderToDecoder(Recipe):
         if self.keep is Side.DECODER:
             return Drop("encoder/.*"), Drop(r"decoder/.*/cross_attention(?:_norms)?/.*")
         return Drop("decoder/.*"), Rename("encoder/(.*)", r"decoder/\1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Upcycle(Recipe):
+    """Dense feed-forward layers as mixtures of experts that are all the same (sparse upcycling, arXiv 2212.05055).
+
+    The function stays the same where the weights of a token's experts add up to 1 (`MixtureOfExpertsConfig.normalize`)
+    and no shared expert is added. Routers are initialised.
+    """
+
+    def rules(self, draft: Draft) -> tuple[Rule, ...]:
+        one = Merge((r"(.*/feed_forward)/(gate|up|down)/kernel",), r"\1/experts/\2", axis=0, stack=True)
+        many = Resize(r".*/feed_forward/experts/(?:gate|up|down)", axis=0, fill=Fill.REPEATED)
+        return one, many, Fresh(r".*/feed_forward/router")
 
 
 @dataclasses.dataclass(frozen=True)

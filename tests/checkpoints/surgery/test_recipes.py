@@ -21,6 +21,7 @@ from jaxlm.checkpoints.surgery import (
     Rename,
     Resize,
     Side,
+    Upcycle,
     UpscaleDepth,
     WidenFeedForward,
     WidenResidual,
@@ -34,6 +35,7 @@ from jaxlm.layers import (
     FeedForwardConfig,
     InitConfig,
     LearnedPositions,
+    MixtureOfExpertsConfig,
     NormConfig,
     NormKind,
     Rope,
@@ -179,6 +181,21 @@ def test_branches_whose_end_is_unknown_are_not_left_open(clinic):
     mixer = Rename(r"decoder/layers/1/attention/(.*)", r"decoder/layers/1/mixer/\1")
     with pytest.raises(CheckpointError, match="cannot close decoder/layers/3/mixer, whose last matrix it does not"):
         clinic.operated(path, deeper(LLAMA, 6), mixer, UpscaleDepth(((0, 3), (1, 4)), Gate.CLOSED))
+
+
+def test_a_dense_model_becomes_experts_and_those_deeper(clinic):
+    """Experts alike compute what the dense layer did, whatever the router says; their closed copies add nothing."""
+    path, definition, params = clinic.donor("llama", LLAMA)
+    expected, (block,) = clinic.logits(LLAMA, definition, params), LLAMA.decoder.blocks
+    fed = MixtureOfExpertsConfig(block.feed_forward.hidden, num_experts=3)
+    stack = dataclasses.replace(LLAMA.decoder, blocks=(dataclasses.replace(block, feed_forward=fed),))
+    sparse = dataclasses.replace(LLAMA, decoder=stack)
+    started = clinic.operated(path, sparse, Upcycle())
+    found = clinic.logits(sparse, *started)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    grown = clinic.saved("sparse", *started)
+    deep = clinic.operated(grown, deeper(sparse, 5), UpscaleDepth(((0, 3), (2, 4)), Gate.CLOSED))
+    same(clinic.logits(deeper(sparse, 5), *deep), found)
 
 
 def test_a_student_of_some_layers(clinic):
