@@ -27,7 +27,8 @@ from jaxlm.checkpoints.surgery.rules import (
 
 # What the branches of a block write to the residual stream with.
 _BRANCH_END = re.compile(
-    r"(?:cross_)?attention/output/(?:kernel|bias)|feed_forward/(?:(?:shared/)?down/(?:kernel|bias)|experts/down)"
+    r"(?:attention|cross_attention|mixer)/output/(?:kernel|bias)"
+    r"|feed_forward/(?:(?:shared/)?down/(?:kernel|bias)|experts/down)"
 )
 
 
@@ -88,7 +89,7 @@ class UpscaleDepth(Rule):
         parts = [name.removeprefix(layer) for name in draft.leaves if name.startswith(layer)]
         ends = [part for part in parts if _BRANCH_END.fullmatch(part)]
         open_still = {part.split("/")[0] for part in parts} - {end.split("/")[0] for end in ends}
-        if unknown := sorted(branch for branch in open_still if not branch.endswith("_norms")):
+        if unknown := sorted(branch for branch in open_still if not re.search("norms?$", branch)):
             raise CheckpointError(
                 f"UpscaleDepth cannot close {layer}{unknown[0]}, whose last matrix it does not know; leave copies "
                 f"'open', or write a Scale by 0 for it after a PickLayers."

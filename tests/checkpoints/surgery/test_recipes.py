@@ -178,9 +178,9 @@ def test_depth_upscaling(clinic):
 def test_branches_whose_end_is_unknown_are_not_left_open(clinic):
     """Closing copies of a layer with a branch of another kind: refused, not half done."""
     path, definition, params = clinic.donor("llama", LLAMA)
-    mixer = Rename(r"decoder/layers/1/attention/(.*)", r"decoder/layers/1/mixer/\1")
-    with pytest.raises(CheckpointError, match="cannot close decoder/layers/3/mixer, whose last matrix it does not"):
-        clinic.operated(path, deeper(LLAMA, 6), mixer, UpscaleDepth(((0, 3), (1, 4)), Gate.CLOSED))
+    other = Rename(r"decoder/layers/1/attention/(.*)", r"decoder/layers/1/adapter/\1")
+    with pytest.raises(CheckpointError, match="cannot close decoder/layers/3/adapter, whose last matrix it does not"):
+        clinic.operated(path, deeper(LLAMA, 6), other, UpscaleDepth(((0, 3), (1, 4)), Gate.CLOSED))
 
 
 def test_a_dense_model_becomes_experts_and_those_deeper(clinic):
