@@ -17,6 +17,8 @@ from jaxlm.checkpoints.surgery.rules import (
     Drop,
     Fill,
     Fresh,
+    Join,
+    Keep,
     Merge,
     PickLayers,
     Rename,
@@ -110,26 +112,36 @@ class CrossAttention(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderToEncoderDecoder(Recipe):
-    """The same decoder twice, as encoder and as decoder with cross-attention (T5Gemma, arXiv 2504.06225).
+    """A decoder as an encoder-decoder with cross-attention (T5Gemma, arXiv 2504.06225), its encoder a decoder too.
 
-    With a closed gate the decoder's logits are those of the decoder it comes from, whatever the encoder reads. To take
-    the encoder from another checkpoint, write the rules out: see docs/surgery.md. Tables of relative positions are
-    copied too, though a bidirectional encoder reads half of its buckets in another way.
+    With a closed gate the decoder's logits are those of the decoder it comes from, whatever the encoder reads. Tables
+    of relative positions are copied too, though a bidirectional encoder reads half of its buckets in another way.
 
     Attributes:
-      cross_attention: see `CrossAttention`.
+      cross_attention: see `CrossAttention`; fresh where the encoder has another width.
       gate: see `Gate`.
+      encoder_path: the checkpoint of another decoder, of another size perhaps, which becomes the encoder, with its own
+        embedding (`LanguageModelConfig.encoder_embedding`); None takes the same decoder twice.
     """
 
     cross_attention: CrossAttention = CrossAttention.SELF_ATTENTION
     gate: Gate = Gate.OPEN
+    encoder_path: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "cross_attention", CrossAttention(self.cross_attention))
         object.__setattr__(self, "gate", Gate(self.gate))
 
     def rules(self, draft: Draft) -> tuple[Rule, ...]:
-        rules: list[Rule] = [Copy("decoder/(.*)", r"encoder/\1")]
+        apart = any(name.startswith("encoder_embedding/") for name in draft.model)
+        rules: list[Rule] = []
+        if self.encoder_path is None:
+            rules.append(Copy("decoder/(.*)", r"encoder/\1"))
+            rules += [Copy("embedding/(.*)", r"encoder_embedding/\1")] * apart
+        else:
+            there = (Keep("(?:decoder|embedding)/.*"), Rename("decoder/(.*)", r"encoder/\1"))
+            there += (Rename("embedding/(.*)", r"encoder_embedding/\1") if apart else Drop("embedding/.*"),)
+            rules.append(Join(self.encoder_path, rules=there))
         if self.cross_attention is CrossAttention.FRESH:
             rules.append(Fresh(r"decoder/.*/cross_attention(?:_norms)?/.*"))
         else:
@@ -164,8 +176,11 @@ class EncoderDecoderToDecoder(Recipe):
 
     def rules(self, draft: Draft) -> tuple[Rule, ...]:
         if self.keep is Side.DECODER:
-            return Drop("encoder/.*"), Drop(r"decoder/.*/cross_attention(?:_norms)?/.*")
-        return Drop("decoder/.*"), Rename("encoder/(.*)", r"decoder/\1")
+            return Drop("encoder(?:_embedding)?/.*"), Drop(r"decoder/.*/cross_attention(?:_norms)?/.*")
+        rules: tuple[Rule, ...] = (Drop("decoder/.*"), Rename("encoder/(.*)", r"decoder/\1"))
+        if any(name.startswith("encoder_embedding/") for name in draft.leaves):
+            rules += (Drop("embedding/.*"), Rename("encoder_embedding/(.*)", r"embedding/\1"))
+        return rules
 
 
 @dataclasses.dataclass(frozen=True)

@@ -245,6 +245,26 @@ def test_a_decoder_becomes_an_encoder_decoder_and_comes_back(clinic, cross):
         jax.tree.map(np.testing.assert_array_equal, again[1], params)
 
 
+def test_an_encoder_of_another_size(clinic):
+    """Unbalanced: a wider, shallower decoder with an embedding of its own becomes the encoder, and comes back."""
+    path, definition, params = clinic.donor("llama", LLAMA)
+    expected = clinic.logits(LLAMA, definition, params)
+    wide = dataclasses.replace(deeper(LLAMA, 2), width=24)
+    other, wide_definition, wide_params = clinic.donor("wide", wide)
+    both = dataclasses.replace(
+        encoder_decoder(LLAMA), encoder=wide.decoder, encoder_width=24, encoder_embedding=EmbeddingConfig()
+    )
+    closed = clinic.operated(path, both, DecoderToEncoderDecoder("fresh", Gate.CLOSED, encoder_path=other))
+    same(clinic.logits(both, *closed), expected)
+    saved = clinic.saved("unbalanced", *closed)
+    for keep, config, whole in ((Side.DECODER, LLAMA, params), (Side.ENCODER, wide, wide_params)):
+        again = clinic.operated(saved, config, EncoderDecoderToDecoder(keep))
+        jax.tree.map(np.testing.assert_array_equal, again[1], whole)
+    message = r"attention/key/kernel of .* has shape \[16, 1, 8\], but this model wants .*cross_attention"
+    with pytest.raises(CheckpointError, match=message):
+        clinic.operated(path, both, DecoderToEncoderDecoder(encoder_path=other))
+
+
 @pytest.mark.parametrize(("name", "config"), [("llama", LLAMA), ("gpt", GPT)])
 def test_a_wider_model_computes_the_same(clinic, name, config):
     """Twice the width (RMS norms and a tied output; layer norms and one of its own), then more hidden units."""
