@@ -120,8 +120,8 @@ def table(model: LanguageModelConfig, shapes: dict[str, Shape], family: str | No
     adapter = families.by_model(model, family)
     lines = [f"{adapter.architecture}:"]
     for entry in resolve(adapter.table(model), shapes):
-        shape = list(entry.form.shape(tuple(shapes[path] for path in entry.paths)))
-        lines.append(f"  {entry.name} {shape} <- {', '.join(entry.paths)}")
+        row = "" if entry.row is None else f"[{entry.row}]"
+        lines.append(f"  {entry.name} {list(entry.shape(shapes))} <- {', '.join(p + row for p in entry.paths)}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from jaxlm.architecture import Architecture
 from jaxlm.data.packing import pack_window
 from jaxlm.layers.cache import CacheConfig, Caches, PackedTexts
 from jaxlm.layers.context import LOCAL, Context
-from jaxlm.layers.positions import LearnedPositions, NtkScaling, Rope
+from jaxlm.layers.positions import LearnedPositions, NtkScaling
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.language_model import LanguageModel, unrolled
 from jaxlm.parallel.sharded_ops import ShardedOps
@@ -324,10 +324,10 @@ def _known_lengths(model: LanguageModel) -> list[int]:
         found.append(config.embedding.positions.max_length)
     for stack in config.stacks.values():
         for block in stack.all_blocks:
-            position = block.attention.position
             # Dynamic NTK turns all keys anew when a text grows beyond its original length; those remembered are turned.
-            if isinstance(position, Rope) and isinstance(position.scaling, NtkScaling):
-                found += [position.scaling.original_length] if position.scaling.original_length else []
+            for rope, _ in block.rotations:
+                if isinstance(rope.scaling, NtkScaling) and rope.scaling.original_length:
+                    found.append(rope.scaling.original_length)
     return found
 
 

@@ -14,7 +14,7 @@ from jaxlm.decoding.processor_config import ProcessorConfig
 from jaxlm.decoding.processors import Constraint
 from jaxlm.decoding.requests import Answer, Finish, Request
 from jaxlm.decoding.sampling import SamplingConfig, drawable_ids
-from jaxlm.decoding.speculative import SpeculativeConfig, speculate
+from jaxlm.decoding.speculative import SpeculativeAnswer, SpeculativeConfig, speculate
 from jaxlm.decoding.text_stream import TextStream, pieces_of
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class Generated:
       log_probabilities: float32 [N], of each token under the model itself; None of a beam search.
       score: of a beam search; None of a drawn text.
       finish: why it ends.
+      acceptance_length: with drafts, tokens that each pass of the model yielded on average; else None.
     """
 
     text: str
@@ -81,6 +82,7 @@ class Generated:
     log_probabilities: np.ndarray | None
     score: float | None
     finish: Finish
+    acceptance_length: float | None = None
 
 
 class Generator:
@@ -212,7 +214,8 @@ class Generator:
 
     def _generated(self, prompt: Sequence[int], answer: Answer) -> Generated:
         text = self._text(prompt, answer.tokens)
-        return Generated(text, answer.tokens, answer.log_probabilities, None, answer.finish)
+        length = answer.acceptance_length if isinstance(answer, SpeculativeAnswer) else None
+        return Generated(text, answer.tokens, answer.log_probabilities, None, answer.finish, length)
 
     def _complete(self, prompt: Sequence[int]) -> Callable[[Sequence[int]], int | None]:
         """Says, of all new tokens so far, how many of them make a text with its stop string."""

@@ -159,7 +159,7 @@ class Scorer:
         # Rows longer than that would change the frequencies of dynamic NTK.
         self._row_length = min([config.row_length, *_dynamic_lengths(model)])
         self._parallel = parallel
-        self._context = LOCAL if parallel is None else Context(ops=ShardedOps(parallel))
+        self.context = LOCAL if parallel is None else Context(ops=ShardedOps(parallel))
         self._graph, self._state = nnx.split(model)
         self._vocab_size = model.config.vocab_size
 
@@ -367,7 +367,7 @@ class Scorer:
             arrays = jax.tree.map(
                 lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index]), arrays
             )
-        return _token_scores(self._graph, self._state, *arrays, context=self._context)
+        return _token_scores(self._graph, self._state, *arrays, context=self.context)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "context"))
@@ -422,7 +422,7 @@ def _limits(model: LanguageModel, context_length: int | None) -> list[int]:
 def _dynamic_lengths(model: LanguageModel) -> list[int]:
     """Row lengths beyond which rotary frequencies depend on the row's length (dynamic NTK)."""
     blocks = [block for stack in model.config.stacks.values() for block in stack.all_blocks]
-    scalings = [getattr(getattr(block.attention, "position", None), "scaling", None) for block in blocks]
+    scalings = [rope.scaling for block in blocks for rope, _ in block.rotations]
     return [s.original_length for s in scalings if isinstance(s, NtkScaling) and s.original_length is not None]
 
 

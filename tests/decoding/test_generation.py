@@ -57,6 +57,7 @@ def test_processors_hold_in_every_method_and_samples_are_reproducible(model):
     wanted = generator(model, greedy, processors=LETTERS).generate(PROMPTS)
     drafted = generator(model, greedy, processors=LETTERS, speculative=SPECULATIVE).generate(PROMPTS)
     assert [a[0].text for a in drafted] == [a[0].text for a in wanted]
+    assert all(a[0].acceptance_length >= 1 for a in drafted) and wanted[0][0].acceptance_length is None
 
 
 def test_streams_are_the_texts_and_stop_strings_cut_them(model):

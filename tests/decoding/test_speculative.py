@@ -152,9 +152,9 @@ def test_lookups_find_what_followed_last():
 # Models ---------------------------------------------------------------------------------------------------------
 
 
-def make_model(architecture, seed=0, positions=None, layers=2, vocab_size=40):
+def make_model(architecture, seed=0, positions=None, layers=2, vocab_size=40, window=None):
     """A small model whose random logits are spread enough that rounding does not change a choice."""
-    attention = AttentionConfig(num_heads=2, head_dim=8, position=None if positions else Rope())
+    attention = AttentionConfig(num_heads=2, head_dim=8, position=None if positions else Rope(), window=window)
     parts = {"attention": attention, "feed_forward": FeedForwardConfig(hidden=32), "norm": NormConfig()}
     options = {"num_layers": layers, "final_norm": NormConfig(), "layers": Layers.UNROLL}
     plain = StackConfig(blocks=(BlockConfig(**parts),), **options)
@@ -182,10 +182,10 @@ PROMPTS = [[5, 6, 7], [9], [11, 12, 11, 12, 11]]
 
 @pytest.mark.parametrize("architecture", [Architecture.CAUSAL_DECODER, Architecture.ENCODER_DECODER], ids=str)
 def test_greedy_texts_are_those_of_the_engine(architecture):
-    # Learned positions end with the longest text: drafts beyond it must do no harm.
+    # Learned positions end with the longest text, and windows are shorter: drafts must do no harm in either.
     longest = 1 + len(PROMPTS[2]) + 12 - 1
     positions = LearnedPositions(longest) if architecture is Architecture.CAUSAL_DECODER else None
-    model = cached(make_model(architecture, positions=positions, layers=1))
+    model = cached(make_model(architecture, positions=positions, layers=1, window=(4, 0) if positions else None))
     draft = cached(make_model(architecture, seed=1, layers=1))
     sampling = [SamplingConfig(12, temperature=0.0), SamplingConfig(5, temperature=0.0)]
     requests = [Request(prompt, sampling[i == 1]) for i, prompt in enumerate(PROMPTS)]

@@ -3,9 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, modernbert, olmo, t5
-from jaxlm.checkpoints.huggingface.family import Family
-from jaxlm.models.config import LanguageModelConfig
+from jaxlm.checkpoints.huggingface import (
+    bert,
+    deberta,
+    gemma,
+    gpt2,
+    gpt_neox,
+    llama,
+    mamba,
+    mixture_of_experts,
+    modernbert,
+    olmo,
+    openelm,
+    t5,
+    t5gemma,
+)
+from jaxlm.checkpoints.huggingface.family import FOREIGN, Family
+from jaxlm.models.config import ModelConfig
 
 FAMILIES: tuple[Family, ...] = (
     llama.Llama(),
@@ -16,13 +30,22 @@ FAMILIES: tuple[Family, ...] = (
     gemma.Gemma2(),
     gemma.Gemma3(),
     olmo.Olmo2(),
+    mixture_of_experts.Mixtral(),
+    mixture_of_experts.Qwen2Moe(),
+    mixture_of_experts.Qwen3Moe(),
+    openelm.OpenElm(),
     gpt2.GPT2(),
     gpt_neox.GPTNeoX(),
+    mamba.Mamba(),
+    mamba.Mamba2(),
     t5.T5(),
     t5.MT5(),
+    t5gemma.T5Gemma(),
     bert.Bert(),
     bert.Roberta(),
     bert.ElectraGenerator(),
+    bert.ElectraDiscriminator(),
+    deberta.DebertaV2(),
     modernbert.ModernBert(),
 )
 """In the order in which a model is offered to them for export."""
@@ -43,7 +66,7 @@ def by_config(values: Mapping[str, Any]) -> Family:
     return found[0]
 
 
-def by_model(config: LanguageModelConfig, name: str | None = None) -> Family:
+def by_model(config: ModelConfig, name: str | None = None) -> Family:
     """The first family that can express a model.
 
     Args:
@@ -60,7 +83,7 @@ def by_model(config: LanguageModelConfig, name: str | None = None) -> Family:
             return family
     if not reasons:
         raise ValueError(f"There is no family {name!r}; there are {sorted({f.model_type for f in FAMILIES})}.")
-    nearest = min(reasons, key=lambda family: len(reasons[family]))
+    nearest = min(reasons, key=lambda family: (FOREIGN in reasons[family], len(reasons[family])))
     raise ValueError(
         f"No Hugging Face class computes this model; the nearest is {nearest.architecture}, but "
         f"{'; '.join(reasons[nearest][:3])}."

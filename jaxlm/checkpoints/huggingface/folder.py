@@ -13,10 +13,10 @@ from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json
 from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, read_json, write_tensors
-from jaxlm.checkpoints.huggingface.tensors import Shape, Table, resolve
+from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
 from jaxlm.checkpoints.tabulated import TabulatedCheckpoint
 from jaxlm.models import build_model
-from jaxlm.models.config import LanguageModelConfig
+from jaxlm.models.config import ModelConfig
 
 CONFIG = "config.json"
 
@@ -34,7 +34,7 @@ class HuggingFaceFolder(TabulatedCheckpoint):
     fields: Json
 
 
-def parameter_shapes(config: LanguageModelConfig) -> dict[str, Shape]:
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """{path: shape} of a model's parameters, layers one by one."""
     model = nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0)))
     tree, shapes = nnx.to_pure_dict(nnx.state(model)), {}
@@ -65,14 +65,14 @@ def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> Hu
     tensors = TensorFolder(path)
     config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
     shapes = parameter_shapes(config)
-    table = resolve(family.table(config), shapes)
+    table = resolve(family.table_of(config, tensors.shapes), shapes)
     check(table, shapes, tensors.shapes, str(path))
     return HuggingFaceFolder(path, config, tensors, table, shapes, family, values)
 
 
 def export(
     folder: pathlib.Path | str,
-    config: LanguageModelConfig,
+    config: ModelConfig,
     shapes: Mapping[str, Shape],
     value: Callable[[str], np.ndarray],
     *,
@@ -104,10 +104,19 @@ def export(
     table = resolve(adapter.table(config), shapes)
     dtype = np.dtype(np.float32 if dtype is None else dtype)
 
-    def tensor(entry) -> Pending:
-        parts = tuple(shapes[path] for path in entry.paths)
-        make = lambda: entry.form.join(tuple(np.asarray(value(path)) for path in entry.paths)).astype(dtype)  # noqa: E731
-        return Pending(entry.form.shape(parts), dtype, make)
+    whole: dict[str, np.ndarray] = {}  # a parameter that lies in a tensor a row comes again for each
+
+    def held(entry: Entry, path: str) -> np.ndarray:
+        if entry.row is None:
+            return np.asarray(value(path))
+        if path not in whole:
+            whole.clear()
+            whole[path] = np.asarray(value(path))
+        return whole[path][entry.row]
+
+    def tensor(entry: Entry) -> Pending:
+        make = lambda: entry.form.join(tuple(held(entry, path) for path in entry.paths)).astype(dtype)  # noqa: E731
+        return Pending(entry.shape(shapes), dtype, make)
 
     fields = {"architectures": [adapter.architecture], "model_type": adapter.model_type, "dtype": dtype.name}
     with new_folder(pathlib.Path(folder)) as unfinished:
@@ -119,7 +128,7 @@ def export(
 
 def check(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
     """Raises ValueError unless the tensors are those of the table, in the right shapes."""
-    wanted = {entry.name: entry.form.shape(tuple(shapes[path] for path in entry.paths)) for entry in table}
+    wanted = {entry.name: entry.shape(shapes) for entry in table}
     for names, fault in ((set(wanted) - set(found), "lacks"), (set(found) - set(wanted), "has in excess")):
         if names:
             some, more = sorted(names)[:4], len(names) - 4
