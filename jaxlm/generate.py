@@ -52,6 +52,7 @@ _OTHERS = (
     "compute",
 )
 _SWITCHES = ("chat", "specials", "averaged")
+_MESH_AXES = ("data", "fsdp", "tensor", "expert")
 _TOGETHER = 16
 """Prompts for each slot that are answered before their lines are written."""
 
@@ -174,13 +175,13 @@ def _open(config: Any, flags: dict[str, str]) -> tuple[Any, pathlib.Path]:
 
 def _mesh(text: str) -> Any:
     """The `MeshConfig` of "tensor:4,fsdp:2"."""
-    from jaxlm.parallel.mesh import MESH_AXES, MeshConfig
+    from jaxlm.parallel.mesh import MeshConfig
 
     degrees = {}
     for part in text.split(","):
         axis, _, degree = part.partition(":")
-        if axis not in MESH_AXES or not degree.isdecimal():
-            raise ValueError(f"--mesh={text} is no mesh; write axes of {', '.join(MESH_AXES)} as tensor:4,fsdp:2.")
+        if axis not in _MESH_AXES or not degree.isdecimal():
+            raise ValueError(f"--mesh={text} cannot decode; write axes of {', '.join(_MESH_AXES)} as tensor:4,fsdp:2.")
         degrees[axis] = int(degree)
     return MeshConfig(**degrees)
 
