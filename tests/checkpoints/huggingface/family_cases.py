@@ -41,6 +41,7 @@ GEMMA3_ROPES = {
 
 
 GEMMA2 = dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=20)
+T5GEMMA = DECODER | GEMMA2 | dict(attn_logit_softcapping=10.0, num_hidden_layers=2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -289,8 +290,8 @@ CASES = (
         "T5GemmaForConditionalGeneration",
         dict(
             vocab_size=96,
-            encoder=DECODER | GEMMA2 | dict(num_hidden_layers=2, sliding_window=5),
-            decoder=DECODER | GEMMA2 | dict(hidden_size=24, num_hidden_layers=2),
+            encoder=T5GEMMA | dict(sliding_window=5),
+            decoder=T5GEMMA | dict(hidden_size=24),
         ),
         GEMMA
         | WINDOW
