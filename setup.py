@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "seqio": SEQIO,
+        "constraints": ["llguidance>=1.9"],  # texts held to a regular expression or a JSON schema
         "tpu": ["jax[tpu]>=0.11.2"],
         "cuda": ["jax[cuda13]>=0.11.2"],
         "tokamax": ["tokamax==0.0.17"],

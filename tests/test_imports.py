@@ -39,7 +39,7 @@ MAY_IMPORT = {
     },
     "jaxlm.studies": DEVICE
     | GROUND
-    | {"jaxlm.checkpoints", "jaxlm.configuration", "jaxlm.objectives", "jaxlm.data", "jaxlm.training", "jaxlm.run"},
+    | {"jaxlm.checkpoints", "jaxlm.configuration", "jaxlm.evaluation", "jaxlm.training", "jaxlm.run"},
     "jaxlm.planning": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.training", "jaxlm.run"},
     "jaxlm.evaluation": DEVICE
     | GROUND

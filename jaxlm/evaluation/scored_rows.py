@@ -96,7 +96,8 @@ def can_share(config: LanguageModelConfig) -> bool:
         return False
     stack = config.decoder or config.encoder
     return stack.relative_positions is None and all(
-        type(block.attention) is AttentionConfig
+        block.running_state is None
+        and type(block.attention) is AttentionConfig
         and (block.attention.position is None or isinstance(block.attention.position, Rope))
         and block.attention.window is None
         for block in stack.all_blocks

@@ -422,7 +422,7 @@ def _limits(model: LanguageModel, context_length: int | None) -> list[int]:
 def _dynamic_lengths(model: LanguageModel) -> list[int]:
     """Row lengths beyond which rotary frequencies depend on the row's length (dynamic NTK)."""
     blocks = [block for stack in model.config.stacks.values() for block in stack.all_blocks]
-    scalings = [getattr(getattr(block.attention, "position", None), "scaling", None) for block in blocks]
+    scalings = [rope.scaling for block in blocks for rope, _ in block.rotations]
     return [s.original_length for s in scalings if isinstance(s, NtkScaling) and s.original_length is not None]
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -81,17 +83,36 @@ class AttentionConfig:
                 f"Rope.fraction={self.position.fraction} of head_dim={self.head_dim} leaves no pair of dimensions to "
                 f"rotate; use position=None for no positions."
             )
-
-        if self.backend not in ("auto", *ATTENTION.backends):
-            raise ValueError(
-                f"AttentionConfig.backend={self.backend!r} does not exist; there are {sorted(ATTENTION.backends)} and "
-                f"'auto'."
-            )
+        ATTENTION.check_name(self.backend, "AttentionConfig.backend")
 
     @property
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    runs: ClassVar[bool] = False  # carries no state along the row
+
+    @property
+    def score_heads(self) -> int | None:
+        """Heads whose scores take a bias of the stack's relative positions."""
+        return self.num_heads
+
+    @property
+    def pair_flops(self) -> float:
+        """Floating-point operations forwards and backwards for a (query, key) pair that the mask shows."""
+        return 12.0 * self.num_heads * self.head_dim
+
+    def mixing_flops(self, length: int, *, both_sides: bool) -> float:
+        """Of a row of so many tokens that see each other, or only those before them."""
+        left, right = self.window or (length, length)
+        sides = (left, right) if both_sides else (left,)
+        pairs = length * sum(w - w * w / (2 * length) for w in (min(side, length) for side in sides))
+        return self.pair_flops * pairs
+
+    def token_sizes(self, ways: Callable[[str, int], int]) -> tuple[int, int]:
+        """Numbers that a token has on one device: in the result, and in queries, keys, values and result."""
+        heads = self.num_heads * self.head_dim // ways("heads", self.num_heads)
+        return heads, 2 * heads + 2 * self.kv_heads * self.head_dim // ways("kv_heads", self.kv_heads)
 
     def score_scale(self, parametrization: Parametrization) -> float:
         """The factor on q . k: `scale`, or what None stands for."""
@@ -111,9 +132,7 @@ class AttentionConfig:
         Arguments as for `FeedForwardConfig.build`, and `source_width`: of what keys and values are made of, if not the
         model's width.
         """
-        return Attention(
-            self, make, residual_gain=residual_gain, dtype=dtype, key=key, source_width=source_width or make.width
-        )
+        return Attention(self, make, residual_gain=residual_gain, dtype=dtype, key=key, source_width=source_width)
 
 
 class Attention(nnx.Module):
@@ -127,9 +146,9 @@ class Attention(nnx.Module):
         residual_gain: float,
         dtype: jnp.dtype,
         key: PathKey,
-        source_width: int,
+        source_width: int | None = None,
     ):
-        embed, source = (("embed", make.width),), (("embed", source_width),)
+        embed, source = (("embed", make.width),), (("embed", source_width or make.width),)
         heads = (("heads", config.num_heads), ("head_dim", config.head_dim))
         kv_heads = (("kv_heads", config.kv_heads), ("head_dim", config.head_dim))
 

@@ -7,7 +7,6 @@ import jax
 from flax import nnx
 
 from jaxlm.architecture import Architecture
-from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.disentangled_attention import RelativeEmbeddings
 from jaxlm.models import build_model
 from jaxlm.models.config import LanguageModelConfig, ModelConfig, ReplacedTokenDetectorConfig
@@ -70,7 +69,7 @@ def flops_per_token(config: ModelConfig, length: int, encoder_length: int = 0) -
             f"encoder_decoder has two rows, and needs both lengths."
         )
     total = sum(6.0 * size * tokens for size, tokens in _matrices(config, length, encoder_length))
-    total += sum(12.0 * a.num_heads * a.head_dim * pairs for a, pairs in _attentions(config, length, encoder_length))
+    total += sum(_mixing_flops(config, length, encoder_length))
     return total / (length + encoder_length)
 
 
@@ -92,25 +91,16 @@ def _matrices(config: LanguageModelConfig, length: int, encoder_length: int) -> 
         yield config.vocab_size * (config.embedding.width or config.width), heads * length
 
 
-def _attentions(
-    config: LanguageModelConfig, length: int, encoder_length: int
-) -> Iterator[tuple[AttentionConfig, float]]:
-    """(attention layer, (query, key) pairs in a row) for every attention layer."""
+def _mixing_flops(config: LanguageModelConfig, length: int, encoder_length: int) -> Iterator[float]:
+    """Of each block, what passes between the tokens of a row."""
     for name, stack in config.stacks.items():
         encodes = config.architecture is Architecture.ENCODER or (encoder_length > 0 and name == "encoder")
-        tokens = encoder_length if encoder_length and name == "encoder" else length
+        rows = (encoder_length, 0) if encoder_length and name == "encoder" else (length, encoder_length)
         for block in stack.all_blocks:
-            yield block.attention, _pairs(block.attention, tokens, both_sides=encodes)
+            yield block.mixing_flops(*rows, both_sides=encodes)
             if isinstance(stack.relative_positions, RelativeEmbeddings):
                 # Each term with positions is one product with 2 K vectors, where a pair of tokens stands for two.
-                yield block.attention, block.attention.terms * stack.relative_positions.span * tokens
-            if block.cross_attention is not None:
-                yield block.cross_attention, tokens * encoder_length
+                pairs = block.attention.terms * stack.relative_positions.span * rows[0]
+                yield block.attention.pair_flops * pairs
     for _ in range(config.future_tokens):
-        yield config.future_block.attention, _pairs(config.future_block.attention, length, both_sides=False)
-
-
-def _pairs(attention: AttentionConfig, length: int, *, both_sides: bool) -> float:
-    left, right = attention.window or (length, length)
-    sides = (left, right) if both_sides else (left,)
-    return length * sum(w - w * w / (2 * length) for w in (min(side, length) for side in sides))
+        yield config.future_block.mixing_flops(length, 0, both_sides=False)

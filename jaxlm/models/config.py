@@ -6,7 +6,7 @@ import enum
 import jax.numpy as jnp
 
 from jaxlm.architecture import Architecture
-from jaxlm.layers.block import BlockConfig
+from jaxlm.layers.block import BlockKind
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation
 from jaxlm.layers.norms import NormConfig
@@ -108,7 +108,7 @@ class LanguageModelConfig:
     parametrization: Parametrization | None = None
     compute: ComputeType = ComputeType.FLOAT32
     future_tokens: int = 0
-    future_block: BlockConfig | None = None
+    future_block: BlockKind | None = None
     pooler: bool = False
 
     def __post_init__(self):
@@ -138,7 +138,7 @@ class LanguageModelConfig:
         if self.architecture is Architecture.ENCODER_DECODER:
             if self.encoder is None or self.decoder is None:
                 raise ValueError("An encoder_decoder needs both StackConfigs, encoder and decoder.")
-            if any(block.cross_attention is None for block in self.decoder.all_blocks):
+            if not all(block.crosses for block in self.decoder.all_blocks):
                 raise ValueError("Every block of an encoder_decoder's decoder needs BlockConfig.cross_attention.")
         elif (self.encoder is None) == (self.decoder is None):
             raise ValueError(
@@ -148,10 +148,16 @@ class LanguageModelConfig:
         for name, config in self.stacks.items():
             crosses = name == "decoder" and self.architecture is Architecture.ENCODER_DECODER
             blocks = config.all_blocks if self.future_block is None else (*config.all_blocks, self.future_block)
-            if not crosses and any(block.cross_attention is not None for block in blocks):
+            if not crosses and any(block.crosses for block in blocks):
                 raise ValueError(
                     f"A block of the {name} has cross_attention, but the architecture {self.architecture.value} gives "
                     f"it nothing to attend to; only the decoder of an encoder_decoder has."
+                )
+            reads = crosses or self.architecture is Architecture.CAUSAL_DECODER
+            if not reads and (running := [block.running_state for block in blocks if block.running_state]):
+                raise ValueError(
+                    f"The {name} of the architecture {self.architecture.value} shows tokens what follows them, but a "
+                    f"layer of {running[0]} carries a state that knows only what came before; use causal_decoder."
                 )
 
     def _check_encoder(self):

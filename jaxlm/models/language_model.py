@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.architecture import Architecture
-from jaxlm.layers.block import Block
+from jaxlm.layers.block import BlockModule
 from jaxlm.layers.cache import CacheConfig, Caches, PackedTexts
 from jaxlm.layers.context import LOCAL, Context
 from jaxlm.layers.embeddings import Embedding
@@ -75,11 +75,15 @@ class LanguageModel(nnx.Module):
             if config.head
             else None
         )
-        in_depth = dataclasses.replace(make, depth=1 + max(stack.depth for stack in config.stacks.values()))
-        future = {
-            str(i): Block(config.future_block, in_depth, dtype=dtype, key=root.at("future").at(i))
-            for i in range(config.future_tokens)
-        }
+        future = {}
+        if config.future_tokens:
+            depth = 1 + max(stack.depth for stack in config.stacks.values())
+            branches = config.future_block.branches + max(stack.branches for stack in config.stacks.values())
+            in_depth = dataclasses.replace(make, depth=depth, branches=branches)
+            future = {
+                str(i): config.future_block.build(in_depth, dtype=dtype, key=root.at("future").at(i))
+                for i in range(config.future_tokens)
+            }
         self.future = nnx.Dict(future) if future else None
         self.pooler = Pooler(make, dtype=dtype, key=root.at("pooler")) if config.pooler else None
         self.config = config
@@ -186,7 +190,7 @@ class LanguageModel(nnx.Module):
         inner = self._in_stack(context, "stack")
         return stack.extend(x, caches, context=inner, present=present, more_blocks=self._next_token_block(context))
 
-    def _next_token_block(self, context: Context) -> tuple[tuple[Block, Context], ...]:
+    def _next_token_block(self, context: Context) -> tuple[tuple[BlockModule, Context], ...]:
         """With multi-token prediction, the block that predicts the next token; it follows the stack's own."""
         if self.future is None:
             return ()

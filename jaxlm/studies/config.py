@@ -12,6 +12,8 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 
+from jaxlm.evaluation.suite import EvaluationConfig
+
 Settings = tuple[str, ...]
 Cell = Mapping[str, str]
 """{factor: level}."""
@@ -206,6 +208,7 @@ class Leg:
       only: {factor: levels} that go through it; others skip it, and what comes after starts from the leg before it.
       budget: None leaves TRAIN_STEPS to the settings.
       tune: chooses a number for each cell; None binds nothing.
+      evaluation: what each run's model is asked when it is trained (not those of trials); None asks nothing.
     """
 
     name: str
@@ -217,6 +220,7 @@ class Leg:
     only: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     budget: Budget | None = None
     tune: Tune | None = None
+    evaluation: EvaluationConfig | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "start", Start(self.start))
@@ -270,7 +274,7 @@ class StudyConfig:
       design: which combinations are run.
       together: settings of some combinations.
       seeds: one run each: a seed is both the run's (`RunConfig.seed`) and the data's (`DataConfig.seed`).
-      measures: metrics of the last evaluation that the report compares; lower is better.
+      measures: metrics of the last evaluation while training that the report compares; lower is better.
       matches: comparisons of learning curves by tokens.
     """
 

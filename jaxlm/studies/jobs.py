@@ -16,6 +16,7 @@ from typing import Protocol
 from jaxlm.checkpoints.branch import Branch
 from jaxlm.checkpoints.warm_start import WarmStart
 from jaxlm.configuration import ConfigError, resolve, resolved_text
+from jaxlm.evaluation.suite import EvaluationConfig
 from jaxlm.models.accounting import count_parameters, flops_per_token
 from jaxlm.run import RunConfig, expected_layout
 from jaxlm.studies.config import Budget, Cell, Leg, Settings, Start, StudyConfig, Tune
@@ -49,6 +50,11 @@ class Job:
     def size(self) -> "Size":
         """What one of its runs costs."""
         return size_of(self.run, self.parent.run.train_steps if self._goes_on else 0)
+
+    @property
+    def evaluation(self) -> EvaluationConfig | None:
+        """What its models are asked."""
+        return None if self.trial is not None else self.leg.evaluation
 
     @property
     def _goes_on(self) -> bool:

@@ -15,6 +15,7 @@ from jaxlm.studies.results import (
     Matched,
     Run,
     account,
+    answered,
     cell_name,
     finished_runs,
     matched,
@@ -36,6 +37,8 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
     sections = [_head(study, plan, store, runs)]
     for metric in study.measures:
         sections += _measure(study, metric, runs, figures)
+    for leg in study.legs:
+        sections.append(_evaluation(leg, runs, figures))
     if plan.trials:
         sections += _tuning(plan, store, figures)
     if study.matches:
@@ -121,6 +124,24 @@ def _measure(study: StudyConfig, metric: str, runs: Sequence[Run], figures: path
 
 def _bounds(value: Interval) -> str:
     return "one seed" if math.isnan(value.low) else f"{value.low:.4f} to {value.high:.4f}"
+
+
+def _evaluation(leg: Leg, runs: Sequence[Run], figures: pathlib.Path) -> str:
+    """A table and a picture of the tasks that the models of a leg were asked."""
+    found = answered(runs, leg.name)
+    if not found:
+        return ""
+    scores = {task: of for run in runs if run.leg == leg.name for task, of in run.scores.items()}
+    cells = list(dict.fromkeys(cell for values in found.values() for cell in values))
+    rows = []
+    for task, values in found.items():
+        chance = scores[task]["chance"]
+        shown = [str(values[cell]) if cell in values else "" for cell in cells]
+        rows.append((f"{task}, {scores[task]['primary']}", "" if chance is None else f"{chance:.4f}", *shown))
+    picture = f"{leg.name}_tasks.png"
+    _bars(figures / picture, found, {task: of["chance"] for task, of in scores.items()}, cells)
+    head = f"## Tasks after {leg.name}\n\nMeans over seeds, ± half of the 95% interval.\n\n"
+    return head + "\n".join([*_table(("task", "chance", *cells), rows), "", f"![tasks](figures/{picture})"])
 
 
 def _tuning(plan: Plan, store: Store, figures: pathlib.Path) -> list[str]:
@@ -274,6 +295,28 @@ def _learning_curves(path: pathlib.Path, runs: Sequence[Run], metric: str) -> No
     axes.grid(alpha=0.3)
     if by_cell:
         axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _bars(
+    path: pathlib.Path,
+    found: Mapping[str, Mapping[str, Interval]],
+    chances: Mapping[str, float | None],
+    cells: Sequence[str],
+) -> None:
+    """A bar a cell and task with its interval, and chance as a line."""
+    figure, axes = _figure(2.0 + 0.25 * len(found) * (len(cells) + 1), 4.4)
+    width = 1.0 / (len(cells) + 1)
+    for i, cell in enumerate(cells):
+        places = [k for k, values in enumerate(found.values()) if cell in values]
+        values = [found[task][cell] for task in found if cell in found[task]]
+        spread = [0.0 if math.isnan(value.low) else (value.high - value.low) / 2 for value in values]
+        axes.bar([k + i * width for k in places], [v.mean for v in values], width, yerr=spread, label=cell, capsize=2)
+    for k, task in enumerate(found):
+        if chances[task] is not None:
+            axes.hlines(chances[task], k - width / 2, k + (len(cells) - 0.5) * width, color="black", linestyle=":")
+    axes.set_xticks([k + (len(cells) - 1) * width / 2 for k in range(len(found))], list(found), rotation=30, ha="right")
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 

@@ -60,6 +60,7 @@ class Run:
       cell, leg: what it is of.
       job, seed: which run it is; cells may share it.
       curves: metrics over its steps.
+      scores: of its evaluation, see `Store.scores`.
     """
 
     cell: Cell
@@ -67,6 +68,7 @@ class Run:
     job: Job
     seed: int
     curves: Mapping[str, Curve]
+    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def last(self, metric: str) -> float | None:
         """The last value of a metric."""
@@ -81,7 +83,7 @@ class Run:
 def finished_runs(plan: Plan, store: Store) -> list[Run]:
     """Every finished run of every cell and leg; trials are not among them."""
     return [
-        Run(cell, leg.name, job, seed, store.curves(job, seed))
+        Run(cell, leg.name, job, seed, store.curves(job, seed), store.scores(job, seed))
         for cell, leg, job in plan.of_cells
         if job is not None
         for seed in job.seeds
@@ -96,6 +98,16 @@ def measured(runs: Sequence[Run], metric: str) -> dict[tuple[str, str], Interval
         if (value := run.last(metric)) is not None:
             values.setdefault((run.leg, cell_name(run.cell)), []).append(value)
     return {key: interval(found) for key, found in values.items()}
+
+
+def answered(runs: Sequence[Run], leg: str) -> dict[str, dict[str, Interval]]:
+    """{task: {cell: interval over seeds}} of each task's primary metric, of the runs of a leg."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        for task, found in run.scores.items() if run.leg == leg else ():
+            value = found["metrics"][found["primary"]]["value"]
+            values.setdefault(task, {}).setdefault(cell_name(run.cell), []).append(value)
+    return {task: {cell: interval(found) for cell, found in cells.items()} for task, cells in values.items()}
 
 
 def cell_name(cell: Cell) -> str:
@@ -173,6 +185,8 @@ def write_csv(path: pathlib.Path, study: StudyConfig, plan: Plan, store: Store) 
                 row |= {leg.tune.binding: job.tuned} if leg.tune else {}
                 curves = store.curves(job, seed)
                 row |= {name: curve.last for name, curve in curves.items() if name.startswith("validation/")}
+                for task, found in store.scores(job, seed).items():
+                    row |= {f"{task}/{metric}": of["value"] for metric, of in found["metrics"].items()}
             rows.append(row)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as out:
@@ -228,6 +242,7 @@ def account(plan: Plan, store: Store) -> Account:
             lost += found.lost_seconds
             for activity, spent in found.seconds.items():
                 runs[activity] = runs.get(activity, 0.0) + spent
+    runs[Activity.EVALUATION] = runs.get(Activity.EVALUATION, 0.0) + store.evaluation_seconds
     lines = store.workers.read_text().splitlines() if store.workers.exists() else []
     records = [json.loads(line) for line in lines]
     return Account(sum(record["ended"] - record["began"] for record in records), runs, lost)

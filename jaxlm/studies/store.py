@@ -1,7 +1,7 @@
 """A study's folder: where each run lies, what is finished, failed or being worked on.
 
 study.gin           the study's resolved configuration
-runs/<address>/     the runs of a job: seed<seed>/ (run folders), failed.json, lock
+runs/<address>/     the runs of a job: seed<seed>/ (run folders, with evaluations/), failed.json, lock
 workers/<i>.log     what a worker printed; workers.jsonl  when each began and ended
 cells.csv report.md figures/    see `jaxlm.studies.report`
 
@@ -12,12 +12,15 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from jaxlm.checkpoints.stored import committed_steps
+from jaxlm.configuration import resolved_text
 from jaxlm.studies.jobs import Job
 from jaxlm.training.report import Curve, read_curves
 from jaxlm.training.run_folder import RunFolder
@@ -56,6 +59,18 @@ class Store:
         """When each worker began and ended, JSON lines."""
         return self.path / "workers.jsonl"
 
+    def note_evaluation(self, seconds: float) -> None:
+        """Adds to the time spent on evaluations of trained models, for the account."""
+        with (self.path / "evaluations.jsonl").open("a") as lines:
+            lines.write(json.dumps({"seconds": seconds}) + "\n")
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Time spent on evaluations of trained models."""
+        path = self.path / "evaluations.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return sum(json.loads(line)["seconds"] for line in lines)
+
     def job_folder(self, job: Job) -> pathlib.Path:
         """Where the runs of a job lie."""
         return self.path / "runs" / job.address
@@ -68,10 +83,27 @@ class Store:
         """The folder of the run that a run starts from; None: afresh."""
         return None if job.parent is None else self.run_folder(job.parent, seed).path
 
-    def run_is_finished(self, job: Job, seed: int) -> bool:
-        """Whether a run ended as planned."""
+    def run_is_trained(self, job: Job, seed: int) -> bool:
+        """Whether a run's training ended as planned."""
         folder = self.run_folder(job, seed)
         return folder.run_json.exists() and (folder.read()["finished_at_step"] or 0) >= job.run.train_steps
+
+    def run_is_finished(self, job: Job, seed: int) -> bool:
+        """Whether a run is trained, and evaluated if its leg wants that."""
+        if not self.run_is_trained(job, seed):
+            return False
+        return job.evaluation is None or (self.evaluation_folder(job, seed) / "results.json").exists()
+
+    def evaluation_folder(self, job: Job, seed: int) -> pathlib.Path:
+        """Where the answers of a run's model lie; another folder for other questions."""
+        digest = hashlib.sha256(resolved_text(job.evaluation).encode()).hexdigest()[:12]
+        return self.run_folder(job, seed).path / "evaluations" / digest
+
+    def scores(self, job: Job, seed: int) -> dict[str, Any]:
+        """{task: {"primary", "metrics", "chance", ...}} of a finished run, as `jaxlm.evaluate` writes them."""
+        if job.evaluation is None or not self.run_is_finished(job, seed):
+            return {}
+        return json.loads((self.evaluation_folder(job, seed) / "results.json").read_text())["tasks"]
 
     def is_finished(self, job: Job) -> bool:
         """Whether all runs of a job ended as planned."""
@@ -102,7 +134,7 @@ class Store:
         path = self.run_folder(job, seed).metrics
         if not path.exists():
             return {}
-        if not self.run_is_finished(job, seed):
+        if not self.run_is_trained(job, seed):
             return read_curves(path)
         return _finished_curves(path)
 

@@ -5,7 +5,9 @@ import os
 import time
 from collections.abc import Callable
 
+from jaxlm.checkpoints import pretrained
 from jaxlm.checkpoints.manifest import CheckpointError
+from jaxlm.evaluation.suite import evaluate
 from jaxlm.run import Programs
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, Plan, expand, label_of
@@ -89,10 +91,13 @@ def _run(job: Job, store: Store, train: Train, programs: Programs, report: Calla
     for seed in job.seeds:
         if store.run_is_finished(job, seed):
             continue
-        folder = store.run_folder(job, seed)
+        folder, outcome = store.run_folder(job, seed), Outcome.FINISHED
         try:
-            run = job.configuration(seed, folder.path, store.start_folder(job, seed))
-            outcome = train(run, programs=programs)
+            if not store.run_is_trained(job, seed):
+                run = job.configuration(seed, folder.path, store.start_folder(job, seed))
+                outcome = train(run, programs=programs)
+            if outcome is Outcome.FINISHED and job.evaluation is not None:
+                _evaluate(job, seed, store, report)
         except (ValueError, CheckpointError, TrainingDiverged, OSError) as error:
             report(f"{job.address}, seed {seed}, failed: {error}")
             store.fail(job, seed, str(error))
@@ -104,6 +109,21 @@ def _run(job: Job, store: Store, train: Train, programs: Programs, report: Calla
         if outcome is not Outcome.FINISHED:
             store.fail(job, seed, f"it ended early ({outcome.value}); give it more data or fewer steps.")
     return Outcome.FINISHED
+
+
+def _evaluate(job: Job, seed: int, store: Store, report: Callable[[str], None]) -> None:
+    """Asks a trained model what its leg wants to know.
+
+    Raises:
+      ValueError: a task could not be asked.
+    """
+    began = time.time()
+    model = pretrained.load(store.run_folder(job, seed).path)
+    result = evaluate(job.evaluation, model, folder=store.evaluation_folder(job, seed), report=report)
+    store.note_evaluation(time.time() - began)
+    if result.failures:
+        (store.evaluation_folder(job, seed) / "results.json").unlink()
+        raise ValueError(" ".join(result.failures.values()))
 
 
 def _trial(job: Job) -> str:

@@ -21,6 +21,7 @@ ROOTS = {
     "data": "%DATA",
     "vocabularies": "%VOCABULARY",
     "parallel": "@jaxlm.run.RunConfig()",
+    "decoding": "@jaxlm.decoding.generation.GenerationConfig()",
     "evaluation": "@jaxlm.evaluation.suite.EvaluationConfig()",
     "runs": "@jaxlm.run.RunConfig()",
     "adaptations": "@jaxlm.run.RunConfig()",

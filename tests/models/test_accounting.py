@@ -14,7 +14,12 @@ from jaxlm.layers import (
     DisentangledAttentionConfig,
     EmbeddingConfig,
     FeedForwardConfig,
+    LinearAttentionConfig,
+    Mamba2Config,
+    MambaBlockConfig,
+    MambaConfig,
     MixtureOfExpertsConfig,
+    NormConfig,
     RelativeEmbeddings,
 )
 from jaxlm.models import EmbeddingSharing, HeadConfig, ReplacedTokenDetectorConfig
@@ -132,6 +137,31 @@ def test_experts_count_by_those_that_a_token_goes_through(config):
     assert cost(experts) - cost(FeedForwardConfig(24)) == 3 * 6 * 16 * 8
     shared = dataclasses.replace(experts, shared=FeedForwardConfig(10))
     assert cost(shared) - cost(experts) == 3 * 6 * 3 * 16 * 10
+
+
+def test_running_states_cost_what_is_written_and_read(config, parameters, with_parameters, batch):
+    """Mamba's scan has no products of matrices: all that a step has of them are those of the formula without states."""
+    plain = config(CAUSAL, embedding=EmbeddingConfig())
+
+    def with_blocks(*blocks):
+        stack = dataclasses.replace(plain.decoder, blocks=blocks, num_layers=len(blocks))
+        return dataclasses.replace(plain, decoder=stack)
+
+    def states(made):
+        entries = count_parameters(made, where=lambda path: path[-1] == "kernel" and "convolution" not in path[-2])
+        return flops_per_token(made, T) - 6 * (entries + 40 * 16)  # with the tied head
+
+    mamba = with_blocks(*[MambaBlockConfig(MambaConfig(32, 3, state=4, taps=3), NormConfig())] * 2)
+    # Channels x (12 entries + 6 taps).
+    assert states(mamba) == 2 * 32 * (12 * 4 + 6 * 3)
+    tokens = np.arange(1, T + 1)
+    products = traced(mamba, parameters(mamba), with_parameters, batch([[(tokens, tokens, 0)]]))
+    assert (flops_per_token(mamba, T) - states(mamba)) * T == products
+    # Heads x size x (12 entries + 6 taps), and the taps of what two groups write and read with.
+    mamba2 = with_blocks(MambaBlockConfig(Mamba2Config(4, 8, state=5, groups=2), NormConfig()))
+    assert states(mamba2) == 4 * 8 * (12 * 5 + 6 * 4) + 2 * 2 * 5 * 6 * 4
+    linear = dataclasses.replace(plain.decoder.blocks[0], attention=LinearAttentionConfig(2, 8, 6))
+    assert states(with_blocks(linear)) == 12 * 2 * 8 * 6
 
 
 def test_lengths_must_fit_the_architecture(config):

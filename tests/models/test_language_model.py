@@ -16,10 +16,14 @@ from jaxlm.layers import (
     Context,
     EmbeddingConfig,
     LearnedPositions,
+    LinearAttentionConfig,
+    MambaBlockConfig,
+    MambaConfig,
     NormConfig,
     NormKind,
     Parametrization,
     SinusoidalPositions,
+    StackConfig,
 )
 from jaxlm.models import HeadConfig
 from jaxlm.models.language_model import prefix_ends, self_mask
@@ -358,3 +362,24 @@ def test_cross_attention_belongs_to_an_encoder_decoder(config):
         config(ENCODER, future_tokens=1, future_block=both.encoder.blocks[0])
     with pytest.raises(ValueError, match="transform_norm needs HeadConfig.transform"):
         HeadConfig(transform_norm=NormConfig())
+
+
+@pytest.mark.parametrize("architecture", [PREFIX, ENCODER, BOTH])
+def test_running_states_are_for_causal_stacks(architecture, config):
+    """A prefix decoder and an encoder show tokens what follows them; the decoder of an encoder-decoder does not."""
+    linear = LinearAttentionConfig(2, 8)
+    made = config(architecture)
+    stacks = {
+        name: dataclasses.replace(
+            stack, blocks=tuple(dataclasses.replace(block, attention=linear) for block in stack.blocks)
+        )
+        for name, stack in made.stacks.items()
+    }
+    message = f"architecture {architecture.value} shows .*, but a layer of LinearAttentionConfig carries a state"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(made, **stacks)
+    if architecture is BOTH:
+        dataclasses.replace(made, decoder=stacks["decoder"])
+    mamba = StackConfig((MambaBlockConfig(MambaConfig(32, 1), NormConfig()),), 2)
+    with pytest.raises(ValueError, match="needs BlockConfig.cross_attention|layer of MambaConfig carries a state"):
+        dataclasses.replace(made, decoder=mamba)

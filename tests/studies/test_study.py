@@ -20,7 +20,25 @@ from jaxlm.studies.store import Store
 ROWS = "TASK_FEATURE_LENGTHS = {'targets': 32}"
 STUDY = """
 from __gin__ import dynamic_registration
+from jaxlm.evaluation import measures
+from jaxlm.evaluation import prompts
+from jaxlm.evaluation import suite
+from jaxlm.evaluation import tasks
 from jaxlm.studies import config
+
+include 'gin_configs/evaluation/suite.gin'
+
+EVALUATION_DATA = '{tasks}'
+TASKS = [@tasks.EvaluationTask()]
+tasks.EvaluationTask.name = 'words'
+tasks.EvaluationTask.source = @tasks.rows_in()
+tasks.EvaluationTask.prompts = [@prompts.Prompt()]
+tasks.EvaluationTask.measure = @measures.RankClassification()
+tasks.rows_in.folder = %EVALUATION_DATA
+tasks.rows_in.validation = 'words.jsonl'
+prompts.Prompt.context = '{{{{ text }}}}'
+prompts.Prompt.choices = '["x", "qq"]'
+prompts.Prompt.gold = 'gold'
 
 LOST = {lost!r}
 
@@ -42,6 +60,7 @@ pretrain/config.Leg:
     name = 'pretrain'
     budget = @config.Budget()
     tune = @config.Tune()
+    evaluation = @suite.EvaluationConfig()
 adapt/config.Leg:
     name = 'adapt'
     after = 'pretrain'
@@ -84,9 +103,13 @@ def write(workshop):
         "manager.CheckpointConfig.keep_last = 5\n"
     )
 
+    rows = [json.dumps({"text": f"{word} ", "gold": i % 2}) for i, word in enumerate(["ab", "cd", "ef", "gh"])]
+    (workshop.folder / "words.jsonl").write_text("\n".join(rows) + "\n")
+
     def write(lost):
         gin = workshop.folder / "study.gin"
-        gin.write_text(STUDY.format(lost=lost, folder=workshop.folder / "study", base=base, rows=ROWS))
+        folders = {"folder": workshop.folder / "study", "tasks": workshop.folder}
+        gin.write_text(STUDY.format(lost=lost, base=base, rows=ROWS, **folders))
         return gin
 
     return write
@@ -162,6 +185,7 @@ def test_the_report_has_intervals_curves_trials_and_matches(study):
     for objective in ("language", "spans"):
         losses = [float(row["validation/cross_entropy"]) for row in rows if row["objective"] == objective]
         assert len(losses) == 2 and losses[0] != losses[1], "seeds differ"
+        assert all(0 <= float(row["words/accuracy"]) <= 1 for row in rows if row["objective"] == objective)
         assert f"{sum(losses) / 2:.4f}" in report
 
 

@@ -16,6 +16,7 @@ from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, Scaling
 from jaxlm.layers.positions import LinearScaling, Llama3Scaling, NtkScaling, Rope, YarnScaling
 from jaxlm.layers.stack import Layers, Remat, StackConfig
+from jaxlm.layers.step_sizes import StepSizes
 from jaxlm.models.config import (
     ComputeType,
     HeadConfig,
@@ -101,9 +102,8 @@ def essence(config: ModelConfig) -> ModelConfig:
             return tuple(plain(part) for part in value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             changes = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            for name, neutral in (("dropout", 0.0), ("backend", "auto"), ("balance_loss", 0.0), ("z_loss", 0.0)):
-                if name in changes:
-                    changes[name] = neutral
+            neutral = {"dropout": 0.0, "backend": "auto", "balance_loss": 0.0, "z_loss": 0.0, "steps": StepSizes()}
+            changes |= {name: plainly for name, plainly in neutral.items() if name in changes}
             if isinstance(value, AttentionConfig):  # what None stands for
                 changes["num_kv_heads"] = value.kv_heads
                 changes["scale"] = value.score_scale(config.scaling)

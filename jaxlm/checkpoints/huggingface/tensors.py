@@ -110,6 +110,22 @@ class ByHead(Form):
 
 
 @dataclasses.dataclass(frozen=True)
+class Taps(Form):
+    """Kernels [taps, *channels] of depthwise convolutions as PyTorch's Conv1d [channels, 1, taps], side by side."""
+
+    def shape(self, shapes: tuple[Shape, ...]) -> Shape:
+        return (sum(_size(shape[1:]) for shape in shapes), 1, shapes[0][0])
+
+    def join(self, values: tuple[np.ndarray, ...]) -> np.ndarray:
+        whole = np.concatenate([value.reshape(len(value), -1) for value in values], axis=1)
+        return whole.T[:, None]
+
+    def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
+        parts = np.split(tensor[:, 0].T, _borders(shapes, 1), axis=1)
+        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes))
+
+
+@dataclasses.dataclass(frozen=True)
 class Experts(Form):
     """Kernels [experts, inputs, outputs] as [experts, outputs, inputs]; several are fused along their outputs."""
 
@@ -171,6 +187,14 @@ def linear(name: str, *paths: str, inputs: int = 1, transposed: bool = False, fu
     return (
         Entry(f"{name}.weight", tuple(f"{path}/kernel" for path in paths), fused or Linear(inputs, transposed)),
         Entry(f"{name}.bias", tuple(f"{path}/bias" for path in paths), fused or Vector()),
+    )
+
+
+def convolution(name: str, *paths: str) -> Table:
+    """Kernel and bias of a ShortConvolution (`name.weight`, `name.bias`), or of several side by side."""
+    return (
+        Entry(f"{name}.weight", tuple(f"{path}/kernel" for path in paths), Taps()),
+        Entry(f"{name}.bias", tuple(f"{path}/bias" for path in paths), Vector()),
     )
 
 
