@@ -64,6 +64,12 @@ def test_bert_with_pooler_and_without_head(name, count):
     assert count_parameters(config, where=lambda path: path[0] != "vocabulary_head") == count
 
 
+def test_deberta_without_head():
+    """As transformers counts DebertaV2Model."""
+    config = preset("deberta/v3_base")
+    assert count_parameters(config, where=lambda path: path[0] != "vocabulary_head") == 183_831_552
+
+
 @pytest.mark.parametrize("name", STUDY)
 def test_the_architecture_study(name):
     assert count_parameters(preset(name), where=lambda path: path[-1] not in ("scale", "table")) == STUDY[name]
