@@ -91,6 +91,11 @@ def load(
     """
     source = open_source(path, step, Verify.DIGESTS, report=lambda line: print(line, file=sys.stderr))
     if isinstance(source, HuggingFaceFolder):
+        if not isinstance(source.config, LanguageModelConfig):
+            raise ValueError(
+                f"{path} holds a {source.family.architecture}, which has no logits over a vocabulary; start a run from "
+                f"it (WarmStart.path)."
+            )
         config, about = source.config, _about_folder(source)
     elif isinstance(source, T5Checkpoint):
         config, about = source.config, _about_t5(source)

@@ -15,6 +15,7 @@ weights, with one exception: a tokenizer that begins every text with bos makes `
 log-likelihoods as well, which we do not.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any, override
@@ -23,10 +24,14 @@ try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
-    raise ImportError(f"lm-evaluation-harness is missing ({error}); install it: pip install 'jaxlm[harness]'.") from error
+    raise ImportError(
+        f"lm-evaluation-harness is missing ({error}); install it: pip install 'jaxlm[harness]'."
+    ) from error
 
 from jaxlm.checkpoints import pretrained
+from jaxlm.decoding.sampling import SamplingConfig
 from jaxlm.evaluation.scoring import Score, ScoringConfig
 from jaxlm.evaluation.text_model import TextFormat, TextModel
 
@@ -53,7 +58,9 @@ class HarnessModel(LM):
         del batch_size, max_batch_size, device
         known = ("row_length", "batch_tokens", "share_context")
         if unknown := [name for name in scoring if name not in known]:
-            raise ValueError(f"The model jaxlm has no argument {unknown[0]!r} in --model_args; it has {known} and path.")
+            raise ValueError(
+                f"The model jaxlm has no argument {unknown[0]!r} in --model_args; it has {known} and path."
+            )
         self.pretrained = pretrained.load(path, step=step, averaged=averaged, compute=compute)
         self.model = TextModel(
             self.pretrained,
@@ -76,6 +83,32 @@ class HarnessModel(LM):
         for text, score in zip(texts, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), score.total)
         return [score.total for score in scores]
+
+    @override
+    def generate_until(self, requests: Sequence[Instance], **options: Any) -> list[str]:
+        """What the model writes after each context; the requests' own arguments say how, and where it ends."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts = [""] * len(requests)
+        for written, indices in groups.items():
+            arguments = normalize_gen_kwargs(json.loads(written), default_max_gen_toks=256)
+            until, count = arguments.pop("until"), arguments.pop("max_gen_toks")
+            sampling = SamplingConfig(
+                temperature=arguments.pop("temperature", None) or (1.0 if arguments.get("do_sample") else 0.0),
+                top_k=arguments.pop("top_k", 0),
+                top_p=arguments.pop("top_p", 1.0),
+                min_p=arguments.pop("min_p", 0.0),
+            )
+            arguments.pop("do_sample", None)
+            if arguments:
+                raise ValueError(f"The model jaxlm does not know the generation arguments {sorted(arguments)}.")
+            contexts = [requests[i].args[0] for i in indices]
+            found = self.model.generate(contexts, max_new_tokens=count, stop=until, sampling=sampling)
+            for index, text in zip(indices, found, strict=True):
+                texts[index] = text
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return texts
 
     @property
     @override

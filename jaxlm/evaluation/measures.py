@@ -13,7 +13,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, override
 
-from jaxlm.evaluation.prompts import Question
+from jaxlm.data.prompts import Question
 from jaxlm.evaluation.scoring import Score
 from jaxlm.evaluation.text_model import TextModel
 

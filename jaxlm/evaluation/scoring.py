@@ -159,7 +159,7 @@ class Scorer:
         # Rows longer than that would change the frequencies of dynamic NTK.
         self._row_length = min([config.row_length, *_dynamic_lengths(model)])
         self._parallel = parallel
-        self._context = LOCAL if parallel is None else Context(ops=ShardedOps(parallel))
+        self.context = LOCAL if parallel is None else Context(ops=ShardedOps(parallel))
         self._graph, self._state = nnx.split(model)
         self._vocab_size = model.config.vocab_size
 
@@ -367,7 +367,7 @@ class Scorer:
             arrays = jax.tree.map(
                 lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index]), arrays
             )
-        return _token_scores(self._graph, self._state, *arrays, context=self._context)
+        return _token_scores(self._graph, self._state, *arrays, context=self.context)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "context"))

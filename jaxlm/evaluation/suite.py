@@ -128,9 +128,7 @@ def evaluate(
             if config.limit is not None:
                 task = dataclasses.replace(task, limit=min(config.limit, task.limit or config.limit))
             try:
-                result, records = evaluate_task(
-                    task, model, samples=config.samples, seed=config.seed, report=report
-                )
+                result, records = evaluate_task(task, model, samples=config.samples, seed=config.seed, report=report)
             except TaskError as error:
                 failures[task.name] = str(error)
                 report(str(error))

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError
 from jaxlm.data.sources import Source, TextFiles
 from jaxlm.evaluation.intervals import Estimate, estimate
 from jaxlm.evaluation.measures import Judged, Measure
-from jaxlm.evaluation.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError
 from jaxlm.evaluation.text_model import TextModel
 
 _FAILING_SHARE = 0.01
@@ -149,7 +149,7 @@ def evaluate_task(
       the result, and a JSON-able record for every question.
 
     Raises:
-      TaskError: too many rows fail, rows have no gold answers, or there are no rows or none that the model can be asked.
+      TaskError: too many rows fail, rows have no gold answers, or there is nothing that the model can be asked.
     """
     try:
         rows = list(_rows(task, task.split, task.limit))
@@ -221,8 +221,8 @@ class _Asking:
                 self.not_applicable += 1
             elif reason := self._task.measure.refuses(question):
                 raise TaskError(
-                    f"Task {self._task.name} cannot be judged: row {index} by prompt {template.name!r} gives a question, "
-                    f"but {reason}; use a split with gold answers, or correct the prompt."
+                    f"Task {self._task.name} cannot be judged: row {index} by prompt {template.name!r} gives a "
+                    f"question, but {reason}; use a split with gold answers, or correct the prompt."
                 )
             else:
                 found[index] = question
@@ -244,7 +244,8 @@ class _Shots:
         self._rows = list(_rows(task, self._few.split, None))
         if len(self._rows) <= self._few.count:
             raise ValueError(
-                f"FewShot.count is {self._few.count}, but the split {self._few.split!r} has only {len(self._rows)} rows."
+                f"FewShot.count is {self._few.count}, but the split {self._few.split!r} has only {len(self._rows)} "
+                f"rows."
             )
 
     def before(self, question: Question, index: int, template: QuestionTemplate) -> Question:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,10 @@ import numpy as np
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.data.vocabularies import Vocabulary
+from jaxlm.decoding.cached_model import CachedModel
+from jaxlm.decoding.engine import Engine, EngineConfig
+from jaxlm.decoding.requests import Request as DecodingRequest
+from jaxlm.decoding.sampling import SamplingConfig
 from jaxlm.evaluation.scoring import Request, Score, Scorer, ScoringConfig
 from jaxlm.objectives.supervised import Eos
 from jaxlm.parallel.parallelism import Parallelism
@@ -49,14 +54,15 @@ class TextFormat:
 
 
 class TextModel:
-    """Scores texts with a trained model."""
+    """Scores and continues texts with a trained model."""
 
     def __init__(
         self,
         pretrained: Pretrained,
         *,
         format: TextFormat = TextFormat(),
-        scoring: ScoringConfig = ScoringConfig(),
+        scoring: ScoringConfig | None = None,
+        decoding: EngineConfig | None = None,
         context_length: int | None = None,
         parallel: Parallelism | None = None,
     ):
@@ -65,7 +71,7 @@ class TextModel:
         Args:
           pretrained: from `jaxlm.checkpoints.pretrained.load`.
           format: how texts are put to it.
-          scoring: how they are scored.
+          scoring, decoding: rows and slots; None are the defaults.
           context_length: tokens that it reads; None is what the model says.
           parallel: the mesh that it lies on; None is one device.
 
@@ -76,6 +82,7 @@ class TextModel:
             raise ValueError(f"{pretrained.source} cannot read text: {pretrained.no_vocabulary}")
         self.vocabulary: Vocabulary = pretrained.vocabulary
         self.format = format
+        self._pretrained, self._decoding = pretrained, decoding
         self.context_length = context_length or pretrained.context_length
         self.start_id, self.eos_ids = pretrained.start_id, pretrained.eos_ids
         self.architecture = pretrained.config.architecture
@@ -85,7 +92,7 @@ class TextModel:
             start_id=pretrained.start_id,
             mask_id=info.mask_id,
             context_length=self.context_length,
-            config=scoring,
+            config=scoring or ScoringConfig(),
             parallel=parallel,
         )
         # What a text begins with that has no context, for models whose rows do not begin with anything.
@@ -130,9 +137,8 @@ class TextModel:
         whole = self.vocabulary.encode_batch([text if apart else context + text for context, text in prepared])
         end = np.asarray(self.eos_ids[:1], np.int32)
         no_end = np.zeros(0, np.int32)
-        eos = self.format.eos
-        after_context = end if eos is Eos.BOTH or (eos is None and two_stacks) else no_end
-        after_text = end if eos in (Eos.BOTH, Eos.TARGETS) else no_end
+        after_context = self._after_context
+        after_text = end if self.format.eos in (Eos.BOTH, Eos.TARGETS) else no_end
         encoded = []
         for (context, text), ids in zip(prepared, whole, strict=True):
             before = context_ids[contexts[context]]
@@ -144,6 +150,78 @@ class TextModel:
             encoded.append((np.concatenate([before, after_context]), np.concatenate([own, after_text])))
         return encoded
 
+    def generate(
+        self,
+        contexts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        sampling: SamplingConfig | None = None,
+        seed: int = 0,
+    ) -> list[str]:
+        """What the model writes after each context, up to the first stop text or its end.
+
+        Args:
+          contexts: texts; those that leave no room lose their beginning.
+          max_new_tokens: at most so many.
+          stop: texts that end an answer and are no part of it.
+          sampling: how tokens are drawn; None takes the likeliest. Its own `max_new_tokens` is of no account.
+          seed: of the draws.
+
+        Raises:
+          ValueError: the model is an encoder, or reads no more than `max_new_tokens`.
+        """
+        sampling = dataclasses.replace(sampling or SamplingConfig(temperature=0.0), max_new_tokens=max_new_tokens)
+        stop = tuple(text for text in stop if text)
+        room = self._room(max_new_tokens)
+
+        def complete(tokens: Sequence[int]) -> int | None:
+            return len(tokens) if stop and _cut(self.vocabulary.decode(tokens), stop) is not None else None
+
+        requests = []
+        for index, ids in enumerate(self.vocabulary.encode_batch(list(contexts))):
+            prompt = np.concatenate([ids, self._after_context])
+            if room is not None and len(prompt) > room:
+                prompt = prompt[len(prompt) - room :]
+            if not len(prompt):
+                prompt = np.asarray(self.prefix, np.int32)
+            requests.append(
+                DecodingRequest(prompt, sampling, seed, index, stop_ids=tuple(self.eos_ids), complete=complete)
+            )
+        texts = [self.vocabulary.decode(answer.tokens) for answer in self._engine.generate(requests)]
+        return [text if (end := _cut(text, stop)) is None else text[:end] for text in texts]
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        model = CachedModel(
+            self._pretrained.model,
+            start_id=self.start_id,
+            context_length=self.context_length,
+            context=self.scorer.context,
+        )
+        drawable = np.arange(self._pretrained.config.vocab_size) < self.vocabulary.size
+        return Engine(model, self._decoding, drawable=drawable)
+
+    def _room(self, max_new_tokens: int) -> int | None:
+        """Tokens of a prompt that leave room for so many new ones."""
+        if self.context_length is None:
+            return None
+        if self.architecture is Architecture.ENCODER_DECODER:
+            return self.context_length
+        room = self.context_length - max_new_tokens - (self.start_id is not None)
+        if room < 1:
+            raise ValueError(
+                f"The model reads {self.context_length} tokens, which leaves no room for a prompt and "
+                f"{max_new_tokens} new ones; lower max_new_tokens (max_gen_toks)."
+            )
+        return room
+
+    @property
+    def _after_context(self) -> np.ndarray:
+        """What is put at the end of a context: the end-of-text id or nothing."""
+        two_stacks, eos = self.architecture is Architecture.ENCODER_DECODER, self.format.eos
+        ends = eos is Eos.BOTH or (eos is None and two_stacks)
+        return np.asarray(self.eos_ids[:1] if ends else (), np.int32)
 
     def _joined(self, context: str, text: str) -> tuple[str, str]:
         """The pair with the delimiter, and with the context's last spaces, at the beginning of the text."""
@@ -151,3 +229,8 @@ class TextModel:
             text = self.format.delimiter + text
         stripped = context.rstrip()
         return stripped, context[len(stripped) :] + text
+
+
+def _cut(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of the stop texts begins; None if there is none."""
+    return min((place for place in map(text.find, stop) if place >= 0), default=None)

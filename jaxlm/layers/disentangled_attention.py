@@ -179,6 +179,11 @@ class DisentangledAttention(Attention):
     def _positions(self, q: jax.Array, k: jax.Array, vectors: RelativeVectors, context: Context) -> DenseBias:
         """The scaled terms with positions, float32 [B, H, T, T]."""
         config, length = self.config, q.shape[1]
+        if context.ops.splits_length:
+            raise ValueError(
+                "Disentangled attention needs its rows whole, but the mesh splits them along their length; set "
+                "MeshConfig.sequence to 1."
+            )
         offsets = np.arange(length - 1, -length, -1)  # query minus key, for key minus query -(T - 1) ... T - 1
 
         def term(x: jax.Array, projection: Linear, rows: np.ndarray) -> jax.Array:

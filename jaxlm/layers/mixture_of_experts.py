@@ -146,9 +146,7 @@ class MixtureOfExperts(nnx.Module):
         expert over the mean, and "router/entropy" of the normalised scores, in nats, at most log(X).
         """
         present = jnp.ones(x.shape[:2], bool) if present is None else present
-        logits = jnp.where(
-            present[..., None], self._logits(x, self.router[...], context), 0.0
-        )  # whatever padding holds
+        logits = jnp.where(present[..., None], self._logits(x, context), 0.0)  # whatever padding holds
         if self.config.scoring is Scoring.SOFTMAX:
             scores = shares = jax.nn.softmax(logits)
         else:
@@ -164,13 +162,17 @@ class MixtureOfExperts(nnx.Module):
         if self.shared is not None:
             shared, more = self.shared(x, context.fold("shared"), present=present)
             if self.shared_gate is not None:
-                weight = self.config.shared_gate(self._logits(x, self.shared_gate[..., None], context))
+                weight = self.config.shared_gate(self._in_full(x, self.shared_gate[..., None], context))
                 shared = shared * weight.astype(shared.dtype)
             out, side = out + shared, side + more
         return out, side
 
-    def _logits(self, x: jax.Array, kernel: jax.Array, context: Context) -> jax.Array:
-        """x times a kernel [E, X] as float32 [B, T, X], in full float32, which is not every device's default."""
+    def _logits(self, x: jax.Array, context: Context) -> jax.Array:
+        """f32 [B, T, X]."""
+        return self._in_full(x, self.router[...], context)
+
+    def _in_full(self, x: jax.Array, kernel: jax.Array, context: Context) -> jax.Array:
+        """x times [E, N] as f32 [B, T, N], of products in full float32, which is not every device's default."""
         with jax.default_matmul_precision("float32"):
             logits = context.matmul(x.astype(jnp.float32), kernel, 1)
         return context.ops.constrain(logits, ("batch", "length", None)) * self.multiplier

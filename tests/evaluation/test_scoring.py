@@ -1,5 +1,7 @@
 """A score is what the model says of one text alone in a row, however texts are packed and whatever they share."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,7 +143,7 @@ def test_no_logits_of_all_tokens():
     )
     assert batch.at.shape == (2, 8)  # 2 x 2 tokens a row, in steps of 8
     text = scoring._token_scores.lower(
-        scorer._graph, scorer._state, batch.features, batch.at, batch.labels, context=scorer._context
+        scorer._graph, scorer._state, batch.features, batch.at, batch.labels, context=scorer.context
     ).as_text()
     assert "x64x16x" in text  # hidden states of all tokens
     assert "x64x512x" not in text and "128x512x" not in text
@@ -204,3 +206,11 @@ def test_what_cannot_be_scored_is_said():
     with pytest.raises(ValueError, match="row_length <= batch_tokens"):
         ScoringConfig(row_length=64, batch_tokens=32)
     assert scorer.score([]) == []
+
+
+def test_a_mesh_gives_the_scores_of_one_device(run_python):
+    """Rows over data and FSDP, heads and vocabulary over tensor; a mesh that cuts rows is refused."""
+    found = json.loads(run_python(["tests/evaluation/scoring_program.py"], devices=8).stdout.splitlines()[-1])
+    assert set(found["differences"]) == {"prefix_decoder", "encoder_decoder"}
+    assert max(found["differences"].values()) < 1e-5
+    assert "MeshConfig.sequence" in found["refusal"]

@@ -11,6 +11,7 @@ import pytest
 from jaxlm.architecture import Architecture
 from jaxlm.layers import (
     AttentionConfig,
+    DisentangledAttentionConfig,
     EmbeddingConfig,
     FeedForwardConfig,
     LinearAttentionConfig,
@@ -19,6 +20,7 @@ from jaxlm.layers import (
     MambaConfig,
     MixtureOfExpertsConfig,
     NormConfig,
+    RelativeEmbeddings,
 )
 from jaxlm.models import EmbeddingSharing, HeadConfig, ReplacedTokenDetectorConfig
 from jaxlm.models.accounting import count_parameters, flops_per_token
@@ -67,6 +69,11 @@ def cases(config):
     narrow = dataclasses.replace(plain.embedding, width=8)
     yield "narrow embedding", dataclasses.replace(plain, head=bert, embedding=narrow)
     yield "encoder_decoder", config(BOTH)
+    yield "two widths", config(BOTH, encoder_width=24, encoder_embedding=EmbeddingConfig())
+    disentangled = dataclasses.replace(plain.decoder.blocks[0], attention=DisentangledAttentionConfig(2, 8))
+    relative = RelativeEmbeddings(4)
+    stack = dataclasses.replace(plain.decoder, blocks=(disentangled,), relative_positions=relative)
+    yield "disentangled", dataclasses.replace(plain, decoder=stack)
     yield "detector", ReplacedTokenDetectorConfig(dataclasses.replace(plain, head=None), plain, EmbeddingSharing.UNTIED)
     yield "causal", config(CAUSAL)
     yield "three tokens", config(CAUSAL, future_tokens=3, future_block=plain.decoder.blocks[0])
@@ -74,7 +81,18 @@ def cases(config):
 
 @pytest.mark.parametrize(
     "name",
-    ["encoder", "grouped", "untied", "narrow embedding", "encoder_decoder", "detector", "causal", "three tokens"],
+    [
+        "encoder",
+        "grouped",
+        "untied",
+        "narrow embedding",
+        "encoder_decoder",
+        "two widths",
+        "detector",
+        "causal",
+        "three tokens",
+        "disentangled",
+    ],
 )
 def test_formula_equals_the_products_of_a_step(name, config, parameters, with_parameters, batch):
     made = dict(cases(config))[name]
@@ -82,8 +100,10 @@ def test_formula_equals_the_products_of_a_step(name, config, parameters, with_pa
     encodes = T if made.architecture is BOTH else 0
     got = flops_per_token(made, T, encodes) * (T + encodes)
     # The dense reference computes all T^2 pairs; the formula counts those below the diagonal, half, as nothing.
-    layers = {"causal": 3, "three tokens": 6, "encoder_decoder": 3}.get(name, 0)
+    layers = {"causal": 3, "three tokens": 6, "encoder_decoder": 3, "two widths": 3}.get(name, 0)
     got += layers * 12 * 2 * 8 * T * T / 2
+    if name == "disentangled":  # 8 relative positions are projected to keys and queries once a step, not once a token
+        got += 3 * 6 * 2 * 8 * 16 * 16
     assert got == traced(made, parameters(made), with_parameters, batch([[(tokens, tokens, 0)]]))
 
 

@@ -335,6 +335,23 @@ def test_configurations_that_make_no_sense_are_refused(change, message, config):
         dataclasses.replace(config(CAUSAL), **change)
 
 
+def test_an_encoder_of_its_own_width_needs_an_embedding_of_its_own(config):
+    own = config(BOTH, encoder_width=24, encoder_embedding=EmbeddingConfig())
+    assert (own.width_of("encoder"), own.width_of("decoder")) == (24, own.width)
+    with pytest.raises(ValueError, match="cannot share its embedding: give encoder_embedding"):
+        config(BOTH, encoder_width=24)
+    with pytest.raises(ValueError, match="follows one width, but encoder_width=24"):
+        dataclasses.replace(own, parametrization=Parametrization("mup"))
+    with pytest.raises(ValueError, match="has one stack, with `width` and `embedding`"):
+        config(CAUSAL, encoder_embedding=EmbeddingConfig())
+
+
+def test_without_a_head_there_are_no_logits(config, parameters, with_parameters):
+    headless = config(ENCODER, head=None)
+    with pytest.raises(ValueError, match="no logits over a vocabulary; set LanguageModelConfig.head"):
+        with_parameters(headless, parameters(headless)).head(jnp.zeros((1, headless.width)))
+
+
 def test_cross_attention_belongs_to_an_encoder_decoder(config):
     both = config(BOTH)
     with pytest.raises(ValueError, match="nothing to attend to"):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxlm.evaluation.prompts import Prompt, PromptsourceTemplates, Question, TemplateError
+from jaxlm.data.prompts import Prompt, PromptsourceTemplates, Question, TemplateError
 
 COPA = {"premise": "It rained.", "choice1": "Wet.", "choice2": "Dry.", "question": "effect", "label": 0}
 
@@ -18,7 +18,10 @@ def test_parts_of_a_prompt():
     assert question == Question(("It rained. So:",), ("Wet.", "Dry."), 0)
     assert question.pairs == (("It rained. So:", "Wet."), ("It rained. So:", "Dry."))
     assert question.right_answer == ("It rained. So:", "Wet.")
-    partial = ask(Prompt(contexts="options", choices="[rest, rest]", gold="answer"), {"options": ["A", "B"], "rest": "c", "answer": "1"})
+    partial = ask(
+        Prompt(contexts="options", choices="[rest, rest]", gold="answer"),
+        {"options": ["A", "B"], "rest": "c", "answer": "1"},
+    )
     assert partial.pairs == (("A", "c"), ("B", "c")) and partial.gold == 1
     assert ask(Prompt(context="{{ c }}", answers="[word]"), {"c": "x", "word": "y"}).answers == ("y",)
     assert ask(Prompt(answers="text"), {"text": "abc"}).answers == ("abc",)
@@ -61,7 +64,8 @@ templates:
   a: !Template
     answer_choices: '{{choice1}} ||| {{choice2}}'
     id: a
-    jinja: '{% if question == "effect" %} {{ premise }} So? ||| {% if label != -1 %}{{ answer_choices[label] }}{% endif %}{% endif %}'
+    jinja: '{% if question == "effect" %} {{ premise }} So? ||| {% if label != -1 %}{{ answer_choices[label]
+      }}{% endif %}{% endif %}'
     metadata: !TemplateMetadata
       original_task: true
     name: so

@@ -168,7 +168,9 @@ class PromptsourceTemplates(Prompts):
     def templates(self) -> tuple[QuestionTemplate, ...]:
         path = pathlib.Path(self.folder).expanduser() / self.dataset / "templates.yaml"
         if not path.is_file():
-            raise ValueError(f"There are no promptsource templates at {path}; give the folder that holds the data sets'.")
+            raise ValueError(
+                f"There are no promptsource templates at {path}; give the folder that holds the data sets'."
+            )
         found = {template["name"]: template for template in _read_yaml(path)["templates"].values()}
         if missing := [name for name in self.names if name not in found]:
             raise ValueError(f"{path} has no template {missing[0]!r}; it has {sorted(found)}.")
@@ -178,7 +180,9 @@ class PromptsourceTemplates(Prompts):
             if template.get("answer_choices") and template.get("metadata", {}).get("original_task")
         ]
         if not wanted:
-            raise ValueError(f"{path} has no template with choices for the original task; name some of {sorted(found)}.")
+            raise ValueError(
+                f"{path} has no template with choices for the original task; name some of {sorted(found)}."
+            )
         return tuple(_Promptsource(name, found[name]["jinja"], found[name].get("answer_choices")) for name in wanted)
 
 
