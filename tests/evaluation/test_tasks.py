@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 import pytest
-from jaxlm.evaluation.prompts import Prompt
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.pretrained import Pretrained
+from jaxlm.data.prompts import Prompt
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.evaluate import main
 from jaxlm.evaluation.intervals import estimate
