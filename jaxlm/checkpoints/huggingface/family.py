@@ -30,6 +30,10 @@ class Family:
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    # A modelling file in this package that a folder of the family brings along; None: transformers has the class.
+    code: ClassVar[str | None] = None
+    # What the family says in generation_config.json.
+    generation: ClassVar[Json] = {}
 
     def read(self, fields: Fields) -> LanguageModelConfig:
         """The model that a `config.json` describes.
@@ -46,6 +50,9 @@ class Family:
     def table(self, config: LanguageModelConfig) -> Table:
         """Which tensor holds which parameter."""
         raise NotImplementedError
+
+    def check_ids(self, config: LanguageModelConfig, ids: Mapping[str, Any]) -> None:
+        """Raises ValueError if transformers would read something into the special ids of `config.json`."""
 
     def model_of(
         self, values: Mapping[str, Any], *, ignore: tuple[str, ...] = (), tensors: Collection[str] | None = None

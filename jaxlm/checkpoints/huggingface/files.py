@@ -77,7 +77,8 @@ class TensorFolder:
         if list(self.folder.glob("*.bin")):
             raise ValueError(
                 f"{self.folder} holds pickled tensors (.bin), which can run code when they are read; save the model "
-                f"again with transformers, which writes safetensors."
+                f"again with transformers, which writes safetensors, or convert it with tools/convert_checkpoint.py "
+                f"--allow_pickle, which reads weights only."
             )
         raise FileNotFoundError(f"{self.folder} has neither {SINGLE} nor {INDEX}; give a Hugging Face model's folder.")
 
@@ -191,3 +192,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}, not an object; get it again.")
     return found
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Writes an object as a file that people can read."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
