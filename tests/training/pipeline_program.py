@@ -25,7 +25,7 @@ from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.parallel.stages import Pipeline
 from jaxlm.training.parameters import flatten, map_infos
 from jaxlm.training.prefetch import to_devices
-from jaxlm.training.state import abstract_model, state_shardings
+from jaxlm.training.state import abstract_model, state_shardings, working_copy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Run:
 
     def loss_and_gradient(self, batch, dropout_key=None):
         """float, and {path: gradient} with layers one by one."""
-        definition, *_ = self.parts
+        definition, _, infos = self.parts
         context = Context(ops=ShardedOps(self.parallel), dropout_key=dropout_key)
         side = "encoder" if self.model.architecture is Architecture.ENCODER else "decoder"
 
         @jax.jit
         @jax.value_and_grad
         def loss(params, batch):
-            model = definition.merge(params)
+            model = definition.merge(working_copy(params, infos, self.parallel))
             hidden, extra = model.hidden_states(batch, context=context)
             weights = (batch[f"{side}_segment_ids"] > 0) / 100
             total, _ = context.ops.cross_entropy(
@@ -120,25 +120,35 @@ MODELS = {
     "experts": with_experts(decoder()),
     "encoder-decoder": encoder_decoder(decoder(dropout=0.1)),
 }
+
+
+def staged(mesh, pipeline, **options):
+    return ParallelConfig(mesh, pipeline=pipeline, **options)
+
+
 CASES = {  # six layers in stages of two: two identity layers
-    ("decoder", "stage x fsdp x tensor"): (MeshConfig(stage=2, fsdp=2, tensor=2), Pipeline(4)),
-    ("decoder", "4 stages"): (MeshConfig(stage=4, data=1), Pipeline(8)),
-    ("prefix decoder", "2 rounds"): (MeshConfig(stage=2, data=1), Pipeline(4, 2, "stage")),
-    ("encoder", "stage x sequence"): (MeshConfig(stage=2, data=1, sequence=2), Pipeline(2)),
-    ("experts", "stage x expert"): (MeshConfig(stage=2, data=1, expert=2), Pipeline(4)),
-    ("encoder-decoder", "stage x data"): (MeshConfig(stage=2, data=2), Pipeline(4)),
+    ("decoder", "stage x fsdp x tensor"): staged(MeshConfig(stage=2, fsdp=2, tensor=2), Pipeline(4)),
+    ("decoder", "4 stages"): staged(MeshConfig(stage=4, data=1), Pipeline(8)),
+    ("prefix decoder", "2 rounds"): staged(MeshConfig(stage=2, data=1), Pipeline(4, 2, "stage")),
+    ("encoder", "stage x sequence"): staged(MeshConfig(stage=2, data=1, sequence=2), Pipeline(2)),
+    ("experts", "stage x expert"): staged(MeshConfig(stage=2, data=1, expert=2), Pipeline(4)),
+    # What is stored is cut over `data` too, and gathered once, before the pipeline (ZeRO-1).
+    ("encoder-decoder", "stage x data"): staged(
+        MeshConfig(stage=2, data=2), Pipeline(4), state_rules=(("embed", ("data",)),)
+    ),
 }
 
 key = jax.random.key(1)
 one_device = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
 answer, runs, alone = {}, {}, {}
-for (name, case), (mesh, pipeline) in CASES.items():
+for (name, case), parallel in CASES.items():
     if name not in alone:
         runs[name, "alone"] = Run(MODELS[name], one_device)
         alone[name] = runs[name, "alone"].loss_and_gradient(text, key)
     loss, grads = alone[name]
+    mesh = parallel.mesh
     count = 8 if mesh.data == -1 else mesh.stage * mesh.data * mesh.expert * mesh.sequence
-    runs[name, case] = Run(MODELS[name], ParallelConfig(mesh, pipeline=pipeline).on(jax.devices()[:count]))
+    runs[name, case] = Run(MODELS[name], parallel.on(jax.devices()[:count]))
     other_loss, other = runs[name, case].loss_and_gradient(text, key)
     total = np.sqrt(sum((g**2).sum() for g in grads.values()))
     assert grads.keys() == other.keys()
@@ -167,4 +177,6 @@ plain, four, rounds = runs["decoder", "alone"], runs["decoder", "4 stages"], run
 answer["restored"] = [restored(*pair) for pair in ((four, rounds), (rounds, plain), (plain, four))]
 four_padded = four.parts[2]["decoder"]["layers"]["0"]["attention"]["query"]["kernel"]
 answer["identities"] = [four_padded.identities, four_padded.depth, four_padded.size / four_padded.shape[0]]
+kernel = runs["encoder-decoder", "stage x data"].params["decoder"]["layers"]["0"]["attention"]["query"]["kernel"]
+answer["stored"] = kernel.size // kernel.addressable_shards[0].data.size
 print(json.dumps(answer))
