@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, modernbert, olmo, t5
+from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, modernbert, olmo, own, t5
 from jaxlm.checkpoints.huggingface.family import Family
 from jaxlm.models.config import LanguageModelConfig
 
@@ -24,6 +24,9 @@ FAMILIES: tuple[Family, ...] = (
     bert.Roberta(),
     bert.ElectraGenerator(),
     modernbert.ModernBert(),
+    own.OwnDecoder(),
+    own.OwnEncoder(),
+    own.OwnEncoderDecoder(),
 )
 """In the order in which a model is offered to them for export."""
 
@@ -60,7 +63,9 @@ def by_model(config: LanguageModelConfig, name: str | None = None) -> Family:
             return family
     if not reasons:
         raise ValueError(f"There is no family {name!r}; there are {sorted({f.model_type for f in FAMILIES})}.")
-    nearest = min(reasons, key=lambda family: len(reasons[family]))
+    # Ours computes whatever it covers: what it does not is the better reason, unless a class was asked for.
+    ours = [family for family in reasons if family.code and config.architecture in family.computes]
+    nearest = ours[0] if ours else min(reasons, key=lambda family: len(reasons[family]))
     raise ValueError(
         f"No Hugging Face class computes this model; the nearest is {nearest.architecture}, but "
         f"{'; '.join(reasons[nearest][:3])}."

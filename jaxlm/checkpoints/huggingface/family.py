@@ -32,6 +32,8 @@ class Family:
     architecture: ClassVar[str]
     # A modelling file in this package that a folder of the family brings along; None: transformers has the class.
     code: ClassVar[str | None] = None
+    # The architectures that such a file computes.
+    computes: ClassVar[tuple[Architecture, ...]] = ()
     # What the family says in generation_config.json.
     generation: ClassVar[Json] = {}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -180,6 +181,8 @@ def export(
     with new_folder(pathlib.Path(folder)) as unfinished:
         write_tensors(unfinished, {entry.name: tensor(entry) for entry in table}, shard_bytes=shard_bytes)
         write_json(unfinished / CONFIG, fields | adapter.write(config) | dict(special_ids or {}))
+        if adapter.code is not None:
+            shutil.copyfile(pathlib.Path(__file__).with_name(adapter.code), unfinished / adapter.code)
         beside(unfinished)
     return adapter
 
