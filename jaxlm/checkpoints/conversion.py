@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -13,7 +14,7 @@ from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.huggingface import card, families
 from jaxlm.checkpoints.huggingface.family import Family, Json
 from jaxlm.checkpoints.huggingface.files import new_folder, write_json
-from jaxlm.checkpoints.huggingface.folder import GENERATION_CONFIG, export
+from jaxlm.checkpoints.huggingface.folder import GENERATION_CONFIG, HuggingFaceFolder, export
 from jaxlm.checkpoints.huggingface.tensors import Shape
 from jaxlm.checkpoints.huggingface.tokenizer import Tokenizer, write_tokenizer
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager, Writing
@@ -53,17 +54,38 @@ def parameters_of(source: Source, weights: str = "params") -> Parameters:
     Raises:
       CheckpointError: it has no such weights.
     """
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     leaves = {path: leaf for path, leaf in source.leaves.items() if path[0] == weights}
     if not leaves:
         raise CheckpointError(f"{source.folder} holds no {weights}; leave out --averaged.")
+    read = source.reader() if isinstance(source, HuggingFaceFolder) else _reader(source, weights)
+    return Parameters({naming.show(path[1:]): leaf.shape for path, leaf in leaves.items()}, read)
+
+
+def _reader(checkpoint: stored.StoredCheckpoint, weights: str) -> Callable[[str], np.ndarray]:
+    """path -> the parameter. A layer's are read together: opening a checkpoint takes longer than a small array."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    together: dict[str, list[naming.Path]] = {}
+    for path in checkpoint.leaves:
+        if path[0] == weights:
+            together.setdefault(_layer(naming.show(path[1:])), []).append(path)
+    found: dict[naming.Path, jax.Array] = {}
 
     def value(name: str) -> np.ndarray:
         path = (weights, *name.split("/"))
-        leaf = leaves[path]
-        return np.asarray(source.read({path: stored.Request((path,), None, leaf.shape, leaf.dtype, here)})[path])
+        if path not in found:
+            found.clear()
+            leaves = {path: checkpoint.leaves[path] for path in together[_layer(name)]}
+            requests = {p: stored.Request((p,), None, leaf.shape, leaf.dtype, here) for p, leaf in leaves.items()}
+            found.update(checkpoint.read(requests))
+        return np.asarray(found[path])
 
-    return Parameters({naming.show(path[1:]): leaf.shape for path, leaf in leaves.items()}, value)
+    return value
+
+
+def _layer(name: str) -> str:
+    """The layer that a parameter belongs to, or its own name."""
+    layer = re.match(r".*?\b(?:layers|prologue|future)/\d+/", name)
+    return layer[0] if layer else name
 
 
 def to_hugging_face(

@@ -57,24 +57,31 @@ class HuggingFaceFolder:
 
     def read(self, requests: Mapping[naming.Path, stored.Request]) -> dict[naming.Path, jax.Array]:
         """The arrays asked for, tensor after tensor; see `stored.StoredCheckpoint.read`."""
-        home = {path: entry for entry in self.table for path in entry.paths}
-        split: dict[str, tuple[np.ndarray, ...]] = {}  # fused tensors come again for each of their parameters
+        read = self.reader()
 
         def parameter(path: naming.Path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-            name = naming.show(path[1:])
-            entry = home[name]
-            if entry.name not in split:
-                split.clear()
-                shapes = tuple(self.shapes[part] for part in entry.paths)
-                split[entry.name] = entry.form.split(self.tensors.read(entry.name), shapes)
-            value = split[entry.name][entry.paths.index(name)]
-            return jax.device_put(np.asarray(value, wanted.dtype), wanted.sharding)
+            return jax.device_put(np.asarray(read(naming.show(path[1:])), wanted.dtype), wanted.sharding)
 
         values = {}
         for name, request in requests.items():
             parts = [parameter(path, request.layer) for path in request.paths]
             values[name] = stored.stacker(request)(*parts) if request.stacked else parts[0]
         return values
+
+    def reader(self) -> Callable[[str], np.ndarray]:
+        """path -> the parameter, perhaps a view of its tensor; paths written with slashes."""
+        home = {path: entry for entry in self.table for path in entry.paths}
+        split: dict[str, tuple[np.ndarray, ...]] = {}  # fused tensors come again for each of their parameters
+
+        def parameter(path: str) -> np.ndarray:
+            entry = home[path]
+            if entry.name not in split:
+                split.clear()
+                shapes = tuple(self.shapes[part] for part in entry.paths)
+                split[entry.name] = entry.form.split(self.tensors.read(entry.name), shapes)
+            return split[entry.name][entry.paths.index(path)]
+
+        return parameter
 
     def load(self, params: Any, layouts: tuple[StackLayout, ...]) -> Any:
         """All parameters.
@@ -174,7 +181,7 @@ def export(
 
     def tensor(entry) -> Pending:
         parts = tuple(shapes[path] for path in entry.paths)
-        make = lambda: entry.form.join(tuple(np.asarray(value(path)) for path in entry.paths)).astype(dtype)  # noqa: E731
+        make = lambda: entry.form.join(tuple(np.asarray(value(path)) for path in entry.paths)).astype(dtype, copy=False)  # noqa: E731
         return Pending(entry.form.shape(parts), dtype, make)
 
     fields = {"architectures": [adapter.architecture], "model_type": adapter.model_type, "dtype": dtype.name}

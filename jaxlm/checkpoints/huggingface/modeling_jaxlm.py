@@ -388,6 +388,8 @@ class Surroundings:
 class Stack(nn.Module):
     """Blocks one after the other, and a norm."""
 
+    main_input_name = "input_ids"  # `generate` asks the encoder
+
     def __init__(self, config: Description, scaling: Scaling):
         super().__init__()
         prologue, pattern = config["prologue"], config["blocks"]
@@ -581,9 +583,9 @@ class JaxLMForCausalLM(JaxLM, GenerationMixin):
             options["prefix_length"] = (torch.ones_like(ids) if mask is None else mask).sum(-1)
         return super().generate(inputs, **options | {"use_cache": False})
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **options: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """There is no cache: the whole row each time."""
-        return {"input_ids": input_ids} | {name: options.get(name) for name in ("attention_mask", "prefix_length")}
+        return {"input_ids": input_ids} | {name: kwargs.get(name) for name in ("attention_mask", "prefix_length")}
 
 
 class JaxLMForMaskedLM(JaxLM):
@@ -652,7 +654,7 @@ class JaxLMForConditionalGeneration(JaxLM, GenerationMixin):
         """As of every model in transformers."""
         return super().generate(inputs, **options | {"use_cache": False})
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **options: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         """There is no cache: the whole row each time."""
         names = ("attention_mask", "encoder_outputs", "decoder_attention_mask")
-        return {"decoder_input_ids": input_ids} | {name: options.get(name) for name in names}
+        return {"decoder_input_ids": input_ids} | {name: kwargs.get(name) for name in names}
