@@ -14,15 +14,14 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import time
 from typing import Any
 
+from benchmarks.guides import fill
+
 RESULTS = pathlib.Path(__file__).parent / "results"
-GUIDE = pathlib.Path(__file__).parents[1] / "docs" / "scaling.md"
-_COPY = re.compile(r"(<!-- plan: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,13 +159,9 @@ def compare_with_floor() -> dict[str, Any]:
     return result
 
 
-def guide_with_results(text: str) -> str:
-    """docs/scaling.md with the tables of the plans that it names, as they are in results."""
-
-    def table(found: re.Match) -> str:
-        return found[1] + "\n" + (RESULTS / "plans" / found[2] / "plan.md").read_text() + "\n" + found[3]
-
-    return _COPY.sub(table, text)
+def table(name: str) -> str:
+    """A committed plan as Markdown, for docs/scaling.md."""
+    return (RESULTS / "plans" / name / "plan.md").read_text()
 
 
 def main() -> None:
@@ -181,7 +176,7 @@ def main() -> None:
             compare_with_floor()
         else:
             plan_preset(name)
-    GUIDE.write_text(guide_with_results(GUIDE.read_text()))
+    fill("scaling.md", "plan", table)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pathlib
 import jax
 import numpy as np
 
+from benchmarks.guides import fill
 from jaxlm.architecture import Architecture
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.block import BlockConfig
@@ -99,8 +100,19 @@ def main(steps: int = 300, last: int = 100) -> None:
     RESULTS.write_text(
         json.dumps({"steps": steps, "last": last, "machine": machine.facts(), "runs": rows}, indent=1) + "\n"
     )
-    for name, row in rows.items():
-        print(f"{name:32} {row['loss']:.4f} nats over the last {last} steps, {row['from bfloat16']:+.4f}")
+    print(committed("runs"))
+    fill("memory_and_precision.md", "precision", committed)
+
+
+def committed(name: str) -> str:
+    """The table of the committed results, for docs/memory_and_precision.md."""
+    found = json.loads(RESULTS.read_text())
+    lines = [
+        f"| | nats, mean of the last {found['last']} of {found['steps']} steps | from bfloat16 |",
+        "|---|---:|---:|",
+    ]
+    lines += [f"| {of} | {row['loss']:.4f} | {row['from bfloat16']:+.4f} |" for of, row in found[name].items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

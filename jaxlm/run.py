@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from jaxlm.architecture import Architecture
+from jaxlm.checkpoints.branch import Branch
 from jaxlm.checkpoints.manager import CheckpointConfig
 from jaxlm.checkpoints.warm_start import WarmStart
 from jaxlm.configuration import resolved_text
@@ -29,7 +31,7 @@ from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Phase, Stage, phases
 from jaxlm.training.state import TrainState, abstract_model
-from jaxlm.training.step import StepConfig, layer_names, make_train_step
+from jaxlm.training.step import StepConfig, TrainStep, layer_names, make_train_step
 from jaxlm.training.watchdog import WatchdogConfig
 from jaxlm.training.writers import WandbConfig
 
@@ -71,6 +73,7 @@ class RunConfig:
       stages: what changes on the way, see `jaxlm.training.stages`; () is one stage of train_steps. Their steps add up
         to train_steps.
       warm_start: parameters to begin with; None initialises afresh.
+      branch: another run's whole state to go on from, counting its steps; None begins at step 0.
       wandb: also log to Weights & Biases.
       watchdog: when a run counts as hung; None never.
       profile: steps to record with jax's profiler; None records nothing.
@@ -95,6 +98,7 @@ class RunConfig:
     samples: SampleConfig | None = None
     stages: tuple[Stage, ...] = ()
     warm_start: WarmStart | None = None
+    branch: Branch | None = None
     wandb: WandbConfig | None = None
     watchdog: WatchdogConfig | None = None
     profile: ProfileConfig | None = None
@@ -105,6 +109,8 @@ class RunConfig:
         for name in ("train_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"RunConfig.{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.warm_start is not None and self.branch is not None:
+            raise ValueError("RunConfig.warm_start and branch are two ways to begin; set one of them to None.")
         if self.stages and sum(stage.steps for stage in self.stages) != self.train_steps:
             raise ValueError(
                 f"The stages have {' + '.join(str(stage.steps) for stage in self.stages)} steps, which do not add up "
@@ -200,7 +206,7 @@ class Program:
       abstract: shapes of the parameters.
       optimizer: for this model.
       config: of the step.
-      step: the jitted training step.
+      step: the training step.
       flops_per_token: forward and backward, see `jaxlm.models.accounting`.
       row_tokens: columns of a row, of all stacks together.
     """
@@ -211,7 +217,7 @@ class Program:
     abstract: Tree
     optimizer: Optimizer
     config: StepConfig
-    step: Callable
+    step: TrainStep
     flops_per_token: float
     row_tokens: int
 
@@ -227,7 +233,7 @@ class Parts:
       abstract: shapes of the parameters.
       optimizer: for this model.
       loader: this host's batches.
-      step: the jitted training step.
+      step: the training step.
       evaluate: state -> validation metrics, or None.
       names: of data sets, objectives and layers in metrics.
       flops_per_token: forward and backward, see `jaxlm.models.accounting`.
@@ -241,11 +247,31 @@ class Parts:
     abstract: Tree
     optimizer: Optimizer
     loader: Loader
-    step: Callable
+    step: TrainStep
     evaluate: Callable[[TrainState], dict[str, float]] | None
     names: metrics.Names
     flops_per_token: float
     row_tokens: int
+
+
+class Programs:
+    """The programs of one configuration after another: runs that differ in their seeds alone trace and compile once."""
+
+    def __init__(self):
+        self._key: str | None = None
+        self._made: dict[str, Any] = {}
+
+    def shared[T](self, run: RunConfig, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, or gave for the last run if that was another seed of this one; `name` says of what."""
+        seedless = dataclasses.replace(
+            run, model_dir="", seed=0, warm_start=None, branch=None, data=dataclasses.replace(run.data, seed=0)
+        )
+        key = resolved_text(seedless)
+        if key != self._key:
+            self._key, self._made = key, {}
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
 
 
 def make_model(config: ModelConfig, parallel: Parallelism) -> Callable[[jax.Array], nnx.Module]:
@@ -374,14 +400,17 @@ def check_phases(run: RunConfig, parallel: Parallelism) -> None:
             loader.close()
 
 
-def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
+def assemble(run: RunConfig, phase: Phase, parallel: Parallelism, programs: Programs) -> Parts:
     """Builds what a phase needs; nothing is compiled or put on a device yet.
+
+    Args:
+      programs: those of the process.
 
     Raises:
       ValueError: the parts do not fit together; the message says which and what to do.
     """
     loader = open_checked(run, phase, parallel)
-    program = make_program(run, phase, parallel, layout_of(loader))
+    program = programs.shared(run, f"step {phase.start}", lambda: make_program(run, phase, parallel, layout_of(loader)))
     names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(program.infos))
     return Parts(
         phase=phase,
@@ -391,8 +420,8 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism) -> Parts:
         abstract=program.abstract,
         optimizer=program.optimizer,
         loader=loader,
-        step=program.step,
-        evaluate=_evaluator(run, phase, parallel, program.definition, program.optimizer, program.config, names),
+        step=program.step.with_seed(run.seed),
+        evaluate=_evaluator(run, phase, parallel, program, names, programs),
         names=names,
         flops_per_token=program.flops_per_token,
         row_tokens=program.row_tokens,
@@ -414,13 +443,7 @@ def _optimizer(run: RunConfig, phase: Phase, model: ModelConfig, infos: Tree) ->
 
 
 def _evaluator(
-    run: RunConfig,
-    phase: Phase,
-    parallel: Parallelism,
-    definition: ModelDefinition,
-    optimizer: Optimizer,
-    step: StepConfig,
-    names: metrics.Names,
+    run: RunConfig, phase: Phase, parallel: Parallelism, program: Program, names: metrics.Names, programs: Programs
 ) -> Evaluator | None:
     if run.evaluation is None:
         return None
@@ -435,8 +458,13 @@ def _evaluator(
     names = dataclasses.replace(names, datasets=loader.dataset_names)
     # Cross-entropy alone, so that runs with different losses compare.
     loss = dataclasses.replace(run.loss, z_loss=0.0, label_smoothing=0.0, num_datasets=len(loader.dataset_names))
+
+    def make_step() -> Callable:
+        definition, optimizer = program.definition, program.optimizer
+        return make_eval_step(definition, loader.objective, optimizer, parallel, config=program.config, loss=loss)
+
     return Evaluator(
-        make_eval_step(definition, loader.objective, optimizer, parallel, config=step, loss=loss),
+        programs.shared(run, f"evaluation {phase.start}", make_step),
         make_loader,
         parallel,
         names=names,

@@ -26,7 +26,7 @@ from jaxlm.exit_status import ExitStatus
 from jaxlm.parallel import multihost, xla_flags
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.reporting import Samples, make_plan, report
-from jaxlm.run import Parts, RunConfig, assemble, check_phases, make_model
+from jaxlm.run import Parts, Programs, RunConfig, assemble, check_phases, make_model
 from jaxlm.training import machine
 from jaxlm.training.goodput import Activity, Ledger, read_ledger
 from jaxlm.training.loop import Loop, Outcome, TrainingDiverged
@@ -78,11 +78,12 @@ _STATUS_OF = {
 }
 
 
-def train(run: RunConfig, *, began: float | None = None) -> Outcome:
+def train(run: RunConfig, *, began: float | None = None, programs: Programs | None = None) -> Outcome:
     """Trains from where the run's folder stands to its last step, and writes the report.
 
     Args:
       began: when the process began, seconds since 1970, for the ledger of time; None is now.
+      programs: of runs before this one in the process, whose compiled steps it may use; None: it is the only one.
 
     Returns:
       how it ended; FINISHED also if there was nothing left to do.
@@ -93,10 +94,11 @@ def train(run: RunConfig, *, began: float | None = None) -> Outcome:
       TrainingDiverged: the loss is not finite any more, or the spike guard gave up.
     """
     began = time.time() if began is None else began
+    programs = Programs() if programs is None else programs
     with multihost.together():
         parallel = run.parallel.on()
         check_phases(run, parallel)
-        parts = assemble(run, run.phases[0], parallel)
+        parts = assemble(run, run.phases[0], parallel, programs)
         folder = RunFolder(run.model_dir)
         identity = run.identity | {"vocabulary": parts.loader.vocabulary.fingerprint()}
     status = claim(run, folder, identity)
@@ -109,7 +111,7 @@ def train(run: RunConfig, *, began: float | None = None) -> Outcome:
             Watchdog(run.watchdog, folder.hangs) as watchdog,
             CheckpointManager(folder.checkpoints, run.checkpoints, parts.definition.layouts, line.print) as checkpoints,
         ):
-            services = Services(folder, checkpoints, ledger, watchdog, RollBacks(run.optimizer.guard), line)
+            services = Services(folder, checkpoints, ledger, watchdog, RollBacks(run.optimizer.guard), line, programs)
             parts, state = begin(run, parts, parallel, services)
             if multihost.is_first():
                 folder.forget_spikes(int(state.step))
@@ -175,6 +177,7 @@ class Services:
     watchdog: Watchdog
     rollbacks: RollBacks
     line: ProgressLine
+    programs: Programs
 
 
 def train_phases(
@@ -203,7 +206,7 @@ def train_phases(
             if phase.end <= step:
                 continue
             if phase != parts.phase:
-                parts, state = advance(run, parts, state, phase, parallel)
+                parts, state = advance(run, parts, state, phase, parallel, services.programs)
             services.rollbacks.pass_over(parts.loader, phase, int(state.step))
             spikes.enter(parts.loader)
             if samples is not None:
@@ -229,7 +232,7 @@ def train_phases(
 
 
 def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Services) -> tuple[Parts, TrainState]:
-    """What a run starts from: its newest intact checkpoint, another run's parameters, or fresh ones.
+    """What a run starts from: its newest intact checkpoint, another run's state or parameters, or fresh ones.
 
     Args:
       parts: of any phase of the run.
@@ -240,27 +243,33 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     checkpoints, line = services.checkpoints, services.line
     with services.ledger.spending(Activity.RESTORE):
         saved = checkpoints.open()
+        if saved is None and run.branch is not None:
+            saved = run.branch.open(run.checkpoints.verify, line.print)
     if saved is None:
         if parts.phase != run.phases[0] or parts.loader.state()["step"] > 0:  # it went back
-            parts = assemble(run, run.phases[0], parallel)
+            parts = assemble(run, run.phases[0], parallel, services.programs)
         state = init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)
         if run.warm_start is not None:
-            params, _ = warm_start(state.params, run.warm_start, parts.definition.layouts, report=line.print)
-            state = start_from(params, parts.optimizer, parallel)
+            layouts = parts.definition.layouts
+            started = warm_start(state.params, run.warm_start, layouts, report=line.print)
+            state = start_from(started.params, parts.optimizer, parallel)
+            opt_state = started.optimizer_state(state.opt_state, layouts, line.print)
+            state = dataclasses.replace(state, opt_state=opt_state)
         return parts, state
     if saved.step > run.train_steps:
         raise ValueError(
-            f"The newest checkpoint in {checkpoints.folder} is of step {saved.step}, beyond train_steps = "
+            f"The checkpoint to go on from, {saved.folder}, is of step {saved.step}, beyond train_steps = "
             f"{run.train_steps}; raise TRAIN_STEPS, or give this run another folder."
         )
     phase = phase_at(run.phases, saved.step - 1)
     if phase != parts.phase:
-        parts = assemble(run, phase, parallel)
+        parts = assemble(run, phase, parallel, services.programs)
     target = abstract_state(parts.abstract, parts.optimizer, parallel)
     with services.ledger.spending(Activity.RESTORE):
         state = saved.restore(target, parts.definition.layouts)
     parts.loader.restore(saved.data)
-    line.print(f"Continues from the checkpoint of step {saved.step:,}.")
+    whose = "" if saved.folder.parent == checkpoints.folder else f" of {saved.folder.parent.parent}"
+    line.print(f"Continues from the checkpoint of step {saved.step:,}{whose}.")
     return parts, state
 
 
@@ -280,7 +289,7 @@ def go_back(
 
 
 def advance(
-    run: RunConfig, parts: Parts, state: TrainState, phase: Phase, parallel: Parallelism
+    run: RunConfig, parts: Parts, state: TrainState, phase: Phase, parallel: Parallelism, programs: Programs
 ) -> tuple[Parts, TrainState]:
     """The next phase's parts and the state it starts from.
 
@@ -290,7 +299,7 @@ def advance(
       parts, state: of the phase that ended, the loader at its last batch.
       phase: the one that begins.
     """
-    following = assemble(run, phase, parallel)
+    following = assemble(run, phase, parallel, programs)
     data = parts.loader.state()
     if data["data"] == following.loader.state()["data"]:
         following.loader.restore(data)

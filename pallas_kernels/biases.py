@@ -38,6 +38,14 @@ class Bias(abc.ABC):
     def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> "Bias":
         """The bias of the queries query ... query + tq and the keys key ... key + tk, counted from 0 again."""
 
+    def between(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """float32 [B, H, Tq, Tk]: of queries and keys at any positions, int32 [B, Tq] and [B, Tk].
+
+        Raises:
+          TypeError: it is not a function of positions.
+        """
+        raise TypeError(f"{type(self).__name__} is given for one grid of scores, not as a function of positions.")
+
 
 def _toeplitz(by_offset: jax.Array, tq: int, tk: int) -> jax.Array:
     """[1, H, Tq, Tk] from [H, Tq + Tk], whose entry r is the bias of key - query = r modulo Tq + Tk."""
@@ -169,6 +177,11 @@ class AlibiBias(Bias):
         return -jnp.asarray(self.slopes, jnp.float32)[None, :, None, None] * distance
 
     @override
+    def between(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        distance = jnp.abs(queries[:, None, :, None] - keys[:, None, None, :]).astype(jnp.float32)
+        return -jnp.asarray(self.slopes, jnp.float32)[None, :, None, None] * distance
+
+    @override
     def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> DiagonalBias:
         distance = jnp.abs(np.arange(1 - tq, tk) + key - query).astype(jnp.float32)
         return DiagonalBias(-jnp.asarray(self.slopes, jnp.float32)[:, None] * distance)
@@ -208,6 +221,11 @@ class RelativeBias(Bias):
     @override
     def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> DiagonalBias:
         return DiagonalBias(self.by_offset(jnp.arange(1 - tq, tk) + key - query))
+
+    @override
+    def between(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        offsets = keys[:, None, :] - queries[:, :, None]  # [B, Tq, Tk]
+        return jnp.moveaxis(self.by_offset(offsets.ravel()).reshape(-1, *offsets.shape), 0, 1)
 
     def by_offset(self, offsets: np.ndarray | jax.Array) -> jax.Array:
         """float32 [H, n]: the bias at each offset, key position minus query position, of the n given."""

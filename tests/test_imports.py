@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "jaxlm.objectives": {"pallas_kernels"} | GROUND,
     "jaxlm.data": {"jaxlm.objectives"} | GROUND,
     "jaxlm.checkpoints": DEVICE | GROUND | {"jaxlm.configuration", "jaxlm.data"},
-    "jaxlm.decoding": DEVICE | GROUND,
+    "jaxlm.decoding": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data"},
     "jaxlm.training": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.checkpoints", "jaxlm.decoding"},
     "jaxlm.run": DEVICE
     | GROUND
@@ -38,8 +38,13 @@ MAY_IMPORT = {
         "jaxlm.objectives",
         "jaxlm.training",
     },
+    "jaxlm.studies": DEVICE
+    | GROUND
+    | {"jaxlm.checkpoints", "jaxlm.configuration", "jaxlm.evaluation", "jaxlm.training", "jaxlm.run"},
     "jaxlm.planning": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.training", "jaxlm.run"},
-    "jaxlm.evaluation": DEVICE | GROUND | {"jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
+    "jaxlm.evaluation": DEVICE
+    | GROUND
+    | {"jaxlm.checkpoints", "jaxlm.objectives", "jaxlm.data", "jaxlm.decoding", "jaxlm.training"},
 }
 
 

@@ -14,7 +14,7 @@ from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.huggingface import card, families
 from jaxlm.checkpoints.huggingface.family import Family, Json
 from jaxlm.checkpoints.huggingface.files import new_folder, write_json
-from jaxlm.checkpoints.huggingface.folder import GENERATION_CONFIG, HuggingFaceFolder, export
+from jaxlm.checkpoints.huggingface.folder import GENERATION_CONFIG, export
 from jaxlm.checkpoints.huggingface.tensors import Shape
 from jaxlm.checkpoints.huggingface.tokenizer import Tokenizer, write_tokenizer
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager, Writing
@@ -57,7 +57,8 @@ def parameters_of(source: Source, weights: str = "params") -> Parameters:
     leaves = {path: leaf for path, leaf in source.leaves.items() if path[0] == weights}
     if not leaves:
         raise CheckpointError(f"{source.folder} holds no {weights}; leave out --averaged.")
-    read = source.reader() if isinstance(source, HuggingFaceFolder) else _reader(source, weights)
+    foreign = not isinstance(source, stored.StoredCheckpoint)
+    read = (lambda name: source.array((weights, *name.split("/")))) if foreign else _reader(source, weights)
     return Parameters({naming.show(path[1:]): leaf.shape for path, leaf in leaves.items()}, read)
 
 

@@ -23,6 +23,7 @@ from jaxlm.checkpoints.huggingface.folder import GENERATION_CONFIG, HuggingFaceF
 from jaxlm.checkpoints.huggingface.tokenizer import read_tokenizer
 from jaxlm.checkpoints.manifest import CheckpointError, Verify
 from jaxlm.checkpoints.sources import Source, open_source
+from jaxlm.checkpoints.t5.layout import T5Checkpoint
 from jaxlm.configuration import resolve_text
 from jaxlm.data import tasks
 from jaxlm.data.vocabularies import Vocabulary
@@ -103,7 +104,8 @@ def load(
     """Opens a trained model.
 
     Args:
-      path: a run's folder (or its `checkpoints`, or one step of these), or a Hugging Face model's folder.
+      path: a run's folder (or its `checkpoints`, or one step of these), a Hugging Face model's folder, or a checkpoint
+        of T5X or Mesh TensorFlow.
       step: of a run; None is the newest intact one.
       averaged: take the moving average of the parameters.
       compute: type of activations and products; None is the run's own, and float32 for a Hugging Face folder.
@@ -132,6 +134,8 @@ def describe(source: Source) -> Description:
     """
     if isinstance(source, HuggingFaceFolder):
         return _describe_folder(source)
+    if isinstance(source, T5Checkpoint):
+        return _describe_t5(source)
     run = resolve_text(source.config)
     if isinstance(run, ImportedModel):
         return _describe_imported(run, source)
@@ -212,7 +216,7 @@ def _describe_run(run: Any, checkpoint: stored.StoredCheckpoint) -> Description:
     if not isinstance(model, LanguageModelConfig):
         raise ValueError(
             f"{checkpoint.folder} holds a {type(model).__name__}, not a language model; start a run from its "
-            f"discriminator (WarmStart.rename)."
+            f"discriminator (a Rename among WarmStart.rules)."
         )
     vocabulary, problem = _tried(lambda: _vocabulary_of(data.mixture))
     info = None if vocabulary is None else vocabulary.info()
@@ -272,6 +276,19 @@ def _describe_folder(folder: HuggingFaceFolder) -> Description:
         input_end_id=end,
         eos_ids=tuple(ends) if isinstance(ends, list) else (() if ends is None else (ends,)),
         context_length=_learned(folder.config) or said,
+    )
+
+
+def _describe_t5(checkpoint: T5Checkpoint) -> Description:
+    """Of a model of T5's own trainers: their conventions, since the checkpoint says nothing."""
+    return Description(
+        config=checkpoint.config,
+        vocabulary=None,
+        no_vocabulary=f"{checkpoint.folder} is a checkpoint of T5's trainers, which hold no vocabulary.",
+        start_id=0,
+        input_end_id=1,
+        eos_ids=(1,),
+        context_length=None,
     )
 
 

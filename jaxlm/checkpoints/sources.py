@@ -1,15 +1,35 @@
-"""Where parameters can come from: what a path means, a run's checkpoints or a Hugging Face model's folder."""
+"""Where parameters can come from: what a path means, a run's checkpoints or a folder of another library's."""
 
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
+import jax
+import numpy as np
 from etils import epath
 
-from jaxlm.checkpoints import stored
+from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.huggingface import folder as huggingface
 from jaxlm.checkpoints.manifest import FILE_NAME, CheckpointError, Verify
+from jaxlm.checkpoints.t5 import layout as t5
 
-Source = stored.StoredCheckpoint | huggingface.HuggingFaceFolder
-"""Parameters on disk: both have `folder`, `leaves` and `read`."""
+
+class Source(Protocol):
+    """Parameters on disk, under our names, layers one by one.
+
+    Attributes:
+      folder: where they are.
+      leaves: {path: shape and type}; paths like ("params", "decoder", "layers", "17", ...).
+    """
+
+    folder: epath.PathLike
+    leaves: Mapping[naming.Path, jax.ShapeDtypeStruct]
+
+    def read(self, requests: Mapping[naming.Path, stored.Request]) -> dict[naming.Path, jax.Array]:
+        """The arrays asked for, on the devices that the requests name; see `stored.StoredCheckpoint.read`."""
+
+    def array(self, path: naming.Path) -> np.ndarray:
+        """One array, whole, in this process's memory."""
 
 
 def open_source(
@@ -23,7 +43,8 @@ def open_source(
     """Opens what lies at a path; no array is read but to verify it.
 
     Args:
-      path: a run's folder, its `checkpoints` folder, the folder of one step, or a Hugging Face model's folder.
+      path: a run's folder, its `checkpoints` folder, the folder of one step, a Hugging Face model's folder, or a
+        checkpoint of T5X or Mesh TensorFlow (`jaxlm.checkpoints.t5`).
       step: of a run, the step to take; None is the newest intact one.
       verify: how much of a checkpoint is checked.
       report: is told, in one sentence each, of damaged steps that were passed over.
@@ -31,7 +52,8 @@ def open_source(
 
     Raises:
       CheckpointError: there is nothing to open, or it is damaged.
-      ValueError: a Hugging Face model that no adapter knows; see `huggingface.folder.open_folder`.
+      ValueError: a Hugging Face model that no adapter knows (see `huggingface.folder.open_folder`), or a T5 that is
+        damaged or none.
     """
     path = epath.Path(path).expanduser().resolve()
     if (path / huggingface.CONFIG).exists():
@@ -44,6 +66,8 @@ def open_source(
         if step not in (None, int(path.name)):
             raise CheckpointError(f"{path} is the checkpoint of step {path.name}, not {step}; give the run's folder.")
         return stored.open_checkpoint(path.parent, int(path.name), verify)
+    if (of_t5 := t5.find(pathlib.Path(path), step)) is not None:
+        return t5.open_t5(of_t5)
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if step is not None:
         return stored.open_checkpoint(folder, step, verify)

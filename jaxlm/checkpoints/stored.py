@@ -77,9 +77,22 @@ class StoredCheckpoint:
                 self.folder / "state", {path: requests[name].layer for name in group for path in requests[name].paths}
             )
             for name in group:
-                layers = [arrays.pop(path) for path in requests[name].paths]
+                layers = [arrays[path] for path in requests[name].paths]
+                for path in set(requests[name].paths):
+                    del arrays[path]
                 values[name] = stacker(requests[name])(*layers) if requests[name].stacked else layers[0]
         return values
+
+    def array(self, path: naming.Path) -> np.ndarray:
+        """One array, whole, in this process's memory."""
+        item = naming.nest({path: self.leaves[path]})
+        arguments = naming.nest({path: ocp.RestoreArgs(restore_type=np.ndarray)})
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.restore(
+                self.folder / "state",
+                args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
+            )
+        return naming.flatten(tree)[path]
 
     def _compare(self, requests: Mapping[naming.Path, "Request"]) -> None:
         """Raises if the leaves on disk are not exactly those asked for; says which differ, a few of each kind."""
@@ -264,14 +277,18 @@ def _read_arrays(
 
 
 def _groups(requests: Mapping[naming.Path, Request]) -> Iterator[list[naming.Path]]:
-    """Splits the names into groups of about `GROUP_BYTES`."""
-    group, size = [], 0
+    """Splits the names into groups of about `GROUP_BYTES`, in which no array on disk is asked for under two names.
+
+    So each name has an array of its own, which may be donated.
+    """
+    group, paths, size = [], set(), 0
     for name, request in requests.items():
-        group.append(name)
-        size += math.prod(request.shape) * request.dtype.itemsize
-        if size >= GROUP_BYTES:
+        if group and (size >= GROUP_BYTES or not paths.isdisjoint(request.paths)):
             yield group
-            group, size = [], 0
+            group, paths, size = [], set(), 0
+        group.append(name)
+        paths.update(request.paths)
+        size += math.prod(request.shape) * request.dtype.itemsize
     if group:
         yield group
 

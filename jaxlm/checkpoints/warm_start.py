@@ -1,7 +1,8 @@
-"""Starts a run from the parameters of another: which leaves are taken, under which names, and an account of each.
+"""Starts a run from the parameters of others: which leaves are taken, how they are changed, and an account of each.
 
-The optimizer, the data position and the step start afresh. Names are those on disk (`naming`), without "params/", and
-layers are numbered one by one whether or not either model is scanned: "decoder/layers/17/attention/query".
+The data position and the step start afresh, and so does the optimizer unless asked to go on. Names are those on disk
+(`naming`), without "params/", and layers are numbered one by one whether or not either model is scanned:
+"decoder/layers/17/attention/query/kernel".
 """
 
 import dataclasses
@@ -11,15 +12,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.manifest import CheckpointError, Verify
 from jaxlm.checkpoints.sources import Source, open_source
+from jaxlm.checkpoints.surgery.leaves import Draft, Leaf, Origin, Weights, leaves_of
+from jaxlm.checkpoints.surgery.rules import Rule
 from jaxlm.layers.stacking import StackLayout
 
 
 class Missing(enum.Enum):
-    """What becomes of the model's leaves that the checkpoint does not fill.
+    """What becomes of the model's leaves that nothing fills, and that no `Fresh` rule names.
 
     ERROR: the run stops and names them.
     INITIALISE: they keep their fresh initialisation, and the account says so.
@@ -29,46 +34,43 @@ class Missing(enum.Enum):
     INITIALISE = "initialise"
 
 
-class Weights(enum.Enum):
-    """Which of a checkpoint's parameters are taken."""
+class OptimizerState(enum.Enum):
+    """What the optimizer begins with.
 
-    PARAMS = "params"
-    AVERAGED = "ema_params"
+    RESET: zeros.
+    KEEP: the checkpoint's moments of each parameter that is taken from it unchanged, under whatever name; zeros for
+      others. The algorithm must be the same.
+    """
+
+    RESET = "reset"
+    KEEP = "keep"
 
 
 @dataclasses.dataclass(frozen=True)
 class WarmStart:
-    """Where parameters come from and how they are matched.
-
-    All patterns are regular expressions that must match a whole name on disk.
+    """Where parameters come from and what is done to them.
 
     Attributes:
-      path: a run's folder, its `checkpoints` folder, the folder of one step, or a Hugging Face model's folder.
+      path: a run's folder, its `checkpoints` folder, the folder of one step, or a folder of another library's
+        (docs/interchange.md).
       step: the step to take, or None for the newest intact one.
-      take: leaves to take: those that match any of these patterns.
-      drop: leaves to leave out, though `take` matches them.
-      rename: (pattern, replacement) pairs, in order; each replaces within names (`re.sub`, so "\\1" refers to a group)
-        and gives the name in the new model.
-      missing: what becomes of leaves that nothing fills.
       weights: the parameters, or their average (EMA).
+      rules: what is done to the leaves, in order; see `jaxlm.checkpoints.surgery`. () takes them as they are.
+      missing: what becomes of leaves that nothing fills.
+      optimizer: what becomes of the optimizer's state.
     """
 
     path: str
     step: int | None = None
-    take: tuple[str, ...] = (".*",)
-    drop: tuple[str, ...] = ()
-    rename: tuple[tuple[str, str], ...] = ()
-    missing: Missing = Missing.ERROR
     weights: Weights = Weights.PARAMS
+    rules: tuple[Rule, ...] = ()
+    missing: Missing = Missing.ERROR
+    optimizer: OptimizerState = OptimizerState.RESET
 
     def __post_init__(self):
-        for pattern in (*self.take, *self.drop, *(pattern for pattern, _ in self.rename)):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"WarmStart has the pattern {pattern!r}, which is no regular expression: {error}."
-                ) from None
+        object.__setattr__(self, "weights", Weights(self.weights))
+        object.__setattr__(self, "missing", Missing(self.missing))
+        object.__setattr__(self, "optimizer", OptimizerState(self.optimizer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,24 +78,25 @@ class Account:
     """What became of every leaf.
 
     Attributes:
-      source: the step's folder.
-      taken: {name in the model: name on disk}.
+      source: the folder of the first checkpoint.
+      taken: names that are the same on disk and in the model, with what is there.
+      mapped: {name in the model: what it was made of, and how}.
       new: names in the model that keep their initialisation.
       dropped: names on disk that are not used.
     """
 
     source: str
-    taken: Mapping[str, str]
+    taken: tuple[str, ...]
+    mapped: Mapping[str, str]
     new: tuple[str, ...]
     dropped: tuple[str, ...]
 
     def __str__(self) -> str:
         """One line a leaf, the layers of a stack folded into one."""
-        same = [name for name, old in self.taken.items() if name == old]
-        renamed = [f"{old} -> {name}" for name, old in self.taken.items() if name != old]
+        mapped = [f"{name} <- {of}" for name, of in self.mapped.items()]
         lines = [f"Warm start from {self.source}:"]
-        for word, names in (("taken", same), ("renamed", renamed), ("new", self.new), ("dropped", self.dropped)):
-            lines += [f"  {word:8} {line}" for line in _fold(names)]
+        for word, entries in (("taken", self.taken), ("mapped", mapped), ("new", self.new), ("dropped", self.dropped)):
+            lines += [f"  {word:8} {line}" for line in _fold(entries)]
         return "\n".join(lines)
 
 
@@ -103,115 +106,226 @@ def warm_start(
     layouts: tuple[StackLayout, ...] = (),
     verify: Verify = Verify.DIGESTS,
     report: Callable[[str], None] = print,
-) -> tuple[Any, Account]:
-    """Parameters filled from a checkpoint.
+) -> "Started":
+    """Parameters filled from checkpoints.
 
     Args:
       params: freshly initialised parameters, with their shardings and types; values on disk are cast to these types.
-      config: what to take.
+      config: what to take, and what to do to it.
       layouts: the scanned stacks of `params`. Some layers of a stack may be taken and others new.
-      verify: how much of the checkpoint is checked first.
+      verify: how much of a checkpoint is checked first.
       report: is told the account.
 
-    Returns:
-      (parameters, account).
-
     Raises:
-      CheckpointError: no intact checkpoint at the path, a leaf taken that the model lacks or has in another shape,
-        two leaves for one name, or leaves missing; the message names them and the remedy.
+      CheckpointError: no intact checkpoint at a path, a rule that fits nothing, a leaf that the model lacks or has in
+        another shape, two leaves for one name, or leaves missing; the message names them and the remedy.
     """
-    checkpoint = open_source(config.path, config.step, verify, report)
-    found, dropped = _matched(checkpoint, config)
     requests = stored.requests_for(params, layouts)
-    known = {path: request for request in requests.values() for path in request.paths}
-    for path, source in found.items():
-        if path not in known:
-            names = list(map(naming.show, known))
-            raise CheckpointError(
-                f"The warm start takes {naming.show(source)} of {checkpoint.folder} as {naming.show(path)}, which this "
-                f"model lacks; drop or rename it (the model has, for example, {stored.some(names)})."
-            )
-        shape, wanted = checkpoint.leaves[(config.weights.value, *source)].shape, known[path].layer.shape
-        if shape != wanted:
-            raise CheckpointError(
-                f"{naming.show(source)} of {checkpoint.folder} has shape {list(shape)}, but this model wants "
-                f"{naming.show(path)} of shape {list(wanted)}{stored.likely_vocabulary(path, shape, wanted)}; drop it "
-                f"and let it be initialised, or give the model the checkpoint's sizes."
-            )
-    new = [path for path in known if path not in found]
-    if new and config.missing is Missing.ERROR:
-        names = list(map(naming.show, new))
-        raise CheckpointError(
-            f"The warm start from {checkpoint.folder} leaves {stored.some(names)} without values; take or rename "
-            f"leaves for them, or set missing to {Missing.INITIALISE.value!r}."
-        )
-    filled = _filled(checkpoint, config.weights, naming.flatten(params), requests, found)
-    account = Account(
-        source=str(checkpoint.folder),
-        taken={naming.show(path): naming.show(source) for path, source in found.items()},
-        new=tuple(map(naming.show, new)),
-        dropped=tuple(map(naming.show, dropped)),
-    )
+    model = {naming.show(path): request.layer for request in requests.values() for path in request.paths}
+    places = naming.sources(params, layouts)
+    initial_leaves = naming.flatten(params)
+
+    def initial(name: str) -> np.ndarray:
+        place = places[tuple(name.split("/"))]
+        leaf = initial_leaves[place.path]
+        return _on_host(leaf if place.row is None else leaf[place.row])
+
+    opened: list[Source] = []
+
+    def open_leaves(path: str, step: int | None, weights: Weights) -> dict[str, Leaf]:
+        opened.append(open_source(path, step, verify, report))
+        return leaves_of(opened[-1], weights)
+
+    draft = Draft(model, initial, open_leaves)
+    draft.leaves = draft.open_leaves(config.path, config.step, config.weights)
+    for rule in config.rules:
+        rule.apply(draft)
+    new = _check(draft, config, str(opened[0].folder))
+    account = _account(draft, new, opened)
+    filled = _filled(params, requests, _by_path(draft.leaves))
+    started = Started(filled, account, config, draft.leaves, frozenset(model), tuple(opened))
     report(str(account))
-    return jax.tree.unflatten(jax.tree.structure(params), filled), account
+    return started
 
 
-def _matched(checkpoint: Source, config: WarmStart) -> tuple[dict[naming.Path, naming.Path], list[naming.Path]]:
-    """({name in the model: name on disk}, dropped names), by the patterns alone."""
-    found: dict[naming.Path, naming.Path] = {}
-    dropped = []
-    names = [path[1:] for path in checkpoint.leaves if path[0] == config.weights.value]
-    if not names:
-        raise CheckpointError(f"{checkpoint.folder} holds no {config.weights.value}; take the other weights.")
-    for source in names:
-        name = naming.show(source)
-        taken = any(re.fullmatch(pattern, name) for pattern in config.take)
-        if not taken or any(re.fullmatch(pattern, name) for pattern in config.drop):
-            dropped.append(source)
-            continue
-        for pattern, replacement in config.rename:
-            if re.fullmatch(pattern, name):
-                name = re.sub(pattern, replacement, name, count=1)
-        path = tuple(name.split("/"))
-        if path in found:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Started:
+    """What a warm start gives.
+
+    Attributes:
+      params: the parameters.
+      account: what became of every leaf.
+      config: by which it was made.
+      leaves: {name: what the model's parameter was made of}; without those that are new.
+      names: of all of the model's parameters.
+      opened: the checkpoints, the first one first.
+    """
+
+    params: Any
+    account: Account
+    config: WarmStart
+    leaves: Mapping[str, Leaf]
+    names: frozenset[str]
+    opened: tuple[Source, ...]
+
+    def optimizer_state(self, fresh: Any, layouts: tuple[StackLayout, ...], report: Callable[[str], None]) -> Any:
+        """The optimizer's state that goes with the parameters: `fresh`, filled as `WarmStart.optimizer` says.
+
+        Args:
+          fresh: the optimizer's first state for the parameters.
+          layouts: as for `warm_start`.
+          report: is told in a sentence what was kept.
+
+        Raises:
+          CheckpointError: it is to be kept, but the checkpoint holds none, or one of another algorithm.
+        """
+        if self.config.optimizer is OptimizerState.RESET:
+            return fresh
+        first = self.opened[0]
+        requests = stored.requests_for(fresh, layouts)
+        wanted = {path: request.layer for request in requests.values() for path in request.paths}
+        kept: dict[naming.Path, Leaf] = {}
+        moments, moments_kept = 0, 0
+        for path, leaf in wanted.items():
+            name = next((i for i in range(len(path)) if naming.show(path[i:]) in self.names), None)
+            origin = Origin(first, ("opt_state", *path))  # of a counter
+            if name is not None:
+                moments += 1
+                parameter = self.leaves.get(naming.show(path[name:]))
+                if parameter is None or not parameter.as_stored:
+                    continue
+                (taken,) = parameter.origins
+                origin = Origin(taken.source, ("opt_state", *path[:name], *taken.path[1:]))
+            found = origin.source.leaves.get(origin.path)
+            if found is not None and found.shape == leaf.shape:
+                kept[path] = Leaf(tuple(found.shape), (origin,))
+                moments_kept += name is not None
+        if moments and not moments_kept:
             raise CheckpointError(
-                f"The warm start gives {name} two values, {naming.show(found[path])} and {naming.show(source)} of "
-                f"{checkpoint.folder}; drop or rename one of them."
+                f"{first.folder} holds no optimizer state of this algorithm; use the algorithm it was trained with, or "
+                f"set WarmStart.optimizer to {OptimizerState.RESET.value!r}."
             )
-        found[path] = source
-    return found, dropped
+        report(f"The optimizer keeps {len(kept)} of {len(wanted)} arrays of its state; the others start from zero.")
+        return _filled(fresh, requests, kept)
 
 
-def _filled(
-    checkpoint: Source,
-    weights: Weights,
-    params: Mapping[naming.Path, jax.Array],
-    requests: Mapping[naming.Path, stored.Request],
-    found: Mapping[naming.Path, naming.Path],
-) -> list[jax.Array]:
-    """The parameters in order, with what was found read from disk."""
-    whole, single = {}, {}
+def _check(draft: Draft, config: WarmStart, source: str) -> tuple[str, ...]:
+    """The names of the model that stay as they are initialised, once the draft has been found to fit the model."""
+    for name, leaf in draft.leaves.items():
+        made_of = ", ".join(origin.name for origin in leaf.origins[:3]) or "a constant"
+        if name not in draft.model:
+            raise CheckpointError(
+                f"The warm start takes {made_of} of {source} as {name}, which this model lacks; drop or rename it (the "
+                f"model has, for example, {stored.some(list(draft.model))})."
+            )
+        if leaf.shape != (wanted := draft.model[name].shape):
+            path = tuple(name.split("/"))
+            raise CheckpointError(
+                f"{made_of} of {source} has shape {list(leaf.shape)}, but this model wants {name} of shape "
+                f"{list(wanted)}{stored.likely_vocabulary(path, leaf.shape, wanted)}; drop it and let it be "
+                f"initialised, resize it, or give the model the checkpoint's sizes."
+            )
+    new = tuple(name for name in draft.model if name not in draft.leaves)
+    missing = [name for name in new if name not in draft.new]
+    if missing and config.missing is Missing.ERROR:
+        raise CheckpointError(
+            f"The warm start from {source} leaves {stored.some(missing)} without values; take or rename leaves for "
+            f"them, name them in a Fresh rule, or set missing to {Missing.INITIALISE.value!r}."
+        )
+    return new
+
+
+def _account(draft: Draft, new: tuple[str, ...], opened: list[Source]) -> Account:
+    several = len(opened) > 1
+
+    def show(origin: Origin) -> str:
+        return f"{origin.name} of {origin.source.folder}" if several else origin.name
+
+    taken, mapped, used = [], {}, set()
+    for name in draft.model:
+        if name not in draft.leaves:
+            continue
+        leaf = draft.leaves[name]
+        used |= {(id(origin.source), origin.path) for origin in leaf.origins}
+        if leaf.as_stored and leaf.origins[0].name == name and leaf.origins[0].source is opened[0]:
+            taken.append(name)
+        else:
+            clauses = [", ".join(map(show, leaf.origins)), *leaf.how]
+            mapped[name] = ", ".join(filter(None, clauses))
+    dropped = [show(origin) for origin in draft.opened if (id(origin.source), origin.path) not in used]
+    return Account(str(opened[0].folder), tuple(taken), mapped, new, tuple(dict.fromkeys(dropped)))
+
+
+def _by_path(leaves: Mapping[str, Leaf]) -> dict[naming.Path, Leaf]:
+    return {tuple(name.split("/")): leaf for name, leaf in leaves.items()}
+
+
+def _filled(tree: Any, requests: Mapping[naming.Path, stored.Request], leaves: Mapping[naming.Path, Leaf]) -> Any:
+    """`tree` with what is in `leaves`, by path on disk; what is not changed on the way is read where it belongs."""
+    old = naming.flatten(tree)
+    values: dict[naming.Path, jax.Array] = {}
+    whole: dict[int, tuple[Source, dict[naming.Path, stored.Request]]] = {}
     for name, request in requests.items():
-        sources = {path: (weights.value, *found[path]) for path in request.paths if path in found}
-        if len(sources) == len(request.paths):
-            whole[name] = dataclasses.replace(request, paths=tuple(sources.values()))
-        else:  # some layers of a stack: read by themselves, stacked below with the new ones
-            layer = request.layer
-            for path, source in sources.items():
-                single[path] = stored.Request((source,), None, layer.shape, layer.dtype, layer.sharding)
-    values = checkpoint.read(whole)
-    layers = checkpoint.read(single)
+        found = [leaves.get(path) for path in request.paths]
+        if not all(leaf is not None and leaf.as_stored for leaf in found):
+            continue
+        source, *others = {id(leaf.origins[0].source): leaf.origins[0].source for leaf in found}.values()
+        if not others:
+            paths = tuple(leaf.origins[0].path for leaf in found)
+            whole.setdefault(id(source), (source, {}))[1][name] = dataclasses.replace(request, paths=paths)
+    for source, group in whole.values():
+        values |= source.read(group)
     for name, request in requests.items():
-        if any(path in layers for path in request.paths):
-            stack = [layers.get(path, params[name][row]) for row, path in zip(request.rows, request.paths)]
-            values[name] = stored.stacker(request)(*stack)
-    return [values.get(name, value) for name, value in params.items()]
+        found = [leaves.get(path) for path in request.paths]
+        if name in values or not any(found):
+            continue
+        rows = request.rows or (None,)
+        layers = [
+            _placed(leaf, request.layer) if leaf else (old[name] if row is None else old[name][row])
+            for leaf, row in zip(found, rows, strict=True)
+        ]
+        values[name] = stored.stacker(request)(*layers) if request.stacked else layers[0]
+    return jax.tree.unflatten(jax.tree.structure(tree), [values.get(name, value) for name, value in old.items()])
 
 
-def _fold(names: list[str] | tuple[str, ...]) -> list[str]:
-    """Names, those that differ only in the number of a layer as one: "decoder/layers/*/norm/scale (12 layers)"."""
-    counts: dict[str, int] = {}
-    for name in names:
-        folded = re.sub(r"(?<=layers/)\d+", "*", name)
-        counts[folded] = counts.get(folded, 0) + 1
-    return [f"{name} ({count} layers)" if "*" in name else name for name, count in counts.items()]
+def _placed(leaf: Leaf, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """A leaf on the devices where it belongs."""
+    if leaf.as_stored:
+        (origin,) = leaf.origins
+        request = stored.Request((origin.path,), None, wanted.shape, wanted.dtype, wanted.sharding)
+        return origin.source.read({origin.path: request})[origin.path]
+    value = leaf.array().astype(wanted.dtype)
+    return jax.make_array_from_callback(value.shape, wanted.sharding, lambda index: value[index])
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """An array of all processes' devices, whole, in this process's memory."""
+    if getattr(array, "is_fully_addressable", True):
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _fold(lines: tuple[str, ...] | list[str]) -> list[str]:
+    """Lines, those that differ only in numbers of layers as one: "decoder/layers/0-11/norm/scale (12 layers)"."""
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for line in lines:
+        numbers = tuple(map(int, re.findall(r"(?<=layers/)\d+", line)))
+        groups.setdefault(re.sub(r"(?<=layers/)\d+", "{}", line), []).append(numbers)
+    folded = []
+    for line, layers in groups.items():
+        places = [_ranges([numbers[i] for numbers in layers]) for i in range(len(layers[0]))]
+        for place in places:
+            line = line.replace("{}", place, 1)
+        folded.append(f"{line} ({len(layers)} layers)" if len(layers) > 1 else line)
+    return folded
+
+
+def _ranges(numbers: list[int]) -> str:
+    """ "0-23,8-31" for the numbers of two ranges one after the other."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -14,12 +14,13 @@ from jaxlm.configuration.gin_files import Binding, Macro, Origin, Reference, Sta
 log = logging.getLogger(__name__)
 
 
-def build(root: Any, statements: Statements) -> Any:
+def build(root: Any, statements: Statements, *, warn: bool = True) -> Any:
     """Builds `root` with everything bound to it.
 
     Args:
       root: a dataclass or function, or a value of the gin language (`Statements.read_value`).
       statements: what the files and the command line bind.
+      warn: of unused bindings in included files.
 
     Returns:
       What `root` makes, checked as a whole.
@@ -33,7 +34,7 @@ def build(root: Any, statements: Statements) -> Any:
     builder = _Builder(statements)
     config = builder.evaluate(root, (), f"the root {_name(root)}")
     typed.check(config)
-    builder.report_unused(_name(root))
+    builder.report_unused(_name(root), warn)
     return config
 
 
@@ -120,15 +121,15 @@ class _Builder:
         yield
         self.open.pop()
 
-    def report_unused(self, root: str) -> None:
+    def report_unused(self, root: str, warn: bool) -> None:
         """Refuses or warns of bindings that nothing used: gin ignores them, so that mistakes stay unseen."""
         for name, binding in self.statements.macros.items():
             if binding not in self.used:
-                _refuse(binding, f"macro {name} is bound and used by nothing in {root}")
+                _refuse(binding, f"macro {name} is bound and used by nothing in {root}", warn)
         for (target, scope), bindings in self.statements.parameters.items():
             for binding in bindings.values():
                 if binding not in self.used:
-                    _refuse(binding, self._why_unused(target, scope, binding, root))
+                    _refuse(binding, self._why_unused(target, scope, binding, root), warn)
 
     def _why_unused(self, target: Any, scope: str, binding: Binding, root: str) -> str:
         scopes = self.calls.get(target)
@@ -140,9 +141,10 @@ class _Builder:
         return f"{binding.key} is bound, but {target.__qualname__} is used in {where} only"
 
 
-def _refuse(binding: Binding, why: str) -> None:
+def _refuse(binding: Binding, why: str, warn: bool) -> None:
     if binding.origin is Origin.INCLUDE:
-        log.warning("%s: %s.", binding.place, why)
+        if warn:
+            log.warning("%s: %s.", binding.place, why)
     else:
         raise ConfigError(f"{binding.place}: {why}; remove it or refer to it.")
 

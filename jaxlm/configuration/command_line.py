@@ -18,12 +18,13 @@ from jaxlm.configuration.errors import ConfigError, nearest
 from jaxlm.configuration.gin_files import Statements
 
 
-def resolve(root: Any, arguments: Sequence[str]) -> Any:
+def resolve(root: Any, arguments: Sequence[str], *, warn: bool = True) -> Any:
     """Builds the configuration that gin files and flags describe. Imports what the files import, starts nothing.
 
     Args:
       root: the dataclass to build (`RunConfig`), or a value in gin's language such as "%MODEL".
       arguments: command-line arguments, e.g. ["--gin_file=gin_configs/runs/quickstart.gin", "--gin.TRAIN_STEPS=10"].
+      warn: of unused bindings in included files.
 
     Returns:
       An instance of `root`, every field of its tree checked against its annotation.
@@ -41,7 +42,7 @@ def resolve(root: Any, arguments: Sequence[str]) -> Any:
         root = statements.read_value(root)
     for name, value in bindings:
         statements.read_binding(name, value)
-    return build(root, statements)
+    return build(root, statements, warn=warn)
 
 
 def resolve_or_exit(root: Any, arguments: Sequence[str] | None = None) -> Any:

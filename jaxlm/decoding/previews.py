@@ -4,11 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from jaxlm.architecture import Architecture
-from jaxlm.decoding.sample import SamplingConfig, fill_masks, sample
+from jaxlm.decoding.cached_model import CachedModel
+from jaxlm.decoding.engine import Engine, EngineConfig
+from jaxlm.decoding.mask_filling import fill_masks
+from jaxlm.decoding.requests import Request
+from jaxlm.decoding.sampling import SamplingConfig, drawable_ids
 from jaxlm.layers.context import LOCAL, Context
 
 
@@ -103,20 +106,28 @@ def preview(
     model = getattr(model, "generator", model)
     if model is None:
         return "(a detector without a generator writes nothing)"
-    arguments = {
-        "key": jax.random.key(config.seed),
-        "config": config.sampling,
-        "vocab_size": vocabulary.size,
-        "pad_id": info.pad_id,
-        "context": context,
-    }
     given = [prompt.given.tolist() for prompt in prompts]
     if model.config.architecture is Architecture.ENCODER:
         if info.mask_id is None:
             return "(the vocabulary has no [MASK] to fill)"
-        answers = fill_masks(model, given, mask_id=info.mask_id, **arguments)
+        answers = fill_masks(
+            model,
+            given,
+            mask_id=info.mask_id,
+            seed=config.seed,
+            config=config.sampling,
+            vocab_size=vocabulary.size,
+            pad_id=info.pad_id,
+            context=context,
+        )
     else:
-        answers = sample(model, given, eos_id=info.eos_id, **arguments)
+        cached = CachedModel(model, start_id=info.pad_id, context=context)
+        drawable = drawable_ids(model.config.vocab_size, vocabulary.size, (info.pad_id,))
+        # No more slots than prompts and one call for all tokens: nobody waits, and nothing is streamed.
+        engine = Engine(cached, EngineConfig(len(given), config.sampling.max_new_tokens), drawable=drawable)
+        stop = () if info.eos_id is None else (info.eos_id,)
+        requests = [Request(ids, config.sampling, config.seed, i, stop) for i, ids in enumerate(given)]
+        answers = [answer.tokens for answer in engine.generate(requests)]
     blocks = []
     for prompt, answer in zip(prompts, answers, strict=True):
         truth = prompt.answer[: max(len(answer), config.sampling.max_new_tokens)]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.layers.cache import CacheConfig, Extension, KeyValueCache, PackedTexts, held_positions
 from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
@@ -150,24 +151,113 @@ class Attention(nnx.Module):
         Returns:
           [B, T, E].
         """
-        config = self.config
-        q = self.query(x, context)  # [B, T, H, D]
-        k, v = self.key(source, context), self.value(source, context)  # [B, S, Hkv, D] each
+        q = self.queries(x, rotation, context)
+        k, v = self.keys_and_values(source, rotation, context)
+        return self.output(self._attend(q, k, v, mask, bias, context), context)
+
+    def prefill(
+        self,
+        x: jax.Array,
+        source: jax.Array,
+        mask: Mask,
+        *,
+        rotation: Rotation | None,
+        bias: Bias | None,
+        texts: PackedTexts,
+        caching: CacheConfig,
+        context: Context,
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """As `__call__`, and what is to be remembered of the `texts` in the rows of `source`."""
+        q = self.queries(x, rotation, context)
+        k, v = self.keys_and_values(source, rotation, context)
+        cache = KeyValueCache.of(k, v, texts, caching, window=self._left)
+        return self.output(self._attend(q, k, v, mask, bias, context), context), cache
+
+    def extend(
+        self,
+        x: jax.Array,
+        cache: KeyValueCache,
+        new: Extension,
+        *,
+        rotation: Rotation | None,
+        bias: Bias | None,
+        context: Context,
+    ) -> tuple[jax.Array, KeyValueCache]:
+        """What t new tokens a slot find in their text and in each other, causally.
+
+        Args:
+          x: [B, t, E].
+          cache: the text before them.
+          new: where they stand.
+          rotation: cosines and sines at their positions, if `config.position` is a Rope.
+          bias: of a table shared by the stack; added to none of the layer's own.
+          context: operations.
+
+        Returns:
+          [B, t, E], and the cache with them in it.
+        """
+        left, count = self._left, x.shape[1]
+        if cache.limit is not None and left + count > cache.limit:
+            raise ValueError(
+                f"{count} tokens at once extend a layer with a window, whose cache was made for {cache.limit - left}; "
+                f"set CacheConfig.extension to {count}."
+            )
+        cache = cache.append(*self.keys_and_values(x, rotation, context), new.lengths)
+        held = held_positions(new.lengths + count, cache.entries)[:, None]  # [B, 1, S]
+        at = new.positions[..., None]  # [B, t, 1]
+        visible = (held >= 0) & (held <= at)
+        if left is not None:
+            visible &= held >= at - left
+        own = self._bias(bias)
+        scores_bias = None if own is None else own.between(new.positions, held[:, 0])
+        return self._recall(self.queries(x, rotation, context), cache, visible, scores_bias, context), cache
+
+    def recall(self, x: jax.Array, cache: KeyValueCache, lengths: jax.Array, *, context: Context) -> jax.Array:
+        """What t new tokens a slot [B, t, E] find in another text, of which the cache holds `lengths` [B] tokens."""
+        visible = jnp.arange(cache.entries) < lengths[:, None]  # [B, S]
+        return self._recall(self.queries(x, None, context), cache, visible[:, None], None, context)
+
+    def queries(self, x: jax.Array, rotation: Rotation | None, context: Context) -> jax.Array:
+        """[B, T, E] -> [B, T, H, D], normalised and rotated."""
+        q = self.query(x, context)
         if self.query_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+            q = self.query_norm(q)
+        return name_activation(q if rotation is None else rotate(q, rotation), "query")
+
+    def keys_and_values(
+        self, source: jax.Array, rotation: Rotation | None, context: Context
+    ) -> tuple[jax.Array, jax.Array]:
+        """[B, S, E] -> [B, S, Hkv, D] each, the keys normalised and rotated."""
+        k, v = self.key(source, context), self.value(source, context)
+        if self.key_norm is not None:
+            k = self.key_norm(k)
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            k = rotate(k, rotation)
+        return name_activation(k, "key"), name_activation(v, "value")
+
+    @property
+    def _left(self) -> int | None:
+        """How many tokens back a query sees, itself not counted."""
+        return None if self.config.window is None else self.config.window[0]
+
+    def _bias(self, shared: Bias | None) -> Bias | None:
+        """What is added to the scores: the layer's own bias, or else the stack's."""
         if self.relative is not None:
-            bias = self.relative()
-        elif isinstance(config.position, Alibi):
-            bias = config.position.bias(config.num_heads)
-        q, k, v = name_activation(q, "query"), name_activation(k, "key"), name_activation(v, "value")
-        out = context.ops.attention(
+            return self.relative()
+        if isinstance(self.config.position, Alibi):
+            return self.config.position.bias(self.config.num_heads)
+        return shared
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: Bias | None, context: Context
+    ) -> jax.Array:
+        config = self.config
+        return context.ops.attention(
             q,
             k,
             v,
             mask=mask if config.window is None else mask & Window(*config.window),
-            bias=bias,
+            bias=self._bias(bias),
             scale=self.scale,
             soft_cap=config.soft_cap,
             sinks=None if self.sinks is None else self.sinks[...],
@@ -175,4 +265,71 @@ class Attention(nnx.Module):
             dropout_key=context.dropout_key,
             backend=config.backend,
         )
+
+    def _recall(
+        self, q: jax.Array, cache: KeyValueCache, visible: jax.Array, bias: jax.Array | None, context: Context
+    ) -> jax.Array:
+        out = attend_to_cache(
+            q,
+            cache.keys.read(q.dtype),
+            cache.values.read(q.dtype),
+            visible,
+            bias=bias,
+            scale=self.scale,
+            soft_cap=self.config.soft_cap,
+            sinks=None if self.sinks is None else self.sinks[...],
+        )
         return self.output(out, context)
+
+
+def attend_to_cache(
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    visible: jax.Array,
+    *,
+    bias: jax.Array | None,
+    scale: float,
+    soft_cap: float | None,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """Attention of a few new queries to what caches hold, by the definition of `pallas_kernels.attention`.
+
+    t is small, so the scores are t rows of what the cache holds and no kernel has anything to save on a CPU. What one
+    would save on a TPU is reading entries beyond a slot's length, which here are read and hidden.
+
+    Args:
+      q: [B, t, H, D].
+      keys, values: [B, G, S, D]; query head h uses key head h // (H / G).
+      visible: bool [B, t|1, S].
+      bias: float32 [B|1, H, t, S] added to the scores, or None.
+      scale, soft_cap, sinks: as for `pallas_kernels.attention.attention`.
+
+    Returns:
+      [B, t, H, D].
+    """
+    batch, count, heads, size = q.shape
+    groups, entries = keys.shape[1:3]
+    each = heads // groups
+    q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, count, groups, each, size)
+    # Queries that share a key head are rows of one product.
+    q = q.transpose(0, 2, 3, 1, 4).reshape(batch, groups, each * count, size)
+    scores = jnp.einsum("bgnd,bgsd->bgns", q, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, heads, count, entries)
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if bias is not None:
+        scores = scores + bias
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    # A slot that holds nothing yet sees nothing; 0 is then as good a maximum as any.
+    highest = jnp.max(scores, axis=-1, keepdims=True, initial=jnp.finfo(jnp.float32).min)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32)[None, :, None, None]
+        highest = jnp.maximum(highest, sinks)
+    weights = jnp.exp(scores - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - highest)
+    weights = (weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(values.dtype)
+    out = jnp.einsum("bgns,bgsd->bgnd", weights.reshape(batch, groups, each * count, entries), values)
+    return out.reshape(batch, groups, each, count, size).transpose(0, 3, 1, 2, 4).reshape(batch, count, heads, size)

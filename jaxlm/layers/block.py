@@ -2,7 +2,7 @@
 
 import dataclasses
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.layers.attention import AttentionConfig
+from jaxlm.layers.cache import BlockCache, Cache, CacheConfig, Extension, PackedTexts
 from jaxlm.layers.context import Context
 from jaxlm.layers.feed_forward import FeedForwardConfig
 from jaxlm.layers.norms import Norm, NormConfig
@@ -128,6 +129,10 @@ def _first_axes(part: Any) -> list[str | None]:
     return ["batch"] * len(jax.tree.leaves(part))
 
 
+Attend = Callable[[jax.Array, Context], tuple[jax.Array, Cache | None]]
+"""A block's attention: (normed [B, T, E], context) -> its output, and what it remembers."""
+
+
 class Block(nnx.Module):
     """[B, T, E] -> [B, T, E]."""
 
@@ -155,37 +160,102 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         """x after the block, and its side values; `around` is what the stack's blocks share."""
-        attention, dropout = self.config.attention, self.config.dropout
-        rotates = isinstance(attention.position, Rope)
-        rotation = around.rotations[attention.position, attention.head_dim] if rotates else None
+        options = {"rotation": self._rotation(around.rotations), "bias": around.bias}
 
-        def attend(y: jax.Array) -> jax.Array:
-            inner = context.fold("attention")
-            out = self.attention(y, y, around.mask, rotation=rotation, bias=around.bias, context=inner)
-            return inner.fold("out").dropout(out, dropout)
+        def attend(y: jax.Array, inner: Context) -> tuple[jax.Array, None]:
+            return self.attention(y, y, around.mask, context=inner, **options), None
 
-        def attend_encoder(y: jax.Array) -> jax.Array:
-            inner = context.fold("cross_attention")
-            out = self.cross_attention(y, around.encoded, around.cross_mask, rotation=None, bias=None, context=inner)
-            return inner.fold("out").dropout(out, dropout)
+        def attend_encoder(y: jax.Array, inner: Context) -> tuple[jax.Array, None]:
+            mask = around.cross_mask
+            return self.cross_attention(y, around.encoded, mask, rotation=None, bias=None, context=inner), None
 
-        def feed(y: jax.Array) -> tuple[jax.Array, SideValues]:
-            inner = context.fold("feed_forward")
-            out, side = self.feed_forward(y, inner, present=around.present)
-            return inner.fold("out").dropout(out, dropout), side
+        x, side, _ = self._run(x, attend, attend_encoder, around.present, context)
+        return x, side
 
+    def prefill(
+        self,
+        x: jax.Array,
+        around: Surroundings,
+        texts: PackedTexts,
+        sources: PackedTexts | None,
+        caching: CacheConfig,
+        context: Context,
+    ) -> tuple[jax.Array, BlockCache]:
+        """x [R, T, E] after the block, and what it remembers of the N texts in these rows.
+
+        Args:
+          x: packed rows.
+          around: what the stack's blocks share.
+          texts: where the texts lie in the rows.
+          sources: where the encoder's texts lie in the rows of `around.encoded`; None without an encoder.
+          caching: see `CacheConfig`.
+          context: operations.
+        """
+        options = {"rotation": self._rotation(around.rotations), "bias": around.bias}
+
+        def attend(y: jax.Array, inner: Context) -> tuple[jax.Array, Cache]:
+            where = {"texts": texts, "caching": caching, "context": inner}
+            return self.attention.prefill(y, y, around.mask, **options, **where)
+
+        def attend_encoder(y: jax.Array, inner: Context) -> tuple[jax.Array, Cache]:
+            where = {"texts": sources, "caching": caching, "context": inner}
+            mask = around.cross_mask
+            return self.cross_attention.prefill(y, around.encoded, mask, rotation=None, bias=None, **where)
+
+        x, _, caches = self._run(x, attend, attend_encoder, around.present, context)
+        return x, BlockCache(*caches)
+
+    def extend(self, x: jax.Array, new: Extension, cache: BlockCache, context: Context) -> tuple[jax.Array, BlockCache]:
+        """x [B, t, E] after the block, t new tokens of each slot, and the cache with them in it."""
+        options = {"rotation": self._rotation(new.rotations), "bias": new.bias}
+
+        def attend(y: jax.Array, inner: Context) -> tuple[jax.Array, Cache]:
+            return self.attention.extend(y, cache.attention, new, context=inner, **options)
+
+        def attend_encoder(y: jax.Array, inner: Context) -> tuple[jax.Array, Cache]:
+            return self.cross_attention.recall(y, cache.cross, new.source_lengths, context=inner), cache.cross
+
+        x, _, caches = self._run(x, attend, attend_encoder, new.present, context)
+        return x, BlockCache(*caches)
+
+    def _rotation(self, rotations: Mapping[tuple[Rope, int], Rotation]) -> Rotation | None:
+        attention = self.config.attention
+        return rotations[attention.position, attention.head_dim] if isinstance(attention.position, Rope) else None
+
+    def _run(
+        self,
+        x: jax.Array,
+        attend: Attend,
+        attend_encoder: Attend,
+        present: jax.Array | None,
+        context: Context,
+    ) -> tuple[jax.Array, SideValues, tuple[Cache | None, Cache | None]]:
+        """The branches in their arrangement; what self- and cross-attention remember besides."""
+
+        def branch(name: str, run: Callable[..., tuple[jax.Array, Any]], y: jax.Array) -> tuple[jax.Array, Any]:
+            inner = context.fold(name)
+            out, beside = run(y, inner)
+            return inner.fold("out").dropout(out, self.config.dropout), beside
+
+        def feed(y: jax.Array, inner: Context) -> tuple[jax.Array, SideValues]:
+            return self.feed_forward(y, inner, present=present)
+
+        cross = None
         if self.config.arrangement is not Arrangement.SEQUENTIAL:
             y = _normed(x, self.attention_norms)
-            fed, side = feed(y if self.feed_forward_norms is None else _normed(x, self.feed_forward_norms))
-            x = self._join(x, attend(y) + fed, self.attention_norms)
+            read = y if self.feed_forward_norms is None else _normed(x, self.feed_forward_norms)
+            fed, side = branch("feed_forward", feed, read)
+            out, own = branch("attention", attend, y)
+            x = self._join(x, out + fed, self.attention_norms)
         else:
-            x = self._join(x, attend(_normed(x, self.attention_norms)), self.attention_norms)
+            out, own = branch("attention", attend, _normed(x, self.attention_norms))
+            x = self._join(x, out, self.attention_norms)
             if self.cross_attention is not None:
-                y = attend_encoder(_normed(x, self.cross_attention_norms))
-                x = self._join(x, y, self.cross_attention_norms)
-            fed, side = feed(_normed(x, self.feed_forward_norms))
+                out, cross = branch("cross_attention", attend_encoder, _normed(x, self.cross_attention_norms))
+                x = self._join(x, out, self.cross_attention_norms)
+            fed, side = branch("feed_forward", feed, _normed(x, self.feed_forward_norms))
             x = self._join(x, fed, self.feed_forward_norms)
-        return context.ops.constrain(x, ("batch", "length", "embed")), side
+        return context.ops.constrain(x, ("batch", "length", "embed")), side, (own, cross)
 
     def _join(self, x: jax.Array, y: jax.Array, norms: nnx.Dict) -> jax.Array:
         """x with a branch's output y, normed where `Placement` says."""

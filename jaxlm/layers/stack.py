@@ -11,10 +11,11 @@ from flax import nnx
 
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.block import Block, BlockConfig, Surroundings
+from jaxlm.layers.cache import CacheConfig, Caches, Extension, PackedTexts
 from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
-from jaxlm.layers.positions import RelativePositions, RelativeTable, Rope, rotation
+from jaxlm.layers.positions import RelativePositions, RelativeTable, Rope, Rotation, rotation
 from jaxlm.layers.remat import Remat, RematPolicy, SaveNamed, name_activation, rematerialized
 from jaxlm.layers.side_values import NO_SIDE_VALUES, SideValues
 from jaxlm.layers.stacking import StackLayout
@@ -192,6 +193,87 @@ class Stack(nnx.Module):
             total += side
         return (self.finish(x, context) if normalize else x), total
 
+    def prefill(
+        self,
+        x: jax.Array,
+        mask: Mask,
+        positions: jax.Array,
+        *,
+        texts: PackedTexts,
+        caching: CacheConfig,
+        context: Context,
+        encoded: jax.Array | None = None,
+        cross_mask: Mask | None = None,
+        sources: PackedTexts | None = None,
+        present: jax.Array | None = None,
+        more_blocks: tuple[tuple[Block, Context], ...] = (),
+    ) -> tuple[jax.Array, Caches]:
+        """Runs all layers on packed rows, as `__call__` does, and remembers the texts in them.
+
+        Args:
+          x: [R, T, E].
+          texts: where the N texts lie in the rows.
+          caching: see `CacheConfig`.
+          sources: where the encoder's texts lie in the rows of `encoded`.
+          mask, positions, context, encoded, cross_mask, present: as for `__call__`.
+          more_blocks: blocks that follow the stack's own before its final norm.
+
+        Returns:
+          [R, T, E] after the final norm, and the caches of N slots, with room for T tokens.
+        """
+        configs = tuple(block.config for block, _ in more_blocks)
+        around = self.surroundings(mask, positions, encoded, cross_mask, present, more_blocks=configs)
+        caches = []
+        for block, inner in (*self._one_by_one(context), *more_blocks):
+            x, cache = block.prefill(x, around, texts, sources, caching, inner)
+            caches.append(cache)
+        source_lengths = None if sources is None else sources.lengths
+        return self.finish(x, context), Caches(texts.lengths, tuple(caches), source_lengths)
+
+    def extend(
+        self,
+        x: jax.Array,
+        caches: Caches,
+        *,
+        context: Context,
+        present: jax.Array | None = None,
+        more_blocks: tuple[tuple[Block, Context], ...] = (),
+    ) -> tuple[jax.Array, Caches]:
+        """Runs all layers on t new tokens of each slot.
+
+        Args:
+          x: [B, t, E].
+          caches: what the slots hold.
+          context: operations.
+          present: bool [B, t], False on tokens that do not count, which come last; None: all do.
+          more_blocks: as for `prefill`.
+
+        Returns:
+          [B, t, E] after the final norm, and the caches with the tokens that count.
+        """
+        count = x.shape[1]
+        positions = caches.lengths[:, None] + jnp.arange(count, dtype=jnp.int32)
+        bias = None if self.relative is None else self.relative()
+        rotations = self._rotations(positions, tuple(block.config for block, _ in more_blocks))
+        new = Extension(caches.lengths, positions, rotations, bias, caches.source_lengths, present)
+        blocks, kept = (*self._one_by_one(context), *more_blocks), []
+        for (block, inner), cache in zip(blocks, caches.blocks, strict=True):
+            x, cache = block.extend(x, new, cache, inner)
+            kept.append(cache)
+        added = count if present is None else jnp.sum(present, axis=1, dtype=jnp.int32)
+        return self.finish(x, context), Caches(caches.lengths + added, tuple(kept), caches.source_lengths)
+
+    def _one_by_one(self, context: Context) -> list[tuple[Block, Context]]:
+        """Every block, from the first to the last, with its context."""
+        if self.config.scanned_repeats is not None:
+            raise ValueError(
+                "A scanned stack remembers nothing: its layers would be copied out of their arrays for every token. "
+                "Unroll the model first, with jaxlm.models.unrolled."
+            )
+        first = [(block, context.fold("prologue").fold(int(i))) for i, block in (self.prologue or {}).items()]
+        inner = context.fold("layers")
+        return first + [(self.layers[str(i)], inner.fold(i)) for i in range(len(self.layers))]
+
     def finish(self, x: jax.Array, context: Context) -> jax.Array:
         """The final norm and dropout."""
         if self.norm is not None:
@@ -209,14 +291,19 @@ class Stack(nnx.Module):
         more_blocks: tuple[BlockConfig, ...] = (),
     ) -> Surroundings:
         """What all blocks share, computed once; `more_blocks` outside the stack are to share it as well."""
+        bias = None if self.relative is None else self.relative()
+        return Surroundings(mask, self._rotations(positions, more_blocks), bias, encoded, cross_mask, present)
+
+    def _rotations(
+        self, positions: jax.Array, more_blocks: tuple[BlockConfig, ...] = ()
+    ) -> dict[tuple[Rope, int], Rotation]:
+        """Cosines and sines at [B, T] positions, for each Rope and head size among the blocks."""
         attentions: set[AttentionConfig] = {block.attention for block in self.config.all_blocks + more_blocks}
-        rotations = {
+        return {
             (a.position, a.head_dim): rotation(a.position, positions, a.head_dim)
             for a in attentions
             if isinstance(a.position, Rope)
         }
-        bias = None if self.relative is None else self.relative()
-        return Surroundings(mask, rotations, bias, encoded, cross_mask, present)
 
     def _scan(self, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(self.layers)

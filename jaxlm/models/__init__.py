@@ -10,7 +10,7 @@ from jaxlm.models.config import (
     ModelConfig,
     ReplacedTokenDetectorConfig,
 )
-from jaxlm.models.language_model import LanguageModel
+from jaxlm.models.language_model import LanguageModel, unrolled
 from jaxlm.models.openelm import layerwise_scaling
 from jaxlm.models.replaced_token_detector import ReplacedTokenDetector
 from jaxlm.parallel.stages import ONE_STAGE, Stages
@@ -36,4 +36,5 @@ __all__ = [
     "ReplacedTokenDetectorConfig",
     "build_model",
     "layerwise_scaling",
+    "unrolled",
 ]

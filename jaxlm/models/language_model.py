@@ -9,17 +9,18 @@ from flax import nnx
 
 from jaxlm.architecture import Architecture
 from jaxlm.layers.block import Block
+from jaxlm.layers.cache import CacheConfig, Caches, PackedTexts
 from jaxlm.layers.context import LOCAL, Context
 from jaxlm.layers.embeddings import Embedding
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.side_values import SideValues
-from jaxlm.layers.stack import Stack, remat
-from jaxlm.layers.stacking import StackLayout
+from jaxlm.layers.stack import Layers, Stack, remat
+from jaxlm.layers.stacking import StackLayout, unstack
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.heads import Pooler, VocabularyHead
 from jaxlm.parallel.stages import ONE_STAGE, Stages
 from pallas_kernels.cross_entropy import OutputProjection
-from pallas_kernels.masks import Causal, Mask, PrefixLM, Segments
+from pallas_kernels.masks import Causal, Intervals, Mask, PrefixLM, Segments
 
 Batch = Mapping[str, jax.Array]
 
@@ -104,6 +105,74 @@ class LanguageModel(nnx.Module):
             )
         return self._future(batch, context, len(self.future))
 
+    def prefill(
+        self,
+        batch: Batch,
+        texts: PackedTexts,
+        sources: PackedTexts | None = None,
+        *,
+        caching: CacheConfig,
+        context: Context = LOCAL,
+    ) -> tuple[jax.Array, Caches]:
+        """Hidden states of packed prompts, as `hidden_states`, and what the layers remember of them.
+
+        Args:
+          batch: features by seqio's names; rows of prompts.
+          texts: where the N prompts lie in the decoder's rows.
+          sources: where their N texts lie in the encoder's rows, for an encoder-decoder.
+          caching: what is kept.
+          context: operations.
+
+        Returns:
+          [R, T, E], and the caches of N slots with room for T tokens each.
+
+        Raises:
+          ValueError: the layers are scanned (see `unrolled`), or the model is an encoder.
+        """
+        architecture = self.config.architecture
+        if architecture is Architecture.ENCODER:
+            raise ValueError("An encoder continues no text; decoding needs a decoder or an encoder_decoder.")
+        inner = self._in_stack(context, "stack")
+        x, mask = self._embed(batch, "decoder", context, None), self_mask(batch, architecture)
+        options = {"texts": texts, "caching": caching, "context": inner, **_tokens(batch, "decoder", context)}
+        if architecture is not Architecture.ENCODER_DECODER:
+            stack = self.encoder if self.decoder is None else self.decoder
+            return stack.prefill(x, mask, more_blocks=self._next_token_block(context), **options)
+        encoded, _ = self.encoder(
+            self._embed(batch, "encoder", context, None),
+            self_mask(batch, Architecture.ENCODER),
+            **_tokens(batch, "encoder", context),
+            context=self._in_stack(context, "encoder_stack"),
+        )
+        cross_mask = Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"])
+        return self.decoder.prefill(x, mask, encoded=encoded, cross_mask=cross_mask, sources=sources, **options)
+
+    def extend(
+        self, tokens: jax.Array, caches: Caches, *, present: jax.Array | None = None, context: Context = LOCAL
+    ) -> tuple[jax.Array, Caches]:
+        """Hidden states of t new tokens of each slot, each of which sees its slot's text and the new ones before it.
+
+        Args:
+          tokens: int32 [B, t].
+          caches: what the slots hold, from `prefill`.
+          present: bool [B, t], False on tokens that do not count, which come last in a slot; None: all do.
+          context: operations.
+
+        Returns:
+          [B, t, E], and the caches, longer by the tokens that count.
+        """
+        positions = caches.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        x = self.embedding(tokens, positions, context=context.fold("decoder_embedding"))
+        stack = self.encoder if self.decoder is None else self.decoder
+        inner = self._in_stack(context, "stack")
+        return stack.extend(x, caches, context=inner, present=present, more_blocks=self._next_token_block(context))
+
+    def _next_token_block(self, context: Context) -> tuple[tuple[Block, Context], ...]:
+        """With multi-token prediction, the block that predicts the next token; it follows the stack's own."""
+        if self.future is None:
+            return ()
+        return ((self.future["0"], self._in_stack(context, "future").fold(0)),)
+
     def head(self, hidden: jax.Array, *, context: Context = LOCAL) -> jax.Array:
         """Logits: [..., E] -> float32 [..., V]."""
         features, projection = self.output(hidden, context=context)
@@ -155,7 +224,7 @@ class LanguageModel(nnx.Module):
             **_tokens(batch, "decoder", context),
             context=self._in_stack(context, "stack"),
             encoded=encoded,
-            cross_mask=Segments(batch["decoder_segment_ids"], batch["encoder_segment_ids"]),
+            cross_mask=cross_mask(batch),
             normalize=normalize,
         )
         return hidden, encoder_side + decoder_side
@@ -189,6 +258,19 @@ class LanguageModel(nnx.Module):
         )
 
 
+def unrolled(model: LanguageModel) -> LanguageModel:
+    """The same model with its layers one by one, as decoding needs them; the same object if they already are.
+
+    Parameters of scanned stacks are copied. Inside jit the copies are the program's.
+    """
+    if not model.layouts:
+        return model
+    stacks = {name: dataclasses.replace(s, layers=Layers.UNROLL) for name, s in model.config.stacks.items()}
+    config = dataclasses.replace(model.config, **stacks)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, key=jax.random.key(0))))
+    return nnx.merge(graph, unstack(nnx.to_pure_dict(nnx.state(model)), model.layouts))
+
+
 def _tokens(batch: Batch, side: str, context: Context) -> dict[str, jax.Array]:
     """What a stack knows of its tokens, [B, T] each in the mesh's order: positions, and which are not padding."""
     arrange = context.ops.arrange
@@ -202,10 +284,18 @@ def self_mask(batch: Batch, architecture: Architecture) -> Mask:
     """The self-attention mask of a packed batch; for an encoder-decoder, its decoder's."""
     if architecture is Architecture.ENCODER:
         return Segments(batch["encoder_segment_ids"])
+    if "decoder_visible_keys" in batch:
+        return Intervals(*batch["decoder_visible_keys"].swapaxes(0, 1))
     ids = batch["decoder_segment_ids"]
     if architecture is Architecture.PREFIX_DECODER:
         return PrefixLM(prefix_ends(batch["decoder_causal_attention"], ids)) & Segments(ids)
     return Causal() & Segments(ids)
+
+
+def cross_mask(batch: Batch) -> Mask:
+    """Which encoder positions a decoder position sees: its own segment's, unless the batch names another."""
+    ids = batch.get("decoder_encoder_segment_ids", batch["decoder_segment_ids"])
+    return Segments(ids, batch["encoder_segment_ids"])
 
 
 def prefix_ends(marked: jax.Array, segment_ids: jax.Array) -> jax.Array:

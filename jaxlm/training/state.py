@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -61,12 +62,18 @@ def init_state(
     vectorises a shard in another way than the whole.
     """
 
-    def init() -> TrainState:
-        _, params, _ = split_model(make_model(jax.random.key(seed)))
+    def init(seed: jax.Array) -> TrainState:
+        _, params, _ = split_model(make_model(jax.random.wrap_key_data(seed)))
         return fresh_state(params, optimizer)
 
-    abstract = jax.eval_shape(init)
-    return jax.jit(init, out_shardings=state_shardings(abstract, optimizer.infos, parallel))()
+    data = seed_data(seed)
+    abstract = jax.eval_shape(init, data)
+    return jax.jit(init, out_shardings=state_shardings(abstract, optimizer.infos, parallel))(data)
+
+
+def seed_data(seed: int) -> np.ndarray:
+    """The data of `jax.random.key(seed)`: an argument of a compiled program, so that other seeds can use it too."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
 def start_from(params: Tree, optimizer: Optimizer, parallel: Parallelism) -> TrainState:

@@ -16,7 +16,15 @@ from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.training.optimizers import Optimizer
 from jaxlm.training.parameters import LAYER, ModelDefinition, ParameterInfo, Tree, flatten, update
-from jaxlm.training.state import TrainState, on_device, state_shardings, stored_gradients, to_store, working_copy
+from jaxlm.training.state import (
+    TrainState,
+    on_device,
+    seed_data,
+    state_shardings,
+    stored_gradients,
+    to_store,
+    working_copy,
+)
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -55,7 +63,7 @@ def make_train_step(
     *,
     config: StepConfig,
     loss: LossConfig,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> "TrainStep":
     """The function (state, batch) -> (state, metrics).
 
     Args:
@@ -67,7 +75,7 @@ def make_train_step(
       loss: z-loss, smoothing, chunking.
 
     Returns:
-      the jitted function. It takes the state's buffers (they must not be used again). Metrics hold what the objective
+      the step. It takes the state's buffers (they must not be used again). Metrics hold what the objective
       reports, and "loss", "loss/<term>", "grad_norm", "learning_rate", "diverged", "tokens" and "bytes" (see `counts`),
       with a guard "skipped" and "spike_loss" (of skipped steps), and "norms/<parameters|gradients|updates>/<layer>" on
       the steps that have them.
@@ -110,9 +118,9 @@ def make_train_step(
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
         return jax.lax.scan(accumulate, zero, (jnp.arange(config.microbatches), pieces))[0]
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, seed: jax.Array) -> tuple[TrainState, Metrics]:
         batch = widen(batch)
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed), state.step)
         shardings = state_shardings(state, optimizer.infos, parallel)
         working = working_copy(state.params, optimizer.infos, parallel)
         (total, (terms, metrics)), grads = whole_gradient(*optimizer.split(working), batch, key)
@@ -140,7 +148,37 @@ def make_train_step(
         # Without this the compiler may lay the new state out in another way than the old one, and compile again.
         return to_store(new_state, shardings), replicated(metrics, parallel.mesh)
 
-    return jax.jit(step, donate_argnums=0)
+    return TrainStep(jax.jit(step, donate_argnums=0), seed_data(config.seed))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainStep:
+    """(state, batch) -> (state, metrics). Runs that differ in their seed alone share the compiled program.
+
+    Attributes:
+      jitted: (state, batch, seed) -> (state, metrics), the state donated.
+      seed: see `seed_data`.
+    """
+
+    jitted: Callable[[TrainState, Batch, np.ndarray], tuple[TrainState, Metrics]]
+    seed: np.ndarray
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One step."""
+        return self.jitted(state, batch, self.seed)
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The step for arguments of these shapes and shardings, not compiled yet."""
+        return self.jitted.lower(state, batch, self.seed)
+
+    def with_seed(self, seed: int) -> "TrainStep":
+        """The same program for another run."""
+        return dataclasses.replace(self, seed=seed_data(seed))
+
+    @property
+    def compiles(self) -> int:
+        """How often it has been compiled."""
+        return self.jitted._cache_size()
 
 
 def spike_signs(metrics: Metrics) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -15,6 +15,8 @@ import sys
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
+from jaxlm.checkpoints.surgery import Fill, PickLayers, Resize, Scale
+from jaxlm.checkpoints.warm_start import WarmStart, warm_start
 from jaxlm.layers.stacking import StackLayout
 
 process, count, port, folder, action = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
@@ -27,16 +29,30 @@ specs = {"decoder": {"layers": {"0": {"kernel": P(None, "fsdp")}}}, "embedding":
 def place(value, spec):
     return jax.make_array_from_callback(value.shape, NamedSharding(mesh, spec), lambda index: value[index])
 
-state = jax.tree.map(place, values, specs)
+state = {"params": jax.tree.map(place, values, specs)}
 with CheckpointManager(folder, CheckpointConfig(), (StackLayout(("decoder",), pattern=1, repeats=3),)) as manager:
     if action == "save":
         for step in (1, 2):
             manager.save(step, state, data={"batch": step})
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     restored = manager.restore(target)
-for found, value in zip(jax.tree.leaves(restored.state), jax.tree.leaves(values), strict=True):
+for found, value in zip(jax.tree.leaves(restored.state["params"]), jax.tree.leaves(values), strict=True):
     for shard in found.addressable_shards:
         assert np.asarray(shard.data).tobytes() == value[shard.index].tobytes()
+if action == "save":  # a larger model, filled by surgery: made whole on each host, placed shard by shard
+    larger = {"decoder": {"layers": {"0": {"kernel": np.zeros((4, 8, 4), np.float32)}}},
+              "embedding": np.full((24, 4), 7, np.float32)}
+    rules = (PickLayers((0, 1, 2, 0)), Scale("decoder/layers/3/kernel", 0.5), Resize("embedding", 0, fill=Fill.INITIAL))
+    layouts = (StackLayout(("decoder",), pattern=1, repeats=4),)
+    params = jax.tree.map(place, larger, specs)
+    params = warm_start(params, WarmStart(folder, rules=rules), layouts, report=lambda _: None).params
+    kernel = values["decoder"]["layers"]["0"]["kernel"]
+    expected = {"decoder": {"layers": {"0": {"kernel": np.concatenate([kernel, kernel[:1] / 2])}}},
+                "embedding": np.concatenate([values["embedding"], np.full((8, 4), 7, np.float32)])}
+    for found, value in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        assert len(found.addressable_shards) < len(found.global_shards)
+        for shard in found.addressable_shards:
+            assert np.asarray(shard.data).tobytes() == value[shard.index].tobytes()
 print("restored", restored.checkpoint.step, restored.checkpoint.data)
 """
 

@@ -7,7 +7,8 @@ import pytest
 
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
-from jaxlm.checkpoints.warm_start import Missing, WarmStart, Weights, warm_start
+from jaxlm.checkpoints.surgery import Drop, Fresh, Keep, PickLayers, Rename, Scale, Weights
+from jaxlm.checkpoints.warm_start import Missing, OptimizerState, WarmStart, warm_start
 from jaxlm.layers.stacking import StackLayout, stack
 
 
@@ -45,16 +46,17 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/9"])
 def test_everything_from_any_form_of_path(run, where):
     folder, params, _ = run
-    found, account = warm_start(make_params(5), WarmStart(str(folder / where)))
-    assert_same(found, params)
+    started = warm_start(make_params(5), WarmStart(str(folder / where)))
+    account = started.account
+    assert_same(started.params, params)
     assert len(account.taken) == len(jax.tree.leaves(params)) and not account.new and not account.dropped
 
 
 def test_average_into_a_scanned_model(run):
     folder, _, average = run
     fresh = stack(make_params(5), layouts(4))
-    found, _ = warm_start(fresh, WarmStart(str(folder), weights=Weights.AVERAGED), layouts(4))
-    assert_same(found, stack(average, layouts(4)))
+    started = warm_start(fresh, WarmStart(str(folder), weights=Weights.AVERAGED), layouts(4))
+    assert_same(started.params, stack(average, layouts(4)))
 
 
 def test_rename_drop_and_new(run):
@@ -62,16 +64,15 @@ def test_rename_drop_and_new(run):
     folder, params, _ = run
     fresh = make_params(5, stack_name="encoder")
     said = []
-    config = WarmStart(
-        str(folder), rename=(("decoder/(.*)", r"encoder/\1"),), drop=(".*/norm",), missing=Missing.INITIALISE
-    )
-    found, account = warm_start(fresh, config, report=said.append)
+    rules = (Drop(".*/norm"), Rename("decoder/(.*)", r"encoder/\1"), Fresh("encoder/norm"))
+    started = warm_start(fresh, WarmStart(str(folder), rules=rules), report=said.append)
     expected = {"encoder": {**params["decoder"], "norm": fresh["encoder"]["norm"]}}
-    assert_same(found, expected)
+    assert_same(started.params, expected)
+    account = started.account
     assert account.new == ("encoder/norm",) and account.dropped == ("decoder/norm",)
     lines = [" ".join(line.split()) for line in said[0].splitlines()]
-    assert "renamed decoder/embedding -> encoder/embedding" in lines
-    assert "renamed decoder/layers/*/attention/query -> encoder/layers/*/attention/query (4 layers)" in lines
+    assert "mapped encoder/embedding <- decoder/embedding" in lines
+    assert "mapped encoder/layers/0-3/attention/query <- decoder/layers/0-3/attention/query (4 layers)" in lines
     assert "new encoder/norm" in lines and "dropped decoder/norm" in lines
 
 
@@ -79,21 +80,20 @@ def test_deeper_model_takes_some_layers_of_its_stacks(run):
     """Layers 0-3 from the checkpoint, 4 and 5 as initialised, though they share stacks."""
     folder, params, _ = run
     fresh = make_params(5, layers=6)
-    found, account = warm_start(
-        stack(fresh, layouts(6)), WarmStart(str(folder), missing=Missing.INITIALISE), layouts(6), report=lambda _: None
-    )
+    config = WarmStart(str(folder), missing=Missing.INITIALISE)
+    started = warm_start(stack(fresh, layouts(6)), config, layouts(6), report=lambda _: None)
     expected = {
         "decoder": {**params["decoder"], "layers": {**fresh["decoder"]["layers"], **params["decoder"]["layers"]}}
     }
-    assert_same(found, stack(expected, layouts(6)))
-    assert {name.split("/")[2] for name in account.new} == {"4", "5"}
+    assert_same(started.params, stack(expected, layouts(6)))
+    assert {name.split("/")[2] for name in started.account.new} == {"4", "5"}
 
 
 def test_values_are_cast_to_the_models_type(run):
     folder, params, _ = run
     fresh = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params(5))
-    found, _ = warm_start(fresh, WarmStart(str(folder)))
-    assert_same(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    started = warm_start(fresh, WarmStart(str(folder)))
+    assert_same(started.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,12 @@ def test_values_are_cast_to_the_models_type(run):
         ({}, {"layers": 6}, "decoder/layers/4/.* without values; .* 'initialise'"),
         ({}, {"layers": 2}, "as decoder/layers/2/.*, which this model lacks; drop or rename it"),
         ({}, {"vocab": 24}, r"decoder/embedding .* \[16, 4\], .* \[24, 4\] .*vocabulary.*16 ids.*24.*; drop it"),
-        ({"rename": ((r"(decoder/layers)/\d+/(.*)", r"\1/0/\2"),)}, {}, "decoder/layers/0/.* two values"),
+        ({"rules": (Rename(r"(decoder/layers)/\d+/(.*)", r"\1/0/\2"),)}, {}, "decoder/layers/0/.* two values"),
+        ({"rules": (Rename("encoder/.*", "x"),)}, {}, r"Rename has the pattern 'encoder/.*', which matches none of"),
+        ({"rules": (Rename("decoder/norm", r"\1"),)}, {}, r"Rename names '\\\\1', which does not fit the groups"),
+        ({"rules": (Fresh("head/.*"),)}, {}, "Fresh has the pattern 'head/.*', which matches none of this model's"),
+        ({"rules": (Keep(".*norm"),)}, {}, "leaves decoder/embedding, .* without values"),
+        ({"rules": (PickLayers((0, 7)),)}, {}, "PickLayers asks for layer 7 of decoder/layers, .* layers 0 to 3"),
         ({"path": "nowhere"}, {}, "no checkpoint to start from in .*nowhere"),
         ({"step": 8}, {}, r"no checkpoint of step 8 \(it has: 9\)"),
     ],
@@ -115,5 +120,63 @@ def test_errors_name_the_leaf_and_the_remedy(run, config, model, message):
 
 
 def test_bad_pattern_is_named():
-    with pytest.raises(ValueError, match=r"'\(', which is no regular"):
-        WarmStart("run", take=("(",))
+    with pytest.raises(ValueError, match=r"Drop has the pattern '\(', which is no regular"):
+        Drop("(")
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory):
+    """A run's folder with an optimizer's state: two moments a parameter, and a counter."""
+    folder = tmp_path_factory.mktemp("optimized")
+    params, mu, nu = (make_params(seed) for seed in (0, 1, 2))
+    opt_state = {"0": {"mu": stack(mu, layouts(4)), "nu": stack(nu, layouts(4)), "count": jnp.int32(9)}}
+    state = {"params": stack(params, layouts(4)), "opt_state": opt_state, "step": jnp.int32(9)}
+    with CheckpointManager(folder / "checkpoints", CheckpointConfig(), layouts(4)) as manager:
+        manager.save(9, state)
+    return folder, mu, nu
+
+
+def first_state(params):
+    """An optimizer's state before its first step."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return {"0": {"mu": zeros, "nu": zeros, "count": jnp.int32(0)}}
+
+
+def test_the_optimizer_starts_afresh_unless_asked(optimized):
+    params = stack(make_params(5), layouts(4))
+    started = warm_start(params, WarmStart(str(optimized[0])), layouts(4), report=lambda _: None)
+    fresh = first_state(params)
+    assert started.optimizer_state(fresh, layouts(4), print) is fresh
+
+
+def test_moments_follow_parameters_that_are_taken_as_they_are(optimized):
+    """Under new names and in other layers; what was changed or is new has none."""
+    folder, mu, nu = optimized
+    fresh = make_params(5, layers=6, stack_name="encoder")
+    rules = (
+        PickLayers(((0, 4), (0, 2))),
+        Rename("decoder/(.*)", r"encoder/\1"),
+        Scale("encoder/norm", 0.5),
+        Fresh("encoder/layers/5/scale"),
+    )
+    config = WarmStart(str(folder), rules=rules, optimizer=OptimizerState.KEEP)
+    params, said = stack(fresh, layouts(6, "encoder")), []
+    started = warm_start(params, config, layouts(6, "encoder"), report=lambda _: None)
+    found = started.optimizer_state(first_state(params), layouts(6, "encoder"), said.append)["0"]
+    assert found["count"] == 9
+    for name, moments in (("mu", mu), ("nu", nu)):
+        old = moments["decoder"]
+        layers = {str(i): old["layers"][str(i % 4)] for i in range(6)}
+        layers["5"] = {**layers["5"], "scale": jnp.zeros(4)}
+        expected = {"encoder": {"embedding": old["embedding"], "layers": layers, "norm": jnp.zeros(4)}}
+        assert_same(found[name], stack(expected, layouts(6, "encoder")))
+    assert said == ["The optimizer keeps 25 of 29 arrays of its state; the others start from zero."]
+
+
+def test_moments_of_another_algorithm_are_refused(optimized, run):
+    params = stack(make_params(5), layouts(4))
+    for folder in (optimized[0], run[0]):
+        config = WarmStart(str(folder), optimizer="keep")
+        started = warm_start(params, config, layouts(4), report=lambda _: None)
+        with pytest.raises(CheckpointError, match="no optimizer state of this algorithm; use the algorithm"):
+            started.optimizer_state({"trace": params}, layouts(4), print)

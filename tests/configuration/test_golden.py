@@ -21,11 +21,18 @@ ROOTS = {
     "data": "%DATA",
     "vocabularies": "%VOCABULARY",
     "parallel": "@jaxlm.run.RunConfig()",
+    "evaluation": "@jaxlm.evaluation.suite.EvaluationConfig()",
     "runs": "@jaxlm.run.RunConfig()",
+    "adaptations": "@jaxlm.run.RunConfig()",
+    "studies": "@jaxlm.studies.config.StudyConfig()",
 }
 
-# What is included before the files of a folder that change another's values.
-BEFORE = {"parallel": ("--gin_file=gin_configs/runs/quickstart.gin",)}
+# What is said before the files of a folder, or before one file, that need or change another's values.
+BEFORE = {
+    "parallel": ("--gin_file=gin_configs/runs/quickstart.gin",),
+    "evaluation": ("--gin.EVALUATION_DATA=eval",),
+    "evaluation/t0.gin": ("--gin.EVALUATION_DATA=eval", "--gin.TEMPLATES=templates"),
+}
 
 # What a file says that leaves values to those that include it.
 OPEN = ("a value is required here; give it with", "no macro MODEL is defined")
@@ -34,7 +41,7 @@ OPEN = ("a value is required here; give it with", "no macro MODEL is defined")
 def resolved(file: pathlib.Path) -> object | str:
     """The configuration; of a file that leaves values to those that include it, the sentence that asks for them."""
     try:
-        before = BEFORE.get(file.parts[0], ())
+        before = BEFORE.get(str(file)) or BEFORE.get(file.parts[0], ())
         return resolve(ROOTS[file.parts[0]], [*before, f"--gin_file=gin_configs/{file}"])
     except ConfigError as error:
         if not any(sentence in str(error) for sentence in OPEN):

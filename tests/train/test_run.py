@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from jaxlm import train
@@ -20,11 +21,11 @@ def run(workshop, repository):
     """60 steps on the project's own documents, from the command line in a process of its own."""
     gin = workshop.gin(
         "docs",
-        "LEARNING_RATE = 1e-2\nsample.SamplingConfig.max_new_tokens = 8\nEVAL_PERIOD = 30\nCHECKPOINT_PERIOD = 30\n"
+        "LEARNING_RATE = 1e-2\nsampling.SamplingConfig.max_new_tokens = 8\nEVAL_PERIOD = 30\nCHECKPOINT_PERIOD = 30\n"
         f"FILES = '{repository / 'docs'}'\nTRAIN_STEPS = {STEPS}\nrun.RunConfig.baselines = True\n"
         "run.RunConfig.profile = @profile.ProfileConfig()\n"
         "profile.ProfileConfig.first = 20\nprofile.ProfileConfig.last = 21",
-        imports=("run", "decoding.sample", "training.profile"),
+        imports=("run", "decoding.sampling", "training.profile"),
     )
     return gin, workshop.folder / "docs", workshop.observe("docs", gin)
 
@@ -124,21 +125,45 @@ def test_with_more_steps_it_goes_on(run, workshop, losses, capsys):
     assert (more / "config.1.gin").read_text() == (folder / "config.gin").read_text(), "the first start's stays"
 
 
-def test_warm_start(run, workshop, losses, same_arrays, capsys):
+SHORT = "TRAIN_STEPS = 2\nLEARNING_RATE = 0.0\n"
+
+
+def starting_from(folder):
+    """Lines of a run that begins with another's parameters."""
+    return f"{SHORT}run.RunConfig.warm_start = @warm_start.WarmStart()\nwarm_start.WarmStart.path = '{folder}'\n"
+
+
+@pytest.fixture(scope="module")
+def warm(run, workshop):
+    """The folder of a run that began with this one's parameters and kept them."""
+    gin = workshop.gin("warm", starting_from(run[1]), imports=("run", "checkpoints.warm_start"))
+    return workshop.train("warm", gin)
+
+
+def test_warm_start(run, warm, workshop, losses, same_arrays):
     """Another run begins with these parameters; its optimizer, data and step begin afresh."""
     _, folder, _ = run
-    short = "TRAIN_STEPS = 2\nLEARNING_RATE = 0.0\n"
-    start = f"run.RunConfig.warm_start = @warm_start.WarmStart()\nwarm_start.WarmStart.path = '{folder}'\n"
-    gin = workshop.gin("warm", short + start, imports=("run", "checkpoints.warm_start"))
-    warm = workshop.train("warm", gin)
-    assert f"Warm start from {folder / 'checkpoints' / str(STEPS)}" in capsys.readouterr().out
-    cold = workshop.train("cold", workshop.gin("cold", short))
+    cold = workshop.train("cold", workshop.gin("cold", SHORT))
     # The words of the generated corpus are unknown to it, the letters are not.
     assert losses(warm)[1] < losses(cold)[1] - 1.0
     ours, theirs = stored.open_latest(warm / "checkpoints"), stored.open_latest(folder / "checkpoints")
     names = [path for path in theirs.leaves if path[0] == "params"]
     assert same_arrays(ours, theirs, names), "a learning rate of 0 keeps them"
     assert ours.step == 2 and ours.data["step"] == 2
+
+
+def test_a_deeper_run_starts_from_it(run, warm, workshop, losses, capsys):
+    """Layers that stand twice are closed at first, so its first loss is that of the model it came from."""
+    text = starting_from(run[1]) + "NUM_LAYERS = 4\nwarm_start.WarmStart.rules = (@surgery.UpscaleDepth(),)\n"
+    text += "surgery.UpscaleDepth.order = ((0, 2), (0, 2))\nsurgery.UpscaleDepth.copies = 'closed'\n"
+    text += "warm_start.WarmStart.optimizer = 'keep'\n"
+    imports = ("run", "checkpoints.warm_start", "checkpoints.surgery")
+    deeper = workshop.train("deeper", workshop.gin("deeper", text, imports=imports))
+    out = capsys.readouterr().out
+    assert f"Warm start from {run[1] / 'checkpoints' / str(STEPS)}" in out
+    assert "<- decoder/layers/0-1/attention/output/kernel, times 0 (2 layers)" in out
+    assert "The optimizer keeps" in out
+    np.testing.assert_allclose(losses(deeper)[1], losses(warm)[1], rtol=1e-6)
 
 
 def test_its_model_goes_to_hugging_face_and_back(run, workshop, same_arrays, losses, tmp_path, capsys):
@@ -153,8 +178,8 @@ def test_its_model_goes_to_hugging_face_and_back(run, workshop, same_arrays, los
     text = f"TRAIN_STEPS = 1\nLEARNING_RATE = 0.0\nwarm_start.WarmStart.path = '{out}'\n"
     text += "run.RunConfig.warm_start = @warm_start.WarmStart()\n"
     gin = workshop.gin("from_exported", text, imports=("run", "checkpoints.warm_start"))
-    warm = workshop.train("from_exported", gin)
-    ours, theirs = stored.open_latest(warm / "checkpoints"), stored.open_latest(folder / "checkpoints")
+    again = workshop.train("from_exported", gin)
+    ours, theirs = stored.open_latest(again / "checkpoints"), stored.open_latest(folder / "checkpoints")
     assert same_arrays(ours, theirs, [path for path in theirs.leaves if path[0] == "params"])
     assert convert_checkpoint.main([str(folder), out]) == 1
     assert "exists already; remove it" in capsys.readouterr().err

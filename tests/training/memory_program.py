@@ -57,7 +57,7 @@ def run(parallel_config, moments=None, microbatches=1):
     state, metrics = step(state, to_devices(packed_batch(0, 16), parallel))
     grads = jax.tree.map(lambda a, b: (np.float64(a) - np.float64(b)) / RATE, before, jax.device_get(state.params))
     state, _ = step(state, to_devices(packed_batch(1, 16), parallel))
-    return float(metrics["loss"][0]), flatten(grads), state, step._cache_size(), (optimizer, parallel)
+    return float(metrics["loss"][0]), flatten(grads), state, step.compiles, (optimizer, parallel)
 
 
 loss, grads, _, _, _ = run(ParallelConfig(MeshConfig()))

@@ -4,19 +4,19 @@ import dataclasses
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from jaxlm.checkpoints import naming, stored
+from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json
 from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, read_json, write_json, write_tensors
 from jaxlm.checkpoints.huggingface.pickled import PickledFolder
 from jaxlm.checkpoints.huggingface.tensors import Shape, Table, resolve
-from jaxlm.layers.stacking import StackLayout
+from jaxlm.checkpoints.stored import some
+from jaxlm.checkpoints.tabulated import TabulatedCheckpoint
 from jaxlm.models import build_model
 from jaxlm.models.config import LanguageModelConfig
 
@@ -25,74 +25,16 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFaceFolder:
-    """A folder as `save_pretrained` leaves it, to be read like one of our own checkpoints (`stored.StoredCheckpoint`).
+class HuggingFaceFolder(TabulatedCheckpoint):
+    """A folder as `save_pretrained` leaves it.
 
     Attributes:
-      folder: where it is.
       family: its adapter.
       fields: the parsed `config.json`.
-      config: the model it describes, in float32, initialised anyhow.
-      tensors: its tensors, by name.
-      table: which of them holds which parameter.
-      shapes: {path: shape} of the parameters, layers one by one.
     """
 
-    folder: pathlib.Path
     family: Family
     fields: Json
-    config: LanguageModelConfig
-    tensors: TensorFolder | PickledFolder
-    table: Table
-    shapes: Mapping[str, Shape]
-
-    @property
-    def leaves(self) -> dict[naming.Path, jax.ShapeDtypeStruct]:
-        """{path: shape and type} as in a checkpoint: ("params", "decoder", "layers", "17", ...)."""
-        return {
-            ("params", *path.split("/")): jax.ShapeDtypeStruct(self.shapes[path], self.tensors.dtype(entry.name))
-            for entry in self.table
-            for path in entry.paths
-        }
-
-    def read(self, requests: Mapping[naming.Path, stored.Request]) -> dict[naming.Path, jax.Array]:
-        """The arrays asked for, tensor after tensor; see `stored.StoredCheckpoint.read`."""
-        read = self.reader()
-
-        def parameter(path: naming.Path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-            return jax.device_put(np.asarray(read(naming.show(path[1:])), wanted.dtype), wanted.sharding)
-
-        values = {}
-        for name, request in requests.items():
-            parts = [parameter(path, request.layer) for path in request.paths]
-            values[name] = stored.stacker(request)(*parts) if request.stacked else parts[0]
-        return values
-
-    def reader(self) -> Callable[[str], np.ndarray]:
-        """path -> the parameter, perhaps a view of its tensor; paths written with slashes."""
-        home = {path: entry for entry in self.table for path in entry.paths}
-        split: dict[str, tuple[np.ndarray, ...]] = {}  # fused tensors come again for each of their parameters
-
-        def parameter(path: str) -> np.ndarray:
-            entry = home[path]
-            if entry.name not in split:
-                split.clear()
-                shapes = tuple(self.shapes[part] for part in entry.paths)
-                split[entry.name] = entry.form.split(self.tensors.read(entry.name), shapes)
-            return split[entry.name][entry.paths.index(path)]
-
-        return parameter
-
-    def load(self, params: Any, layouts: tuple[StackLayout, ...]) -> Any:
-        """All parameters.
-
-        Args:
-          params: those of the model `config` as a tree of `jax.ShapeDtypeStruct` (or arrays): shapes, types, shardings.
-          layouts: its scanned stacks.
-        """
-        values = self.read(stored.requests_for({"params": params}, layouts))
-        paths = naming.flatten(params)
-        return jax.tree.unflatten(jax.tree.structure(params), [values["params", *path] for path in paths])
 
 
 def parameter_shapes(config: LanguageModelConfig) -> dict[str, Shape]:
@@ -140,7 +82,8 @@ def names_in(
     pickled = not list(path.glob("*.safetensors")) and list(path.glob("*.bin"))
     tensors = PickledFolder(path) if allow_pickle and pickled else TensorFolder(path)
     config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
-    return HuggingFaceFolder(path, family, values, config, tensors, family.table(config), parameter_shapes(config))
+    shapes = parameter_shapes(config)
+    return HuggingFaceFolder(path, config, tensors, family.table(config), shapes, family, values)
 
 
 def export(
@@ -200,7 +143,7 @@ def mismatches(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Sh
     faults = []
     for names, fault in ((set(wanted) - set(found), "lacks"), (set(found) - set(wanted), "has in excess")):
         if names:
-            faults.append(f"{fault} {stored.some(sorted(names))}")
+            faults.append(f"{fault} {some(sorted(names))}")
     for name, shape in wanted.items():
         if found.get(name, shape) != shape:
             faults.append(f"has {name} of shape {list(found[name])}, not {list(shape)}")

@@ -11,6 +11,7 @@ from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, write_tensors
 from jaxlm.checkpoints.huggingface.folder import export, open_folder, parameter_shapes
+from jaxlm.checkpoints.surgery import Fresh
 from jaxlm.checkpoints.warm_start import WarmStart, warm_start
 from jaxlm.models import build_model
 from jaxlm.training.state import abstract_model
@@ -83,10 +84,11 @@ def test_a_run_may_start_from_it(folder):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     fresh = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), here), params)
     lines = []
-    config = WarmStart(str(folder), drop=("vocabulary_head/kernel",), missing="initialise")
-    started, account = warm_start(fresh, config, definition.layouts, report=lines.append)
-    assert account.new == ("vocabulary_head/kernel",) and not np.asarray(started["vocabulary_head"]["kernel"]).any()
-    up = started["decoder"]["layers"]["0"]["feed_forward"]["up"]["kernel"]
+    config = WarmStart(str(folder), rules=(Fresh("vocabulary_head/kernel"),))
+    started = warm_start(fresh, config, definition.layouts, report=lines.append)
+    assert started.account.new == ("vocabulary_head/kernel",)
+    assert not np.asarray(started.params["vocabulary_head"]["kernel"]).any()
+    up = started.params["decoder"]["layers"]["0"]["feed_forward"]["up"]["kernel"]
     np.testing.assert_array_equal(up[3], values["decoder/layers/3/feed_forward/up/kernel"])
 
 

@@ -1,0 +1,205 @@
+"""Named surgeries: rules that stand for several. What each keeps of the function is tested by exact property.
+
+A causal decoder becomes a prefix decoder or an encoder, and back, without any: the parameters are the same
+(`Stage.architecture`, or another `LanguageModelConfig.architecture`).
+"""
+
+import abc
+import dataclasses
+import enum
+import re
+
+from jaxlm.checkpoints.manifest import CheckpointError
+from jaxlm.checkpoints.surgery.leaves import Draft
+from jaxlm.checkpoints.surgery.rules import (
+    Constant,
+    Copy,
+    Drop,
+    Fill,
+    Fresh,
+    PickLayers,
+    Rename,
+    Resize,
+    Rule,
+    Scale,
+)
+
+_BRANCH_ENDS = r"(?:attention/output|cross_attention/output|feed_forward/down)/(?:kernel|bias)"
+
+
+class Recipe(Rule):
+    """A rule that stands for others."""
+
+    @abc.abstractmethod
+    def rules(self, draft: Draft) -> tuple[Rule, ...]:
+        """The rules, for what is there."""
+
+    def apply(self, draft: Draft) -> None:
+        for rule in self.rules(draft):
+            rule.apply(draft)
+
+
+class Gate(enum.Enum):
+    """Whether a branch that is new to the model works from the first step.
+
+    OPEN: it does. CLOSED: its last matrix is zero, so that it adds nothing until that has been trained.
+    """
+
+    OPEN = "open"
+    CLOSED = "closed"
+
+
+@dataclasses.dataclass(frozen=True)
+class UpscaleDepth(Recipe):
+    """A deeper stack of the layers of a shallower one (Yi, arXiv 2403.04652; SOLAR, arXiv 2312.15166).
+
+    With closed copies the deeper model computes what the shallower one did, wherever the layers in `order` come back to
+    where they left off (0-23 then 8-31: layers 8-23 stand twice, and their second copies are closed); not so with
+    post-norm, where a closed branch is still normed. In a stack whose layers alternate (windows, experts), choose an
+    order that keeps each layer's place in the pattern.
+
+    Attributes:
+      order: see `PickLayers`.
+      copies: whether the branches of layers that stand there a second time are open.
+      stack: the name before the layers' numbers.
+    """
+
+    order: tuple[int | tuple[int, ...], ...]
+    copies: Gate = Gate.OPEN
+    stack: str = "decoder/layers"
+
+    def __post_init__(self):
+        object.__setattr__(self, "copies", Gate(self.copies))
+
+    def rules(self, draft: Draft) -> tuple[Rule, ...]:
+        pick = PickLayers(self.order, self.stack)
+        layers = pick.layers
+        again = [new for new, old in enumerate(layers) if old in layers[:new]]
+        if self.copies is Gate.OPEN or not again:
+            return (pick,)
+        return pick, Scale(rf"{self.stack}/(?:{'|'.join(map(str, again))})/{_BRANCH_ENDS}", 0.0)
+
+
+class CrossAttention(enum.Enum):
+    """What a decoder's new cross-attention starts from.
+
+    SELF_ATTENTION: the same layer's self-attention, norms included (T5Gemma, arXiv 2504.06225, balanced). FRESH: its
+    initialisation (T5Gemma, unbalanced; BERT2BERT, arXiv 1907.12461).
+    """
+
+    SELF_ATTENTION = "self_attention"
+    FRESH = "fresh"
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderToEncoderDecoder(Recipe):
+    """The same decoder twice, as encoder and as decoder with cross-attention (T5Gemma, arXiv 2504.06225).
+
+    With a closed gate the decoder's logits are those of the decoder it comes from, whatever the encoder reads. To take
+    the encoder from another checkpoint, write the rules out: see docs/surgery.md. Tables of relative positions are
+    copied too, though a bidirectional encoder reads half of its buckets in another way.
+
+    Attributes:
+      cross_attention: see `CrossAttention`.
+      gate: see `Gate`.
+    """
+
+    cross_attention: CrossAttention = CrossAttention.SELF_ATTENTION
+    gate: Gate = Gate.OPEN
+
+    def __post_init__(self):
+        object.__setattr__(self, "cross_attention", CrossAttention(self.cross_attention))
+        object.__setattr__(self, "gate", Gate(self.gate))
+
+    def rules(self, draft: Draft) -> tuple[Rule, ...]:
+        rules: list[Rule] = [Copy("decoder/(.*)", r"encoder/\1")]
+        if self.cross_attention is CrossAttention.FRESH:
+            rules.append(Fresh(r"decoder/.*/cross_attention(?:_norms)?/.*"))
+        else:
+            rules.append(Copy(r"(decoder/.*)/attention((?:_norms)?/(?!relative/).*)", r"\1/cross_attention\2"))
+        if self.gate is Gate.CLOSED:
+            rules.append(Constant(r"decoder/.*/cross_attention/output/(?:kernel|bias)", 0.0))
+        return tuple(rules)
+
+
+class Side(enum.Enum):
+    """A stack of an encoder-decoder."""
+
+    ENCODER = "encoder"
+    DECODER = "decoder"
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderToDecoder(Recipe):
+    """One stack of an encoder-decoder, without cross-attention (arXiv 2204.05832, appendix E.4).
+
+    The model computes what the decoder did where cross-attention adds nothing: exact where its last matrix is zero, a
+    start for training otherwise.
+
+    Attributes:
+      keep: the stack that is kept.
+    """
+
+    keep: Side = Side.DECODER
+
+    def __post_init__(self):
+        object.__setattr__(self, "keep", Side(self.keep))
+
+    def rules(self, draft: Draft) -> tuple[Rule, ...]:
+        if self.keep is Side.DECODER:
+            return Drop("encoder/.*"), Drop(r"decoder/.*/cross_attention(?:_norms)?/.*")
+        return Drop("decoder/.*"), Rename("encoder/(.*)", r"decoder/\1")
+
+
+@dataclasses.dataclass(frozen=True)
+class WidenFeedForward(Recipe):
+    """Feed-forward layers with more hidden units: the new ones are initialised, and their way out is closed.
+
+    The function stays the same, whatever the old and new widths.
+    """
+
+    def rules(self, draft: Draft) -> tuple[Rule, ...]:
+        into = Resize(r".*/feed_forward/(?:gate|up)/(?:kernel|bias)", axis=-1, fill=Fill.INITIAL)
+        return into, Resize(r".*/feed_forward/down/kernel", axis=0, fill=Fill.ZEROS)
+
+
+@dataclasses.dataclass(frozen=True)
+class WidenResidual(Recipe):
+    """A model of a multiple of the width: every channel of the residual stream stands there several times.
+
+    Net2Net's widening (arXiv 1511.05641; bert2BERT, arXiv 2110.07143, "function-preserving initialisation"): what reads
+    the stream shares its weights out among the copies, what writes to it writes the same to each. Heads, head size and
+    hidden width stay. The function stays the same, for norms of either kind, where nothing is scaled by the model's
+    width (`EmbeddingConfig.scale_by_width`, `HeadConfig.scale_by_width`, a parametrisation other than the standard).
+    Copies train alike until something tells them apart: dropout, or noise.
+    """
+
+    def rules(self, draft: Draft) -> tuple[Rule, ...]:
+        name = "embedding/tokens"
+        old, new = draft.leaves[name].shape[1], draft.wanted(self, name).shape[1]
+        if new % old:
+            raise CheckpointError(
+                f"WidenResidual goes from a width to a multiple of it, not from {old} to {new}: norms would weigh the "
+                f"channels unequally; choose {-(-new // old) * old}."
+            )
+        last = r"(?:encoder|decoder)/norm/(?:scale|bias)"
+        tied = "vocabulary_head/kernel" not in draft.leaves
+        decoders = any(leaf.startswith("decoder/") for leaf in draft.leaves)
+        output = rf"{'decoder' if decoders else 'encoder'}/norm/(?:scale|bias)"  # what a tied embedding multiplies
+        rules = (
+            (r"embedding/(?:tokens|positions|types)", -1, Fill.REPEATED),
+            (r"embedding/norm/(?:scale|bias)", 0, Fill.REPEATED),
+            (r".*/(?:cross_)?attention/(?:query|key|value)/kernel", 0, Fill.SHARED),
+            (r".*/(?:cross_)?attention/output/(?:kernel|bias)", -1, Fill.REPEATED),
+            (r".*/feed_forward/(?:gate|up)/kernel", 0, Fill.SHARED),
+            (r".*/feed_forward/down/(?:kernel|bias)", -1, Fill.REPEATED),
+            (r".*_norms/(?:before|after)/(?:scale|bias)", 0, Fill.REPEATED),
+            *(((output, 0, Fill.SHARED),) if tied else ()),
+            (last, 0, Fill.REPEATED),
+            (r"vocabulary_head/kernel", 0, Fill.SHARED),
+        )
+        return tuple(Resize(p, axis, new, fill) for p, axis, fill in rules if _matches(draft, p))
+
+
+def _matches(draft: Draft, pattern: str) -> bool:
+    return any(re.fullmatch(pattern, name) for name in draft.leaves)

@@ -1,0 +1,59 @@
+"""Ratios of sums over rows, and their bootstrap intervals."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+_AT_ONCE = 2**22  # counts of resampled rows that are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A number and how sure it is.
+
+    Attributes:
+      value: the estimate.
+      low, high: the central 95% of the bootstrap's (Efron 1979); None where no samples were drawn.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f" [{self.low:.4f}, {self.high:.4f}]"
+        return f"{self.value:.4f}{interval}"
+
+
+def estimate(
+    sums: np.ndarray, weights: np.ndarray, *, samples: int, seed: int, transform: Callable[[float], float] | None = None
+) -> Estimate:
+    """The median over prompts of the ratio of sums, with an interval from resampled rows.
+
+    Rows are resampled together for all prompts, since prompts on the same row err together.
+
+    Args:
+      sums, weights: float [prompts, rows]; both 0 where a prompt has nothing for a row.
+      samples: resamplings; 0 gives no interval.
+      seed: of the resampling.
+      transform: applied to each prompt's ratio.
+    """
+
+    def medians(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:  # [..., prompts] -> [...]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = sums / weights
+        if transform is not None:
+            ratios = np.vectorize(transform)(ratios)
+        return np.median(ratios, axis=-1)
+
+    value = float(medians(sums.sum(1), weights.sum(1)))
+    if not samples:
+        return Estimate(value)
+    rows, chance = sums.shape[1], np.random.default_rng(seed)
+    drawn, step = [], max(_AT_ONCE // rows, 1)
+    for start in range(0, samples, step):
+        counts = chance.multinomial(rows, np.full(rows, 1.0 / rows), size=min(step, samples - start))
+        drawn.append(medians(counts @ sums.T, counts @ weights.T))
+    low, high = np.nanquantile(np.concatenate(drawn), (0.025, 0.975))
+    return Estimate(value, float(low), float(high))

@@ -1,0 +1,276 @@
+"""How answers are judged: what a task asks the model for, and the metrics that follow from it.
+
+A metric of a row is a pair (sum, weight), and of a set of rows the ratio of their totals: accuracies weigh each row 1,
+bits per byte weigh it by its bytes. So any resampling of rows has its value at once (`jaxlm.evaluation.intervals`).
+"""
+
+import abc
+import collections
+import dataclasses
+import math
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, override
+
+from jaxlm.data.prompts import Question
+from jaxlm.evaluation.scoring import Score
+from jaxlm.evaluation.text_model import TextModel
+
+Metrics = dict[str, tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Judged:
+    """What a model made of one question.
+
+    Attributes:
+      metrics: {name: (sum, weight)}.
+      details: what to keep of it in the file of examples; JSON-able.
+      dropped: tokens of contexts that had no room.
+    """
+
+    metrics: Metrics
+    details: dict[str, Any]
+    dropped: int = 0
+
+
+class Measure(abc.ABC):
+    """What is asked of a model, and how its answers are judged."""
+
+    primary: str
+    """The metric that stands for the task."""
+
+    transforms: ClassVar[Mapping[str, Callable[[float], float]]] = {}
+    """What is applied to a metric's ratio before it is shown: exp for perplexities."""
+
+    @abc.abstractmethod
+    def refuses(self, question: Question) -> str | None:
+        """Why the question cannot be judged, such as a missing gold answer; None if it can."""
+
+    @abc.abstractmethod
+    def judge(self, model: TextModel, questions: Sequence[Question]) -> list[Judged]:
+        """Asks the model all questions."""
+
+    def chance(self, question: Question) -> float | None:
+        """The expected value of `primary` for blind guesses; None where that has no meaning."""
+        return None
+
+
+_NO_GOLD = "it does not say which choice is right"
+_NO_ANSWER = "it has no right answer"
+
+
+@dataclasses.dataclass(frozen=True)
+class RankClassification(Measure):
+    """The choice with the highest log-likelihood after the context (Brown et al. 2020, arXiv 2005.14165, 2.4).
+
+    Also minimal pairs: two sentences as choices, after no context, of which the first is gold.
+
+    Attributes:
+      primary: "accuracy" ranks sums of log-probabilities; "accuracy_per_token" and "accuracy_per_byte" divide them by
+        the choice's tokens or UTF-8 bytes; "accuracy_calibrated" subtracts each choice's log-likelihood after
+        `unconditional` (PMI, Holtzman et al. 2021, arXiv 2104.08315).
+      unconditional: a context that says nothing of the question, such as "Answer:"; None computes no calibrated
+        accuracy, at half the cost.
+    """
+
+    primary: str = "accuracy"
+    unconditional: str | None = None
+
+    def __post_init__(self):
+        known = ["accuracy", "accuracy_per_token", "accuracy_per_byte"]
+        known += ["accuracy_calibrated"] if self.unconditional is not None else []
+        if self.primary not in known:
+            raise ValueError(
+                f"RankClassification.primary={self.primary!r} is none of {known}; accuracy_calibrated needs "
+                f"RankClassification.unconditional."
+            )
+
+    @override
+    def refuses(self, question: Question) -> str | None:
+        if len(question.choices) < 2:
+            return f"it has {len(question.choices)} choices to rank"
+        return _NO_GOLD if question.gold is None else None
+
+    @override
+    def chance(self, question: Question) -> float:
+        return 1.0 / len(question.choices)
+
+    @override
+    def judge(self, model: TextModel, questions: Sequence[Question]) -> list[Judged]:
+        pairs = [pair for question in questions for pair in question.pairs]
+        scores = iter(model.score(pairs))
+        alone: dict[str, float] = {}
+        if self.unconditional is not None:
+            texts = list(dict.fromkeys(text for _, text in pairs))
+            found = model.score([(self.unconditional, text) for text in texts])
+            alone = {text: score.total for text, score in zip(texts, found)}
+        return [self._judged(question, [next(scores) for _ in question.choices], alone) for question in questions]
+
+    def _judged(self, question: Question, scores: list[Score], alone: Mapping[str, float]) -> Judged:
+        totals = [score.total for score in scores]
+        ranked = {
+            "accuracy": totals,
+            "accuracy_per_token": [t / len(s.log_probabilities) for t, s in zip(totals, scores)],
+            "accuracy_per_byte": [t / max(len(c.encode()), 1) for t, c in zip(totals, question.choices)],
+        }
+        if alone:
+            ranked["accuracy_calibrated"] = [t - alone[c] for t, c in zip(totals, question.choices)]
+        chosen = {name: max(range(len(values)), key=values.__getitem__) for name, values in ranked.items()}
+        metrics = {name: (float(index == question.gold), 1.0) for name, index in chosen.items()}
+        # Of the right choice, in nats; smoother than an accuracy where that is near chance.
+        metrics["gold_nll"] = (-totals[question.gold], 1.0)
+        details = {"log_likelihoods": totals, "gold": question.gold, "chosen": chosen[self.primary]}
+        if alone:
+            details["unconditional"] = [alone[choice] for choice in question.choices]
+        return Judged(metrics, details, sum(score.dropped for score in scores))
+
+
+def _text_metrics(score: Score, text: str) -> Metrics:
+    nats, tokens = -score.total, len(score.log_probabilities)
+    return {
+        "cross_entropy": (nats, tokens),
+        "perplexity": (nats, tokens),
+        "bits_per_byte": (nats / math.log(2.0), len(text.encode())),
+        "word_perplexity": (nats, max(len(text.split()), 1)),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation(Measure):
+    """The first right answer after the context: its likelihood, and whether greedy decoding gives it (LAMBADA)."""
+
+    primary: str = "accuracy"
+    transforms: ClassVar = {"perplexity": math.exp, "word_perplexity": math.exp}
+
+    @override
+    def refuses(self, question: Question) -> str | None:
+        return None if question.answers else _NO_ANSWER
+
+    @override
+    def judge(self, model: TextModel, questions: Sequence[Question]) -> list[Judged]:
+        scores = model.score([(question.contexts[0], question.answers[0]) for question in questions])
+        return [
+            Judged(
+                {"accuracy": (float(score.is_greedy), 1.0), **_text_metrics(score, question.answers[0])},
+                {"log_likelihood": score.total, "tokens": len(score.log_probabilities), "greedy": score.is_greedy},
+                score.dropped,
+            )
+            for question, score in zip(questions, scores)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextLikelihood(Measure):
+    """Perplexity and bits per byte of whole texts, however long; the text is the question's answer."""
+
+    primary: str = "bits_per_byte"
+    transforms: ClassVar = {"perplexity": math.exp, "word_perplexity": math.exp}
+
+    @override
+    def refuses(self, question: Question) -> str | None:
+        return None if question.answers and question.answers[0] else "it has no text"
+
+    @override
+    def judge(self, model: TextModel, questions: Sequence[Question]) -> list[Judged]:
+        texts = [question.answers[0] for question in questions]
+        return [
+            Judged(
+                _text_metrics(score, text),
+                {"log_likelihood": score.total, "tokens": len(score.log_probabilities), "bytes": len(text.encode())},
+            )
+            for text, score in zip(texts, model.rolling(texts))
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation(Measure):
+    """The model writes an answer, which is compared with the right ones, the most similar of which counts.
+
+    Attributes:
+      primary: one of `metrics`.
+      metrics: "exact_match" and "f1" of words, both without case, punctuation and articles (Rajpurkar et al. 2016,
+        arXiv 1606.05250); "rouge1", "rouge2", "rougeL" (package rouge-score, F-measure with stemming); "bleu" (package
+        sacrebleu, of each sentence), "chrf" likewise.
+      max_new_tokens: at most so many.
+      stop: texts at which an answer ends.
+    """
+
+    primary: str = "exact_match"
+    metrics: tuple[str, ...] = ("exact_match", "f1")
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ("\n",)
+
+    def __post_init__(self):
+        if unknown := [name for name in self.metrics if name not in _SIMILARITIES]:
+            raise ValueError(f"Generation.metrics has {unknown[0]!r}; there are {sorted(_SIMILARITIES)}.")
+        if self.primary not in self.metrics:
+            raise ValueError(f"Generation.primary={self.primary!r} is none of Generation.metrics, {self.metrics}.")
+
+    @override
+    def refuses(self, question: Question) -> str | None:
+        return None if question.answers else _NO_ANSWER
+
+    @override
+    def judge(self, model: TextModel, questions: Sequence[Question]) -> list[Judged]:
+        similarities = {name: _SIMILARITIES[name](name) for name in self.metrics}  # packages are missed before work
+        contexts = [question.contexts[0] for question in questions]
+        texts = model.generate(contexts, max_new_tokens=self.max_new_tokens, stop=self.stop)
+        return [
+            Judged(
+                {n: (max(f(text, answer) for answer in question.answers), 1.0) for n, f in similarities.items()},
+                {"generated": text, "answers": list(question.answers)},
+            )
+            for question, text in zip(questions, texts)
+        ]
+
+
+def _words(text: str) -> list[str]:
+    """Words without case, punctuation and English articles."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def exact_match(text: str, answer: str) -> float:
+    """1 where both have the same words."""
+    return float(_words(text) == _words(answer))
+
+
+def f1(text: str, answer: str) -> float:
+    """F1 of the bags of words; without words on either side, whether there are none on both."""
+    ours, theirs = _words(text), _words(answer)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    return 2.0 * common / (len(ours) + len(theirs))
+
+
+Similarity = Callable[[str, str], float]
+
+
+def _rouge(name: str) -> Similarity:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ValueError(f"The metric {name} needs the package rouge-score: pip install 'jaxlm[harness]'.") from error
+    scorer = RougeScorer([name], use_stemmer=True)
+    return lambda text, answer: scorer.score(answer, text)[name].fmeasure
+
+
+def _sacrebleu(name: str) -> Similarity:
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise ValueError(f"The metric {name} needs the package sacrebleu: pip install 'jaxlm[harness]'.") from error
+    score = getattr(sacrebleu, f"sentence_{name}")
+    return lambda text, answer: score(text, [answer]).score
+
+
+# Each makes the function when asked for it, and imports its package then.
+_SIMILARITIES: dict[str, Callable[[str], Similarity]] = {
+    "exact_match": lambda name: exact_match,
+    "f1": lambda name: f1,
+    **dict.fromkeys(("rouge1", "rouge2", "rougeL"), _rouge),
+    **dict.fromkeys(("bleu", "chrf"), _sacrebleu),
+}

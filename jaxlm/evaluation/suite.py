@@ -1,0 +1,189 @@
+"""Several tasks in one go: their configuration, the table, and the files that remain."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import rich.box
+from rich.table import Table
+
+from jaxlm.checkpoints.pretrained import Pretrained
+from jaxlm.evaluation.intervals import Estimate
+from jaxlm.evaluation.scoring import ScoringConfig
+from jaxlm.evaluation.tasks import EvaluationTask, TaskError, TaskResult, evaluate_task
+from jaxlm.evaluation.text_model import TextFormat, TextModel
+from jaxlm.parallel.parallelism import ParallelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What a model is asked.
+
+    Attributes:
+      tasks: in the order of the table; names differ.
+      format: how texts are put to the model.
+      scoring: rows and batches.
+      context_length: tokens that the model reads; None is what it says of itself.
+      samples: bootstrap resamplings for intervals; 0 gives none.
+      seed: of these.
+      limit: rows of each task, the first ones; None takes what the tasks say.
+      parallel: the mesh to put the model on; None is one device.
+    """
+
+    tasks: tuple[EvaluationTask, ...]
+    format: TextFormat = TextFormat()
+    scoring: ScoringConfig = ScoringConfig()
+    context_length: int | None = None
+    samples: int = 1000
+    seed: int = 0
+    limit: int | None = None
+    parallel: ParallelConfig | None = None
+
+    def __post_init__(self):
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"EvaluationConfig.tasks needs tasks of different names, got {names}.")
+
+    def only(self, names: Iterable[str]) -> "EvaluationConfig":
+        """The same with these tasks alone.
+
+        Raises:
+          ValueError: there is no such task.
+        """
+        found = {task.name: task for task in self.tasks}
+        names = list(names)
+        if unknown := [name for name in names if name not in found]:
+            raise ValueError(f"There is no task {unknown[0]!r} among {sorted(found)}.")
+        return dataclasses.replace(self, tasks=tuple(found[name] for name in names))
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteResult:
+    """What a model reached.
+
+    Attributes:
+      model: the folder it was read from.
+      results: of the tasks that were evaluated.
+      failures: {task: sentence} of the others.
+    """
+
+    model: str
+    results: tuple[TaskResult, ...]
+    failures: dict[str, str]
+
+    def json(self) -> dict[str, Any]:
+        """Everything as JSON has it."""
+        return {
+            "model": self.model,
+            "tasks": {result.task: dataclasses.asdict(result) for result in self.results},
+            "failures": self.failures,
+        }
+
+    def table(self) -> Table:
+        """For a console: a line a task, in its primary metric."""
+        table = Table(title=self.model, box=rich.box.SIMPLE_HEAD, title_justify="left")
+        for name, side in (
+            *(("task", "left"), ("metric", "left"), ("value", "right"), ("95% interval", "right"), ("chance", "right")),
+            *(("prompts", "right"), ("spread", "right"), ("questions", "right"), ("notes", "left")),
+        ):
+            table.add_column(name, justify=side)
+        for result in self.results:
+            table.add_row(*_line(result))
+        for name, sentence in self.failures.items():
+            table.add_row(name, *[""] * 7, sentence)
+        return table
+
+
+def evaluate(
+    config: EvaluationConfig,
+    pretrained: Pretrained,
+    *,
+    folder: pathlib.Path | None = None,
+    report: Callable[[str], None] = print,
+) -> SuiteResult:
+    """Evaluates a model on all tasks; one that fails does not stop the others.
+
+    Args:
+      config: what to ask.
+      pretrained: whom.
+      folder: where results.json and examples.jsonl (a line a question) go; None writes nothing.
+      report: is given a line for each task and each row left out.
+
+    Raises:
+      ValueError: the model cannot be scored at all.
+    """
+    model = TextModel(
+        pretrained,
+        format=config.format,
+        scoring=config.scoring,
+        context_length=config.context_length,
+        parallel=config.parallel.on() if config.parallel else None,
+    )
+    results, failures = [], {}
+    with _Examples(folder) as examples:
+        for task in config.tasks:
+            if config.limit is not None:
+                task = dataclasses.replace(task, limit=min(config.limit, task.limit or config.limit))
+            try:
+                result, records = evaluate_task(task, model, samples=config.samples, seed=config.seed, report=report)
+            except TaskError as error:
+                failures[task.name] = str(error)
+                report(str(error))
+                continue
+            examples.write(records)
+            results.append(result)
+            report(f"{result.task}: {result.primary} {result.metrics[result.primary]}")
+    result = SuiteResult(pretrained.source, tuple(results), failures)
+    if folder is not None:
+        _write(folder / "results.json", json.dumps(result.json(), indent=2) + "\n")
+    return result
+
+
+class _Examples:
+    """The file of examples, which has its name only when it is complete."""
+
+    def __init__(self, folder: pathlib.Path | None):
+        self._path = None if folder is None else folder / "examples.jsonl"
+        self._file = None
+
+    def __enter__(self) -> "_Examples":
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(f"{self._path}.partial", "w", encoding="utf-8")
+        return self
+
+    def write(self, records: Iterator[dict[str, Any]]) -> None:
+        if self._file is not None:
+            self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self._file is not None:
+            self._file.close()
+            if kind is None:
+                os.replace(f"{self._path}.partial", self._path)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _line(result: TaskResult) -> list[str]:
+    found: Estimate = result.metrics[result.primary]
+    values = [metrics[result.primary] for metrics in result.prompts.values()]
+    counts = {"left out": result.failed, "not applicable": result.not_applicable, "truncated": result.truncated}
+    return [
+        result.task,
+        result.primary,
+        f"{found.value:.4f}",
+        "" if found.low is None else f"{found.low:.4f} to {found.high:.4f}",
+        "" if result.chance is None else f"{result.chance:.4f}",
+        str(len(values)),
+        "" if len(values) == 1 else f"{min(values):.4f} to {max(values):.4f}",
+        str(result.questions),
+        ", ".join(f"{count} {name}" for name, count in counts.items() if count),
+    ]

@@ -1,0 +1,362 @@
+"""A study: factors and their levels, the legs that each cell goes through, seeds and budgets. All of it is data.
+
+A *setting* is a gin file ("gin_configs/models/tiny/causal_decoder.gin") or a binding ("LEARNING_RATE = 3e-3"). A run
+has those of the study, then those of its cell's levels, then the leg's. Files are read first, in this order, then the
+bindings; where two bind the same name the later one holds.
+"""
+
+import dataclasses
+import enum
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+
+from jaxlm.evaluation.suite import EvaluationConfig
+
+Settings = tuple[str, ...]
+Cell = Mapping[str, str]
+"""{factor: level}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A factor with numbers for levels.
+
+    Attributes:
+      binding: what is bound, e.g. "LEARNING_RATE".
+      low, high: both included.
+      steps: how many levels a `Grid` gives it.
+      log: evenly spaced by ratio instead of difference.
+    """
+
+    binding: str
+    low: float
+    high: float
+    steps: int = 5
+    log: bool = False
+
+    def __post_init__(self):
+        if not self.low < self.high or self.steps < 2 or (self.log and self.low <= 0):
+            raise ValueError(
+                f"Range of {self.binding} needs low < high, at least 2 steps and, if log, low > 0; got {self.low}, "
+                f"{self.high}, {self.steps}."
+            )
+
+    def at(self, share: float) -> str:
+        """The level at `share` of the way from low to high, 0 to 1, to four digits."""
+        if self.log:
+            return f"{math.exp(math.log(self.low) + share * math.log(self.high / self.low)):.4g}"
+        return f"{self.low + share * (self.high - self.low):.4g}"
+
+    def levels(self) -> tuple[str, ...]:
+        """Those of a grid."""
+        return tuple(self.at(i / (self.steps - 1)) for i in range(self.steps))
+
+
+Factor = Mapping[str, Settings] | Range
+"""{level: settings}, or a range of numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Every combination of levels.
+
+    Attributes:
+      exclude: combinations to leave out, e.g. ({'architecture': 'encoder', 'objective': 'full_lm'},); one that names
+        some factors leaves out all cells that agree in those.
+    """
+
+    exclude: tuple[Mapping[str, str], ...] = ()
+
+    def cells(self, factors: Mapping[str, Factor]) -> list[Cell]:
+        """All cells, the last factor changing fastest."""
+        levels = [f.levels() if isinstance(f, Range) else tuple(f) for f in factors.values()]
+        found = [dict(zip(factors, combination)) for combination in itertools.product(*levels)]
+        unused = [entry for entry in self.exclude if not any(entry.items() <= cell.items() for cell in found)]
+        if unused:
+            raise ValueError(f"Grid.exclude has {dict(unused[0])}, which is no combination of the study's levels.")
+        return [cell for cell in found if not any(entry.items() <= cell.items() for entry in self.exclude)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+    """These combinations.
+
+    Attributes:
+      listed: one {factor: level} a cell, with a level for every factor.
+    """
+
+    listed: tuple[Mapping[str, str], ...]
+
+    def cells(self, factors: Mapping[str, Factor]) -> list[Cell]:
+        """The cells as listed."""
+        for cell in self.listed:
+            if set(cell) != set(factors):
+                raise ValueError(f"Listed has the cell {dict(cell)}, but each needs a level of {sorted(factors)}.")
+        return [dict(cell) for cell in self.listed]
+
+
+class Drawing(enum.Enum):
+    """RANDOM: independent draws. SOBOL: scrambled Sobol points, which leave no large gap."""
+
+    RANDOM = "random"
+    SOBOL = "sobol"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A sample of the combinations.
+
+    Attributes:
+      count: cells.
+      drawing: see `Drawing`.
+      seed: of the draws.
+    """
+
+    count: int
+    drawing: Drawing = Drawing.SOBOL
+    seed: int = 0
+
+    def cells(self, factors: Mapping[str, Factor]) -> list[Cell]:
+        """The cells in the order they were drawn; one drawn twice is there once."""
+        if Drawing(self.drawing) is Drawing.SOBOL:
+            from scipy.stats import qmc  # takes a second to import
+
+            sampler = qmc.Sobol(len(factors), rng=self.seed)
+            points = sampler.random_base2(max(self.count - 1, 1).bit_length())[: self.count].tolist()
+        else:
+            rng = random.Random(self.seed)
+            points = [[rng.random() for _ in factors] for _ in range(self.count)]
+
+        def level(factor: Factor, share: float) -> str:
+            if isinstance(factor, Range):
+                return factor.at(share)
+            return list(factor)[min(int(share * len(factor)), len(factor) - 1)]
+
+        drawn = [{name: level(f, x) for (name, f), x in zip(factors.items(), point)} for point in points]
+        return list({tuple(cell.items()): cell for cell in drawn}.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What each run of a leg may spend: exactly one of the three.
+
+    Attributes:
+      tokens: positions of rows seen, of all stacks (inputs count as targets do).
+      flops: by `jaxlm.models.accounting`, forward and backward.
+      steps: training steps.
+    """
+
+    tokens: float | None = None
+    flops: float | None = None
+    steps: int | None = None
+
+    def __post_init__(self):
+        given = [value for value in (self.tokens, self.flops, self.steps) if value is not None]
+        if len(given) != 1 or given[0] <= 0:
+            raise ValueError(f"Budget needs one of tokens, flops and steps, above 0; got {self}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """A number chosen for each cell by runs of its own, with the first seed, before the leg's runs.
+
+    Attributes:
+      binding: what is tried, e.g. "LEARNING_RATE".
+      values: the same for every cell.
+      metric: of the last evaluation; the lowest wins.
+      settings: of the trials alone, after all others (fewer steps, say).
+      budget: of a trial; None is the leg's.
+    """
+
+    binding: str
+    values: tuple[float, ...]
+    metric: str = "validation/cross_entropy"
+    settings: Settings = ()
+    budget: Budget | None = None
+
+    def __post_init__(self):
+        if len(set(self.values)) < 2:
+            raise ValueError(f"Tune.values of {self.binding} are {self.values}; there is nothing to choose between.")
+
+
+class Start(enum.Enum):
+    """What a leg takes from the one before.
+
+    PARAMETERS: begins at step 0 with its parameters (`WarmStart`).
+    STATE: goes on with its whole state, counting its steps (`Branch`).
+    """
+
+    PARAMETERS = "parameters"
+    STATE = "state"
+
+
+@dataclasses.dataclass(frozen=True)
+class Leg:
+    """One stage that cells go through, a run of its own for every seed.
+
+    Cells that agree in all that a leg depends on share its runs: runs are known by their resolved configuration.
+
+    Attributes:
+      name: short, without spaces.
+      settings: after those of the levels.
+      factors: factors whose levels' settings it has, in this order; None has those of all.
+      after: the leg it starts from; None starts afresh.
+      start: what it takes from there.
+      step: of that leg's checkpoint; None is its last.
+      only: {factor: levels} that go through it; others skip it, and what comes after starts from the leg before it.
+      budget: None leaves TRAIN_STEPS to the settings.
+      tune: chooses a number for each cell; None binds nothing.
+      evaluation: what each run's model is asked when it is trained (not those of trials); None asks nothing.
+    """
+
+    name: str
+    settings: Settings = ()
+    factors: tuple[str, ...] | None = None
+    after: str | None = None
+    start: Start = Start.PARAMETERS
+    step: int | None = None
+    only: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    budget: Budget | None = None
+    tune: Tune | None = None
+    evaluation: EvaluationConfig | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "start", Start(self.start))
+        if self.after is None and (self.step is not None or self.start is Start.STATE):
+            raise ValueError(f"Leg {self.name!r} starts from no other leg; give `after`, or neither step nor start.")
+
+    def takes(self, cell: Cell) -> bool:
+        """Whether a cell goes through it."""
+        return all(cell[factor] in levels for factor, levels in self.only.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Settings of a combination of levels, for what neither of them wants alone.
+
+    Attributes:
+      when: {factor: level}; it holds for the cells that agree in all of these, in legs that have all of the factors.
+      settings: after those of the levels.
+    """
+
+    when: Mapping[str, str]
+    settings: Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """How many tokens one kind of run needs to reach the loss of another: T_scratch / T_adapted at equal loss.
+
+    Attributes:
+      name: in the report.
+      adapted: {"leg": name, factor: level, ...} of the runs whose tokens are counted.
+      scratch: the same, of the runs whose last loss is to be reached.
+      metric: falls with training.
+    """
+
+    name: str
+    adapted: Mapping[str, str]
+    scratch: Mapping[str, str]
+    metric: str = "validation/cross_entropy"
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+    """A study, from an empty folder to its report.
+
+    Attributes:
+      study_dir: its folder.
+      settings: of every run.
+      factors: by name, see `Factor`; the order is that of the report.
+      legs: in an order in which each comes after the one it starts from.
+      design: which combinations are run.
+      together: settings of some combinations.
+      seeds: one run each: a seed is both the run's (`RunConfig.seed`) and the data's (`DataConfig.seed`).
+      measures: metrics of the last evaluation while training that the report compares; lower is better.
+      matches: comparisons of learning curves by tokens.
+    """
+
+    study_dir: str
+    settings: Settings
+    factors: Mapping[str, Factor]
+    legs: tuple[Leg, ...]
+    design: Grid | Listed | Sample
+    together: tuple[Together, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    measures: tuple[str, ...] = ("validation/cross_entropy",)
+    matches: tuple[Match, ...] = ()
+
+    def __post_init__(self):
+        names = [leg.name for leg in self.legs]
+        if not names or len(set(names)) < len(names) or not self.seeds:
+            raise ValueError(f"A study needs legs with names of their own, and seeds; got {names}, {self.seeds}.")
+        for i, leg in enumerate(self.legs):
+            if leg.after is not None and leg.after not in names[:i]:
+                raise ValueError(f"Leg {leg.name!r} starts from {leg.after!r}, which is no leg before it in {names}.")
+            for factor in (*(leg.factors or ()), *leg.only):
+                self._check_factor(factor, f"Leg {leg.name!r}")
+            for factor, levels in leg.only.items():
+                self._check_levels(factor, levels, f"Leg {leg.name!r}")
+        for entry in self.together:
+            for factor, level in entry.when.items():
+                self._check_factor(factor, "Together.when")
+                self._check_levels(factor, (level,), "Together.when")
+        for match in self.matches:
+            for side in (match.adapted, match.scratch):
+                if side.get("leg") not in names:
+                    raise ValueError(f"Match {match.name!r} needs a 'leg' among {names}, not {side.get('leg')!r}.")
+                for factor, level in side.items():
+                    if factor != "leg":
+                        self._check_factor(factor, f"Match {match.name!r}")
+                        self._check_levels(factor, (level,), f"Match {match.name!r}")
+        for cell in self.cells:
+            for factor, level in cell.items():
+                self._check_levels(factor, (level,), "The design")
+
+    def _check_factor(self, factor: str, who: str) -> None:
+        if factor not in self.factors:
+            raise ValueError(f"{who} names the factor {factor!r}; the study has {list(self.factors)}.")
+
+    def _check_levels(self, factor: str, levels: Sequence[str], who: str) -> None:
+        known = self.factors[factor]
+        if isinstance(known, Range):
+            return
+        for level in levels:
+            if level not in known:
+                raise ValueError(f"{who} names the level {level!r} of {factor!r}, which has {list(known)}.")
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The combinations that are run."""
+        return self.design.cells(self.factors)
+
+    def legs_of(self, cell: Cell) -> tuple[Leg, ...]:
+        """The legs that a cell goes through, each `after` the one that it really starts from."""
+        by_name = {leg.name: leg for leg in self.legs}
+
+        def taken_before(leg: Leg) -> str | None:
+            name = leg.after
+            while name is not None and not by_name[name].takes(cell):
+                name = by_name[name].after
+            return name
+
+        return tuple(dataclasses.replace(leg, **_after(leg, taken_before(leg))) for leg in self.legs if leg.takes(cell))
+
+    def settings_of(self, cell: Cell, leg: Leg) -> Settings:
+        """The settings of a cell's run of a leg, in order."""
+        found = list(self.settings)
+        names = tuple(self.factors) if leg.factors is None else leg.factors
+        for name in names:
+            factor, level = self.factors[name], cell[name]
+            found += [f"{factor.binding} = {level}"] if isinstance(factor, Range) else factor[level]
+        for entry in self.together:
+            if set(entry.when) <= set(names) and entry.when.items() <= cell.items():
+                found += entry.settings
+        return (*found, *leg.settings)
+
+
+def _after(leg: Leg, name: str | None) -> dict:
+    """The fields of a leg that starts from `name`; from nothing it starts afresh."""
+    return {"after": name} if name is not None else {"after": None, "step": None, "start": Start.PARAMETERS}

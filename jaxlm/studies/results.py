@@ -1,0 +1,248 @@
+"""What a study found: a row for every run, means over seeds with intervals, and tokens to match a loss."""
+
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlm.studies.config import Cell, Leg, Match, StudyConfig
+from jaxlm.studies.jobs import Job, Plan
+from jaxlm.studies.store import Store
+from jaxlm.training.goodput import Activity, read_ledger
+from jaxlm.training.report import Curve
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and its 95% interval by Student's t; NaN bounds where there is one seed.
+
+    Attributes:
+      mean: of `values`.
+      low, high: bounds.
+      values: one a seed.
+    """
+
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """The mean, and half the interval's width if there is one."""
+        return f"{self.mean:.4f}" if math.isnan(self.low) else f"{self.mean:.4f} ± {(self.high - self.low) / 2:.4f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """The mean over seeds.
+
+    With so few runs the percentile bootstrap is too narrow (of three values it cannot leave their range); Student's t
+    takes the values to be normally distributed.
+    """
+    from scipy import stats  # takes a second to import
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Interval(mean, math.nan, math.nan, tuple(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return Interval(mean, mean - half, mean + half, tuple(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of a cell.
+
+    Attributes:
+      cell, leg: what it is of.
+      job, seed: which run it is; cells may share it.
+      curves: metrics over its steps.
+      scores: of its evaluation, see `Store.scores`.
+    """
+
+    cell: Cell
+    leg: str
+    job: Job
+    seed: int
+    curves: Mapping[str, Curve]
+    scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def last(self, metric: str) -> float | None:
+        """The last value of a metric."""
+        return self.curves[metric].last if metric in self.curves else None
+
+    def tokens(self, steps: np.ndarray) -> np.ndarray:
+        """Tokens that the run itself has seen after these steps."""
+        first = self.job.run.train_steps - self.job.size.steps
+        return (steps - first) * (self.job.size.tokens / self.job.size.steps)
+
+
+def finished_runs(plan: Plan, store: Store) -> list[Run]:
+    """Every finished run of every cell and leg; trials are not among them."""
+    return [
+        Run(cell, leg.name, job, seed, store.curves(job, seed), store.scores(job, seed))
+        for cell, leg, job in plan.of_cells
+        if job is not None
+        for seed in job.seeds
+        if store.run_is_finished(job, seed)
+    ]
+
+
+def measured(runs: Sequence[Run], metric: str) -> dict[tuple[str, str], Interval]:
+    """{(leg, cell's label): interval} of a metric's last values, where runs have it."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        if (value := run.last(metric)) is not None:
+            values.setdefault((run.leg, cell_name(run.cell)), []).append(value)
+    return {key: interval(found) for key, found in values.items()}
+
+
+def answered(runs: Sequence[Run], leg: str) -> dict[str, dict[str, Interval]]:
+    """{task: {cell: interval over seeds}} of each task's primary metric, of the runs of a leg."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        for task, found in run.scores.items() if run.leg == leg else ():
+            value = found["metrics"][found["primary"]]["value"]
+            values.setdefault(task, {}).setdefault(cell_name(run.cell), []).append(value)
+    return {task: {cell: interval(found) for cell, found in cells.items()} for task, cells in values.items()}
+
+
+def cell_name(cell: Cell) -> str:
+    """A cell by its levels alone."""
+    return " · ".join(cell.values()) or "all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Matched:
+    """The outcome of a `Match`.
+
+    Attributes:
+      match: what was compared.
+      ratio: T_scratch / T_adapted over seeds; None where a seed did not get there.
+      bound: where it did not: the ratio is below this.
+      loss: the scratch runs' last losses, by seed.
+    """
+
+    match: Match
+    ratio: Interval | None
+    bound: float | None
+    loss: tuple[float, ...]
+
+
+def matched(match: Match, runs: Sequence[Run]) -> Matched | None:
+    """Compares; None where runs are missing."""
+    sides = [
+        {run.seed: run for run in runs if run.leg == side["leg"] and _agrees(run.cell, side)}
+        for side in (match.adapted, match.scratch)
+    ]
+    seeds = sorted(sides[0].keys() & sides[1].keys())
+    if not seeds or any(match.metric not in side[seed].curves for side in sides for seed in seeds):
+        return None
+    ratios, bounds, losses = [], [], []
+    for seed in seeds:
+        adapted, scratch = sides[0][seed], sides[1][seed]
+        losses.append(scratch.last(match.metric))
+        spent = tokens_to(adapted, match.metric, losses[-1])
+        bounds.append(scratch.job.size.tokens / adapted.job.size.tokens)
+        ratios.append(None if spent is None else scratch.job.size.tokens / spent)
+    if any(ratio is None for ratio in ratios):
+        return Matched(match, None, max(bounds), tuple(losses))
+    return Matched(match, interval(ratios), None, tuple(losses))
+
+
+def _agrees(cell: Cell, side: Mapping[str, str]) -> bool:
+    return all(cell[factor] == level for factor, level in side.items() if factor != "leg")
+
+
+def tokens_to(run: Run, metric: str, loss: float) -> float | None:
+    """Tokens after which a run's metric is at `loss` for the first time, between evaluations by a straight line."""
+    curve = run.curves[metric]
+    tokens = run.tokens(curve.steps)
+    below = np.flatnonzero(curve.values <= loss)
+    if not len(below):
+        return None
+    i = below[0]
+    if i == 0:
+        return float(tokens[0])
+    share = (curve.values[i - 1] - loss) / (curve.values[i - 1] - curve.values[i])
+    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+
+
+def write_csv(path: pathlib.Path, study: StudyConfig, plan: Plan, store: Store) -> None:
+    """A row for every run of every cell, finished or not, with the last values of its validation metrics."""
+    rows: list[dict[str, Any]] = []
+    for cell, leg, job in plan.of_cells:
+        for seed in job.seeds if job is not None else study.seeds:
+            state = status(plan, cell, leg, job, seed, store)
+            row: dict[str, Any] = {**cell, "leg": leg.name, "seed": seed, "status": state}
+            if job is not None:
+                size = job.size
+                row |= {"address": job.address, "parameters": size.parameters, "steps": size.steps}
+                row |= {"tokens": size.tokens, "flops": size.flops}
+                row |= {leg.tune.binding: job.tuned} if leg.tune else {}
+                curves = store.curves(job, seed)
+                row |= {name: curve.last for name, curve in curves.items() if name.startswith("validation/")}
+                for task, found in store.scores(job, seed).items():
+                    row |= {f"{task}/{metric}": of["value"] for metric, of in found["metrics"].items()}
+            rows.append(row)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with path.open("w", newline="") as out:
+        writer = csv.DictWriter(out, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def status(plan: Plan, cell: Cell, leg: Leg, job: Job | None, seed: int, store: Store) -> str:
+    """finished, failed, running, to do, or waiting: for trials, or for a leg before it."""
+    if job is None:
+        of_cell = [trials for known, of, trials in plan.trials if known == cell and of.name in (leg.name, leg.after)]
+        failed = any(store.failure(trial) is not None for trials in of_cell for trial in trials)
+        return "failed" if failed else "waiting"
+    if store.run_is_finished(job, seed):
+        return "finished"
+    if store.failure(job) is not None:
+        return "failed"
+    return "running" if store.is_claimed(job) else "to do"
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """Where the workers' time went, in seconds.
+
+    Attributes:
+      workers: from each worker's start to its end.
+      runs: by activity, of all runs.
+      lost: steps that had to be done again.
+    """
+
+    workers: float
+    runs: Mapping[Activity, float]
+    lost: float
+
+    @property
+    def overhead(self) -> float:
+        """Share of the workers' time that is neither training, nor evaluation, nor compilation."""
+        work = sum(self.runs.get(activity, 0.0) for activity in _WORK)
+        return 1.0 - work / self.workers if self.workers else math.nan
+
+
+_WORK = (Activity.STEP, Activity.COMPILE, Activity.EVALUATION)
+
+
+def account(plan: Plan, store: Store) -> Account:
+    """Of all workers that ended, and all runs."""
+    runs: dict[Activity, float] = {}
+    lost = 0.0
+    for job in plan.jobs.values():
+        ledgers = [store.run_folder(job, seed).goodput for seed in job.seeds]
+        for found in map(read_ledger, filter(pathlib.Path.exists, ledgers)):
+            lost += found.lost_seconds
+            for activity, spent in found.seconds.items():
+                runs[activity] = runs.get(activity, 0.0) + spent
+    runs[Activity.EVALUATION] = runs.get(Activity.EVALUATION, 0.0) + store.evaluation_seconds
+    lines = store.workers.read_text().splitlines() if store.workers.exists() else []
+    records = [json.loads(line) for line in lines]
+    return Account(sum(record["ended"] - record["began"] for record in records), runs, lost)

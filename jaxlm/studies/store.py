@@ -1,0 +1,172 @@
+"""A study's folder: where each run lies, what is finished, failed or being worked on.
+
+study.gin           the study's resolved configuration
+runs/<address>/     the runs of a job: seed<seed>/ (run folders, with evaluations/), failed.json, lock
+workers/<i>.log     what a worker printed; workers.jsonl  when each began and ended
+cells.csv report.md figures/    see `jaxlm.studies.report`
+
+A job is being worked on while its lock is held, which the kernel lets go of even after SIGKILL.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from jaxlm.checkpoints.stored import committed_steps
+from jaxlm.configuration import resolved_text
+from jaxlm.studies.jobs import Job
+from jaxlm.training.report import Curve, read_curves
+from jaxlm.training.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a job failed: a sentence, and the seed."""
+
+    error: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Reads and claims what lies in a study's folder."""
+
+    path: pathlib.Path
+
+    def open(self, configuration: str) -> None:
+        """Makes the folder, or checks that it is a study's, and keeps the study's configuration in it.
+
+        A study may grow: what another configuration ran stays, and is taken where the new one asks for the same.
+
+        Raises:
+          ValueError: the folder has files but is no study's.
+        """
+        record = self.path / "study.gin"
+        if self.path.exists() and not record.exists() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} has files but no study.gin, so it is no study's folder; choose a new one.")
+        self.path.mkdir(parents=True, exist_ok=True)
+        record.write_text(configuration)
+
+    @property
+    def workers(self) -> pathlib.Path:
+        """When each worker began and ended, JSON lines."""
+        return self.path / "workers.jsonl"
+
+    def note_evaluation(self, seconds: float) -> None:
+        """Adds to the time spent on evaluations of trained models, for the account."""
+        with (self.path / "evaluations.jsonl").open("a") as lines:
+            lines.write(json.dumps({"seconds": seconds}) + "\n")
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Time spent on evaluations of trained models."""
+        path = self.path / "evaluations.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return sum(json.loads(line)["seconds"] for line in lines)
+
+    def job_folder(self, job: Job) -> pathlib.Path:
+        """Where the runs of a job lie."""
+        return self.path / "runs" / job.address
+
+    def run_folder(self, job: Job, seed: int) -> RunFolder:
+        """The folder of one run."""
+        return RunFolder(self.job_folder(job) / f"seed{seed}")
+
+    def start_folder(self, job: Job, seed: int) -> pathlib.Path | None:
+        """The folder of the run that a run starts from; None: afresh."""
+        return None if job.parent is None else self.run_folder(job.parent, seed).path
+
+    def run_is_trained(self, job: Job, seed: int) -> bool:
+        """Whether a run's training ended as planned."""
+        folder = self.run_folder(job, seed)
+        return folder.run_json.exists() and (folder.read()["finished_at_step"] or 0) >= job.run.train_steps
+
+    def run_is_finished(self, job: Job, seed: int) -> bool:
+        """Whether a run is trained, and evaluated if its leg wants that."""
+        if not self.run_is_trained(job, seed):
+            return False
+        return job.evaluation is None or (self.evaluation_folder(job, seed) / "results.json").exists()
+
+    def evaluation_folder(self, job: Job, seed: int) -> pathlib.Path:
+        """Where the answers of a run's model lie; another folder for other questions."""
+        digest = hashlib.sha256(resolved_text(job.evaluation).encode()).hexdigest()[:12]
+        return self.run_folder(job, seed).path / "evaluations" / digest
+
+    def scores(self, job: Job, seed: int) -> dict[str, Any]:
+        """{task: {"primary", "metrics", "chance", ...}} of a finished run, as `jaxlm.evaluate` writes them."""
+        if job.evaluation is None or not self.run_is_finished(job, seed):
+            return {}
+        return json.loads((self.evaluation_folder(job, seed) / "results.json").read_text())["tasks"]
+
+    def is_finished(self, job: Job) -> bool:
+        """Whether all runs of a job ended as planned."""
+        return all(self.run_is_finished(job, seed) for seed in job.seeds)
+
+    def failure(self, job: Job) -> Failure | None:
+        """Why the job failed, if it did."""
+        path = self.job_folder(job) / "failed.json"
+        return Failure(**json.loads(path.read_text())) if path.exists() else None
+
+    def fail(self, job: Job, seed: int, error: str) -> None:
+        """Notes that a run failed."""
+        path = self.job_folder(job) / "failed.json"
+        path.write_text(json.dumps(dataclasses.asdict(Failure(error, seed)), indent=1) + "\n")
+
+    def forget_failures(self) -> None:
+        """So that what failed is tried again."""
+        for path in self.path.glob("runs/*/failed.json"):
+            path.unlink()
+
+    def steps_done(self, job: Job, seed: int) -> int:
+        """The newest committed step of a run."""
+        steps = committed_steps(self.run_folder(job, seed).checkpoints)
+        return steps[-1] if steps else 0
+
+    def curves(self, job: Job, seed: int) -> dict[str, Curve]:
+        """The metrics of a run over its steps."""
+        path = self.run_folder(job, seed).metrics
+        if not path.exists():
+            return {}
+        if not self.run_is_trained(job, seed):
+            return read_curves(path)
+        return _finished_curves(path)
+
+    def value(self, job: Job, seed: int, metric: str) -> float | None:
+        """The last value of a metric, or None."""
+        curve = self.curves(job, seed).get(metric)
+        return None if curve is None else curve.last
+
+    @contextlib.contextmanager
+    def claim(self, job: Job) -> Iterator[bool]:
+        """Whether this process may work on a job; no other one may until the block ends."""
+        folder = self.job_folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+        finally:
+            os.close(handle)
+
+    def is_claimed(self, job: Job) -> bool:
+        """Whether some process works on a job."""
+        if not (self.job_folder(job) / "lock").exists():
+            return False
+        with self.claim(job) as free:
+            return not free
+
+
+@functools.lru_cache(maxsize=256)
+def _finished_curves(path: pathlib.Path) -> dict[str, Curve]:
+    return read_curves(path)

@@ -1,0 +1,130 @@
+"""A worker: takes one job after another that nobody else works on, and runs its seeds in this process."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+
+from jaxlm.checkpoints import pretrained
+from jaxlm.checkpoints.manifest import CheckpointError
+from jaxlm.evaluation.suite import evaluate
+from jaxlm.run import Programs
+from jaxlm.studies.config import StudyConfig
+from jaxlm.studies.jobs import Job, Plan, expand, label_of
+from jaxlm.studies.store import Store
+from jaxlm.training.loop import Outcome, TrainingDiverged
+
+_PATIENCE = 2.0
+"""Seconds between looks, where all that is left waits for other workers."""
+
+
+Train = Callable[..., Outcome]
+"""`jaxlm.train.train`."""
+
+
+def work(
+    study: StudyConfig,
+    store: Store,
+    train: Train,
+    *,
+    report: Callable[[str], None] = print,
+    only: str | None = None,
+) -> Outcome:
+    """Works until nothing is left that can be done.
+
+    Args:
+      study: what is to run.
+      store: its folder.
+      train: trains one run, (RunConfig, programs=Programs) -> Outcome.
+      report: is told what begins and what failed.
+      only: the label of one cell (`label_of`), whose jobs and those they start from are done; None does all.
+
+    Returns:
+      FINISHED where all jobs are done or have failed; PREEMPTED after a SIGTERM.
+    """
+    programs, began = Programs(), time.time()
+    try:
+        while True:
+            # Anew each time: trials that ended say what comes next.
+            left = unfinished(expand(study, store), store, only)
+            if not left:
+                return Outcome.FINISHED
+            ready = [job for job in left if job.parent is None or store.is_finished(job.parent)]
+            if not ready and not any(store.is_claimed(job) for job in left):
+                return Outcome.FINISHED  # what is left starts from what has failed
+            for job in ready:
+                with store.claim(job) as mine:
+                    if not mine:
+                        continue
+                    if not store.is_finished(job):
+                        report(f"{job.address}: {job.label}{_trial(job)}")
+                        if _run(job, store, train, programs, report) is Outcome.PREEMPTED:
+                            return Outcome.PREEMPTED
+                    break
+            else:
+                time.sleep(_PATIENCE)
+    finally:
+        record = {"pid": os.getpid(), "began": began, "ended": time.time()}
+        with store.workers.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+
+
+def unfinished(plan: Plan, store: Store, only: str | None = None) -> list[Job]:
+    """The jobs of a study, or of the cell labelled `only`, that are not done and have not failed."""
+    wanted = plan.jobs.values() if only is None else _jobs_of(plan, only)
+    return [job for job in wanted if not store.is_finished(job) and store.failure(job) is None]
+
+
+def _jobs_of(plan: Plan, label: str) -> list[Job]:
+    """A cell's jobs and those that they start from."""
+    own = [job for cell, _, job in plan.of_cells if label_of(cell) == label and job is not None]
+    own += [job for cell, _, jobs in plan.trials if label_of(cell) == label for job in jobs]
+    found: dict[str, Job] = {}
+    for job in own:
+        while job is not None:
+            found[job.address], job = job, job.parent
+    return [job for job in plan.jobs.values() if job.address in found]
+
+
+def _run(job: Job, store: Store, train: Train, programs: Programs, report: Callable[[str], None]) -> Outcome:
+    """All seeds of a job; one that fails does not keep the others from running."""
+    for seed in job.seeds:
+        if store.run_is_finished(job, seed):
+            continue
+        folder, outcome = store.run_folder(job, seed), Outcome.FINISHED
+        try:
+            if not store.run_is_trained(job, seed):
+                run = job.configuration(seed, folder.path, store.start_folder(job, seed))
+                outcome = train(run, programs=programs)
+            if outcome is Outcome.FINISHED and job.evaluation is not None:
+                _evaluate(job, seed, store, report)
+        except (ValueError, CheckpointError, TrainingDiverged, OSError) as error:
+            report(f"{job.address}, seed {seed}, failed: {error}")
+            store.fail(job, seed, str(error))
+            continue
+        finally:
+            folder.release()
+        if outcome is Outcome.PREEMPTED:
+            return outcome
+        if outcome is not Outcome.FINISHED:
+            store.fail(job, seed, f"it ended early ({outcome.value}); give it more data or fewer steps.")
+    return Outcome.FINISHED
+
+
+def _evaluate(job: Job, seed: int, store: Store, report: Callable[[str], None]) -> None:
+    """Asks a trained model what its leg wants to know.
+
+    Raises:
+      ValueError: a task could not be asked.
+    """
+    began = time.time()
+    model = pretrained.load(store.run_folder(job, seed).path)
+    result = evaluate(job.evaluation, model, folder=store.evaluation_folder(job, seed), report=report)
+    store.note_evaluation(time.time() - began)
+    if result.failures:
+        (store.evaluation_folder(job, seed) / "results.json").unlink()
+        raise ValueError(" ".join(result.failures.values()))
+
+
+def _trial(job: Job) -> str:
+    return "" if job.trial is None else f", trying {job.trial[0]} = {job.trial[1]}"

@@ -1,0 +1,189 @@
+"""Runs a study: a grid of configurations, several seeds, legs that follow one another, and a report at the end.
+
+python -m jaxlm.study --gin_file=gin_configs/studies/quickstart.gin
+python -m jaxlm.study --gin_file=... --plan          # every cell's parameters, FLOPs and expected time; runs nothing
+python -m jaxlm.study --gin_file=... --report        # the report of what is finished by now
+python -m jaxlm.study --gin_file=... --commands      # a command a cell, for a cluster's queue
+
+--workers=N               processes on this machine (1); more may be started anywhere that sees the folder
+--cell="NAME, ..."        works on this cell alone, in this process (what --commands prints)
+--gin_file, --gin.NAME    as of jaxlm.train; they describe a jaxlm.studies.StudyConfig
+
+Started again, a study runs what is missing; what failed is tried again. Exits with 1 if cells failed, 75 after SIGTERM.
+"""
+
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import time
+
+from rich.live import Live
+from rich.table import Table
+
+from jaxlm.configuration import resolve_or_exit, resolved_text, take_flags
+from jaxlm.exit_status import ExitStatus
+from jaxlm.studies.config import StudyConfig
+from jaxlm.studies.jobs import Job, expand, label_of
+from jaxlm.studies.report import status_rows, write_report
+from jaxlm.studies.results import cell_name
+from jaxlm.studies.store import Store
+from jaxlm.studies.worker import work
+from jaxlm.train import train
+from jaxlm.training import machine
+from jaxlm.training.loop import Outcome
+from jaxlm.training.progress import duration, human, make_console
+
+_REFRESH = 2.0  # seconds between looks at the workers
+_EFFICIENCY = 0.5  # as in reporting.make_plan
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status. JAXLM_TRACEBACK=1 shows where an error came from."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+    switches = ("plan", "report", "commands", "worker")
+    flags, rest = take_flags(arguments, ("workers", "cell"), switches=switches)
+    study = resolve_or_exit(StudyConfig, rest)
+    store = Store(pathlib.Path(study.study_dir).expanduser().resolve())
+    try:
+        if "plan" in flags:
+            return show_plan(study, store)
+        store.open(resolved_text(study))
+        if "report" in flags:
+            return finish(study, store)
+        if "commands" in flags:
+            return print_commands(study, rest)
+        if "worker" in flags or "cell" in flags:
+            return work_here(study, store, flags.get("cell"))
+        return supervise(study, store, rest, workers_of(flags))
+    except (ValueError, OSError) as error:
+        if os.environ.get("JAXLM_TRACEBACK"):
+            raise
+        print(f"jaxlm.study: {error}", file=sys.stderr)
+        return ExitStatus.FAILED
+
+
+def workers_of(flags: dict[str, str]) -> int:
+    """--workers.
+
+    Raises:
+      ValueError: it is no number of processes.
+    """
+    given = flags.get("workers", "1")
+    if not given.isdecimal() or given == "0":
+        raise ValueError(f"--workers={given} is not a number of processes; write --workers=2.")
+    return int(given)
+
+
+def show_plan(study: StudyConfig, store: Store) -> int:
+    """Prints what the study comes to, by cell and leg; starts nothing."""
+
+    plan = expand(study, store)
+    speed = machine.matmul_flops_per_second() * _EFFICIENCY
+    table = Table("cell", "leg", "parameters", "steps", "tokens", "FLOPs", "time", box=None)
+
+    def row(cell: str, leg: str, jobs: list[Job]) -> None:
+        size, runs = jobs[0].size, sum(len(job.seeds) for job in jobs)
+        numbers = [human(x).strip() for x in (size.parameters, size.steps, size.tokens, size.flops)]
+        table.add_row(cell, leg, *numbers, f"{runs} x {duration(size.flops / speed)}")
+
+    for cell, leg, jobs in plan.trials:
+        row(cell_name(cell), f"{leg.name}, trials", list(jobs))
+    for cell, leg, job in plan.of_cells:
+        if job is not None:
+            row(cell_name(cell), leg.name, [job])
+        else:
+            table.add_row(cell_name(cell), leg.name, *["after its trials"], *[""] * 4)
+    console = make_console()
+    console.print(table)
+    runs = [(job, seed) for job in plan.jobs.values() for seed in job.seeds]
+    left = [(job, seed) for job, seed in runs if not store.run_is_finished(job, seed)]
+    flops = sum(job.size.flops for job, _ in left)
+    waiting = sum(job is None for _, _, job in plan.of_cells)
+    later = f", and {waiting} legs of cells that wait for trials" if waiting else ""
+    console.print(
+        f"{len(runs)} runs that differ, {len(left)} of them to do{later}: {human(flops).strip()} FLOPs, about "
+        f"{duration(flops / speed)} at half of this machine's {human(speed / _EFFICIENCY).strip()}FLOP/s."
+    )
+    return ExitStatus.FINISHED
+
+
+def print_commands(study: StudyConfig, arguments: list[str]) -> int:
+    """A command for each cell; what cells share is run by the first that needs it."""
+
+    given = " ".join(map(shlex.quote, arguments))
+    for cell in study.cells:
+        print(f"python -m jaxlm.study {given} --cell={shlex.quote(label_of(cell))}")
+    return ExitStatus.FINISHED
+
+
+def work_here(study: StudyConfig, store: Store, only: str | None) -> int:
+    """A worker's life."""
+
+    labels = [label_of(cell) for cell in study.cells]
+    if only is not None and only not in labels:
+        raise ValueError(f"The study has no cell {only!r}; it has {'; '.join(labels)}.")
+    outcome = work(study, store, train, only=only, report=lambda line: print(line, flush=True))
+    return ExitStatus.PREEMPTED if outcome is Outcome.PREEMPTED else ExitStatus.FINISHED
+
+
+def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: int) -> int:
+    """Starts workers, shows what they do, and writes the report when they are done."""
+
+    expand(study, store)  # what is wrong with a cell is said before anything starts
+    store.forget_failures()
+    console = make_console()
+    processes = [_start_worker(store, arguments, i) for i in range(workers)]
+    try:
+        with Live(console=console, refresh_per_second=1, transient=not console.is_terminal) as live:
+            while any(process.poll() is None for process in processes):
+                if console.is_terminal:
+                    live.update(_status_table(study, store))
+                time.sleep(_REFRESH)
+    finally:
+        for process in processes:
+            process.terminate()
+        statuses = [process.wait() for process in processes]
+    if ExitStatus.PREEMPTED in statuses:
+        console.print("Stopped; the same command continues.")
+        return ExitStatus.PREEMPTED
+    if died := [i for i, status in enumerate(statuses) if status]:
+        console.print(f"Workers {died} ended with status {[statuses[i] for i in died]}; see {store.path / 'workers'}.")
+        finish(study, store)
+        return ExitStatus.FAILED
+    return finish(study, store)
+
+
+def _start_worker(store: Store, arguments: list[str], number: int) -> subprocess.Popen:
+    logs = store.path / "workers"
+    logs.mkdir(exist_ok=True)
+    with (logs / f"{number}.log").open("a") as log:
+        command = [sys.executable, "-m", "jaxlm.study", *arguments, "--worker"]
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+
+def _status_table(study: StudyConfig, store: Store) -> Table:
+
+    table = Table("cell", "leg", "state", study.measures[0], box=None)
+    for row in status_rows(study, expand(study, store), store):
+        table.add_row(*row)
+    return table
+
+
+def finish(study: StudyConfig, store: Store) -> int:
+    """Writes the report and says where it is."""
+
+    plan = expand(study, store)
+    path = write_report(study, plan, store)
+    failed = [job for job in plan.jobs.values() if store.failure(job) is not None]
+    for job in failed:
+        print(f"{job.address} ({job.label}) failed: {store.failure(job).error}")
+    print(f"The report is {path}.")
+    return ExitStatus.FAILED if failed else ExitStatus.FINISHED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

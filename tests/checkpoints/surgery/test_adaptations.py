@@ -1,0 +1,50 @@
+"""Every shipped adaptation fits the model that it starts from: its rules fill every parameter and leave none over."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
+from jaxlm.checkpoints.warm_start import warm_start
+from jaxlm.configuration import resolve
+from jaxlm.models import build_model
+from jaxlm.run import RunConfig
+from jaxlm.training.state import abstract_model
+
+FILES = sorted(pathlib.Path(__file__).resolve().parents[3].glob("gin_configs/adaptations/*.gin"))
+
+
+def resolved(file, *bindings):
+    return resolve(RunConfig, [f"--gin_file={file}", *bindings])
+
+
+def zeros(config):
+    definition, shapes, _ = abstract_model(lambda key: build_model(config.model_of(config.phases[0]), key=key))
+    return definition, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders in which the models that adaptations start from lie, by the names that the files have for them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, file in {
+        "quickstart": "runs/quickstart.gin",
+        "encoder_decoder": "adaptations/encoder_decoder.gin",
+    }.items():
+        definition, params = zeros(resolved(f"gin_configs/{file}"))
+        with CheckpointManager(folder / name, CheckpointConfig(), definition.layouts) as manager:
+            manager.save(1, {"params": params})
+    return folder
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_adaptation_fits(file, runs):
+    config = resolved(file)
+    path = runs / pathlib.Path(config.warm_start.path).name
+    config = resolved(file, f"--gin.INITIAL_CHECKPOINT_PATH='{path}'")
+    definition, params = zeros(config)
+    account = warm_start(params, config.warm_start, definition.layouts, report=lambda _: None).account
+    assert not account.new
+    assert bool(account.dropped) == (file.stem in ("student", "decoder_of_encoder_decoder"))

@@ -1,0 +1,248 @@
+"""Named surgeries: what each keeps of the model's function, and which parameters it gives where."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.architecture import Architecture
+from jaxlm.checkpoints import naming
+from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
+from jaxlm.checkpoints.manifest import CheckpointError
+from jaxlm.checkpoints.surgery import (
+    CrossAttention,
+    DecoderToEncoderDecoder,
+    EncoderDecoderToDecoder,
+    Fill,
+    Gate,
+    PickLayers,
+    Resize,
+    Side,
+    UpscaleDepth,
+    WidenFeedForward,
+    WidenResidual,
+)
+from jaxlm.checkpoints.warm_start import WarmStart, warm_start
+from jaxlm.layers import (
+    Activation,
+    AttentionConfig,
+    BlockConfig,
+    EmbeddingConfig,
+    FeedForwardConfig,
+    InitConfig,
+    LearnedPositions,
+    NormConfig,
+    NormKind,
+    Rope,
+    StackConfig,
+)
+from jaxlm.models import HeadConfig, LanguageModelConfig, build_model
+from jaxlm.training.state import abstract_model
+
+VOCAB, WIDTH, LENGTH = 40, 16, 12
+ATTENTION = AttentionConfig(2, 8, num_kv_heads=1, position=Rope())
+LLAMA = LanguageModelConfig(
+    Architecture.CAUSAL_DECODER,
+    VOCAB,
+    WIDTH,
+    EmbeddingConfig(),
+    HeadConfig(),
+    InitConfig(),
+    decoder=StackConfig((BlockConfig(ATTENTION, FeedForwardConfig(24), NormConfig()),), 4, final_norm=NormConfig()),
+)
+LAYER_NORM = NormConfig(NormKind.LAYER, bias=True)
+GPT = dataclasses.replace(
+    LLAMA,
+    embedding=EmbeddingConfig(positions=LearnedPositions(LENGTH)),
+    head=HeadConfig(tied=False, bias=True),
+    decoder=StackConfig(
+        (
+            BlockConfig(
+                AttentionConfig(2, 8, qkv_bias=True, output_bias=True),
+                FeedForwardConfig(24, Activation.GELU_TANH, gated=False, bias=True),
+                LAYER_NORM,
+            ),
+        ),
+        2,
+        final_norm=LAYER_NORM,
+    ),
+)
+
+
+def deeper(config, layers):
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_layers=layers))
+
+
+def encoder_decoder(config):
+    """The same blocks in two stacks, with cross-attention like the self-attention."""
+    (block,) = config.decoder.blocks
+    crossing = dataclasses.replace(block, cross_attention=dataclasses.replace(block.attention, position=None))
+    decoder = dataclasses.replace(config.decoder, blocks=(crossing,))
+    return dataclasses.replace(
+        config, architecture=Architecture.ENCODER_DECODER, encoder=config.decoder, decoder=decoder
+    )
+
+
+def random_parameters(config, seed):
+    """Large numbers, norm scales near 1, so that a parameter in the wrong place moves the logits."""
+    definition, shapes, _ = abstract_model(lambda key: build_model(config, key=key))
+    rng = np.random.default_rng(seed)
+    leaves = [
+        jnp.asarray(rng.normal(size=x.shape) * 0.3 + (path[-1] == "scale"), jnp.float32)
+        for path, x in naming.flatten(shapes).items()
+    ]
+    return definition, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def unstacked(definition, params):
+    """{name on disk: array}."""
+    leaves = naming.flatten(params)
+    return {
+        naming.show(path): np.asarray(leaves[at.path] if at.row is None else leaves[at.path][at.row])
+        for path, at in naming.sources(params, definition.layouts).items()
+    }
+
+
+class Clinic:
+    """Donors on disk, and what surgery makes of them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._logits = {}
+
+    def saved(self, name, definition, params):
+        with CheckpointManager(self.folder / name, CheckpointConfig(), definition.layouts) as manager:
+            manager.save(1, {"params": params})
+        return str(self.folder / name)
+
+    def donor(self, name, config):
+        definition, params = random_parameters(config, seed=1)
+        if not (self.folder / name).exists():
+            self.saved(name, definition, params)
+        return str(self.folder / name), definition, params
+
+    def operated(self, path, config, *rules):
+        """(definition, parameters) of a model made of the one at `path`."""
+        definition, fresh = random_parameters(config, seed=2)
+        started = warm_start(fresh, WarmStart(path, rules=rules), definition.layouts, report=lambda _: None)
+        return definition, started.params
+
+    def logits(self, config, definition, params, marked=0):
+        if config not in self._logits:
+            self._logits[config] = jax.jit(lambda p, b: (m := definition.merge(p)).head(m.hidden_states(b)[0]))
+        ids = np.random.default_rng(3).integers(0, VOCAB, (2, LENGTH))
+        batch = {}
+        for side in ("encoder", "decoder"):
+            batch |= {f"{side}_input_tokens": ids if side == "decoder" else ids[:, ::-1] * 7 % VOCAB}
+            batch |= {f"{side}_segment_ids": np.ones_like(ids)}
+            batch |= {f"{side}_positions": np.broadcast_to(np.arange(LENGTH), ids.shape)}
+        batch["decoder_causal_attention"] = np.broadcast_to(np.arange(LENGTH) < marked, ids.shape)
+        batch = {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()}
+        return np.asarray(self._logits[config](params, batch))
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory):
+    return Clinic(tmp_path_factory.mktemp("clinic"))
+
+
+def same(found, expected):
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+def differ(found, expected):
+    assert np.abs(found - expected).max() >= 1e-2 * np.abs(expected).max()
+
+
+def test_depth_upscaling(clinic):
+    """Layers 0-2 and 1-3 of four: equal to their originals one by one; closed, the function is the donor's."""
+    path, definition, params = clinic.donor("llama", LLAMA)
+    order, expected = ((0, 3), (1, 4)), clinic.logits(LLAMA, definition, params)
+    big = deeper(LLAMA, 6)
+    grown = clinic.operated(path, big, UpscaleDepth(order))
+    old, new = unstacked(definition, params), unstacked(*grown)
+    for i, source in enumerate([0, 1, 2, 1, 2, 3]):
+        names = [name for name in new if name.startswith(f"decoder/layers/{i}/")]
+        assert len(names) == 9
+        for name in names:
+            np.testing.assert_array_equal(new[name], old[name.replace(f"layers/{i}/", f"layers/{source}/")])
+    differ(clinic.logits(big, *grown), expected)
+    same(clinic.logits(big, *clinic.operated(path, big, UpscaleDepth(order, Gate.CLOSED))), expected)
+
+
+def test_a_student_of_some_layers(clinic):
+    path, definition, params = clinic.donor("llama", LLAMA)
+    student = clinic.operated(path, deeper(LLAMA, 2), PickLayers(((0, 4, 2),)))
+    old, new = unstacked(definition, params), unstacked(*student)
+    for name, value in new.items():
+        np.testing.assert_array_equal(value, old[name.replace("layers/1/", "layers/2/")], name)
+
+
+def test_causal_and_prefix_and_encoder_are_the_same_parameters(clinic):
+    """Every array is taken as it is; without a prefix the function is the same, with one it is another."""
+    path, definition, params = clinic.donor("llama", LLAMA)
+    for architecture in (Architecture.PREFIX_DECODER, Architecture.ENCODER):
+        config = dataclasses.replace(LLAMA, architecture=architecture)
+        started = clinic.operated(path, config)
+        jax.tree.map(np.testing.assert_array_equal, started[1], params)
+        if architecture is Architecture.PREFIX_DECODER:
+            expected = clinic.logits(LLAMA, definition, params)
+            np.testing.assert_array_equal(clinic.logits(config, *started), expected)
+            differ(clinic.logits(config, *started, marked=6), expected)
+
+
+@pytest.mark.parametrize("cross", CrossAttention)
+def test_a_decoder_becomes_an_encoder_decoder_and_comes_back(clinic, cross):
+    path, definition, params = clinic.donor("llama", LLAMA)
+    expected, both = clinic.logits(LLAMA, definition, params), encoder_decoder(LLAMA)
+    opened = clinic.operated(path, both, DecoderToEncoderDecoder(cross))
+    closed = clinic.operated(path, both, DecoderToEncoderDecoder(cross, Gate.CLOSED))
+    differ(clinic.logits(both, *opened), expected)
+    same(clinic.logits(both, *closed), expected)
+
+    old, new = unstacked(definition, params), unstacked(*closed)
+    fresh = unstacked(*random_parameters(both, seed=2))
+    for name, value in new.items():
+        source = name.replace("encoder/", "decoder/")
+        if cross is CrossAttention.SELF_ATTENTION:
+            source = source.replace("cross_attention", "attention")
+        if "cross_attention/output" in name:
+            assert not value.any()
+        else:
+            np.testing.assert_array_equal(value, old[source] if source in old else fresh[source], name)
+
+    saved = clinic.saved(f"both_{cross.value}", *closed)
+    for keep in Side:  # the encoder, under a causal mask, is the decoder it was
+        again = clinic.operated(saved, LLAMA, EncoderDecoderToDecoder(keep))
+        jax.tree.map(np.testing.assert_array_equal, again[1], params)
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", LLAMA), ("gpt", GPT)])
+def test_a_wider_model_computes_the_same(clinic, name, config):
+    """Twice the width (RMS norms and a tied output; layer norms and one of its own), then more hidden units."""
+    path, definition, params = clinic.donor(name, config)
+    expected = clinic.logits(config, definition, params)
+    (block,) = config.decoder.blocks
+    fed = dataclasses.replace(block.feed_forward, hidden=31)
+    stack = dataclasses.replace(config.decoder, blocks=(dataclasses.replace(block, feed_forward=fed),))
+    wide = dataclasses.replace(config, width=2 * WIDTH, decoder=stack)
+    widened = clinic.operated(path, wide, WidenResidual(), WidenFeedForward())
+    found = clinic.logits(wide, *widened)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    with pytest.raises(CheckpointError, match="WidenResidual goes from a width to a multiple .* choose 32"):
+        clinic.operated(path, dataclasses.replace(config, width=24), WidenResidual())
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", LLAMA), ("gpt", GPT)])
+def test_old_ids_keep_their_logits_in_a_larger_vocabulary(clinic, name, config):
+    path, definition, params = clinic.donor(name, config)
+    large = dataclasses.replace(config, vocab_size=VOCAB + 8)
+    rules = [Resize("embedding/tokens", 0, fill=Fill.MEAN)]
+    if not config.head.tied:
+        rules += [Resize("vocabulary_head/kernel", 1, fill=Fill.MEAN), Resize("vocabulary_head/bias", 0)]
+    started = clinic.operated(path, large, *rules)
+    found, expected = clinic.logits(large, *started), clinic.logits(config, definition, params)
+    same(found[..., :VOCAB], expected)
+    same(found[..., VOCAB], expected.mean(-1))  # of the mean of all rows, the mean of all logits

@@ -1,0 +1,99 @@
+"""Cells, legs and settings: what a study's data means."""
+
+import pytest
+
+from jaxlm.studies.config import Budget, Grid, Leg, Listed, Match, Range, Sample, Start, StudyConfig, Together, Tune
+
+FACTORS = {
+    "architecture": {"causal": ("causal.gin",), "prefix": ("prefix.gin",)},
+    "rate": Range("LEARNING_RATE", 1e-4, 1e-2, steps=3, log=True),
+}
+
+
+def study(**fields):
+    fields = {"factors": FACTORS, "legs": (Leg("pretrain"),), "design": Grid()} | fields
+    return StudyConfig("folder", ("base.gin",), **fields)
+
+
+def test_a_grid_has_every_combination_but_those_left_out():
+    cells = study(design=Grid(({"architecture": "prefix", "rate": "0.0001"},))).cells
+    assert [tuple(cell.values()) for cell in cells] == [
+        ("causal", "0.0001"),
+        ("causal", "0.001"),
+        ("causal", "0.01"),
+        ("prefix", "0.001"),
+        ("prefix", "0.01"),
+    ]
+
+
+@pytest.mark.parametrize("drawing", ["sobol", "random"])
+def test_a_sample_is_the_same_each_time_and_covers_its_ranges(drawing):
+    cells = study(design=Sample(16, drawing)).cells
+    assert cells == study(design=Sample(16, drawing)).cells != study(design=Sample(16, drawing, seed=1)).cells
+    rates = sorted(float(cell["rate"]) for cell in cells)
+    assert len(cells) == 16 and 1e-4 <= rates[0] < 3e-4 and 3e-3 < rates[-1] <= 1e-2
+    if drawing == "sobol":  # of 16 points 8 lie in each half of each axis
+        assert sum(cell["architecture"] == "causal" for cell in cells) == 8
+        assert sum(rate < 1e-3 for rate in rates) == 8
+
+
+def test_settings_are_the_studys_then_the_levels_then_the_legs():
+    leg = Leg("adapt", ("adapt.gin", "TRAIN_STEPS = 5"), factors=("rate",))
+    cell = {"architecture": "causal", "rate": "0.001"}
+    assert study().settings_of(cell, leg) == ("base.gin", "LEARNING_RATE = 0.001", "adapt.gin", "TRAIN_STEPS = 5")
+    assert study().settings_of(cell, Leg("pretrain")) == ("base.gin", "causal.gin", "LEARNING_RATE = 0.001")
+
+
+def test_combinations_have_settings_of_their_own():
+    both = Together({"architecture": "prefix", "rate": "0.01"}, ("BATCH_SIZE = 4",))
+    found = study(together=(both,))
+    cell = {"architecture": "prefix", "rate": "0.01"}
+    leg = Leg("pretrain", ("last.gin",))
+    assert found.settings_of(cell, leg)[-3:] == ("LEARNING_RATE = 0.01", "BATCH_SIZE = 4", "last.gin")
+    assert "BATCH_SIZE = 4" not in found.settings_of(cell | {"rate": "0.001"}, leg)
+    assert "BATCH_SIZE = 4" not in found.settings_of(cell, Leg("adapt", factors=("rate",)))
+
+
+def test_a_cell_that_skips_a_leg_goes_on_from_the_one_before():
+    legs = (
+        Leg("pretrain"),
+        Leg("adapt", after="pretrain", start="state", step=3, only={"architecture": ("prefix",)}),
+        Leg("finetune", after="adapt"),
+    )
+    found = study(legs=legs)
+    causal = found.legs_of({"architecture": "causal", "rate": "0.001"})
+    prefix = found.legs_of({"architecture": "prefix", "rate": "0.001"})
+    assert [(leg.name, leg.after) for leg in causal] == [("pretrain", None), ("finetune", "pretrain")]
+    assert [(leg.name, leg.after) for leg in prefix] == [
+        ("pretrain", None),
+        ("adapt", "pretrain"),
+        ("finetune", "adapt"),
+    ]
+    assert prefix[1].start is Start.STATE
+    # Where there is nothing to start from, it starts afresh.
+    first = (Leg("adapt", only={"architecture": ("prefix",)}), Leg("finetune", after="adapt", step=2))
+    alone = study(legs=first).legs_of({"architecture": "causal", "rate": "0.001"})
+    assert [(leg.after, leg.step) for leg in alone] == [(None, None)]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: study(legs=(Leg("a", after="b"), Leg("b"))), "starts from 'b', which is no leg before it"),
+        (lambda: study(legs=(Leg("a", factors=("objective",)),)), "names the factor 'objective'"),
+        (lambda: study(legs=(Leg("a", only={"architecture": ("encoder",)}),)), "the level 'encoder' of 'architecture'"),
+        (lambda: study(design=Grid(({"architecture": "encoder"},))), "no combination of the study's levels"),
+        (lambda: study(design=Listed(({"architecture": "causal"},))), "each needs a level of"),
+        (lambda: study(design=Listed(({"architecture": "x", "rate": "1"},))), "The design names the level 'x'"),
+        (lambda: study(together=(Together({"architecture": "x"}, ()),)), "Together.when names the level 'x'"),
+        (lambda: study(matches=(Match("m", {"leg": "b"}, {"leg": "pretrain"}),)), "needs a 'leg' among"),
+        (lambda: Budget(), "one of tokens, flops and steps"),
+        (lambda: Budget(tokens=1, steps=1), "one of tokens, flops and steps"),
+        (lambda: Tune("X", (1.0, 1.0)), "nothing to choose between"),
+        (lambda: Leg("a", step=3), "starts from no other leg"),
+        (lambda: Range("X", 0.0, 1.0, log=True), "low > 0"),
+    ],
+)
+def test_what_makes_no_sense_is_said_at_once(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

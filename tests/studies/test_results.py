@@ -1,0 +1,49 @@
+"""Intervals over seeds, and tokens to a loss, on curves written by hand."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from jaxlm.studies.config import Match
+from jaxlm.studies.results import Run, interval, matched, tokens_to
+from jaxlm.training.report import Curve
+
+METRIC = "validation/cross_entropy"
+
+
+def run(leg, losses, *, seed=0, cell=None, tokens_per_step=100, first=0):
+    """A run evaluated every 10 steps after step `first`."""
+    steps = first + 10 * np.arange(1, len(losses) + 1)
+    size = SimpleNamespace(steps=10 * len(losses), tokens=10 * len(losses) * tokens_per_step)
+    job = SimpleNamespace(size=size, run=SimpleNamespace(train_steps=first + size.steps))
+    return Run(cell or {"kind": leg}, leg, job, seed, {METRIC: Curve(steps, np.array(losses))})
+
+
+def test_the_interval_is_students():
+    found = interval([1.0, 2.0, 3.0])
+    assert found.mean == 2.0  # t(0.975, 2) = 4.3027, standard error 1 / sqrt(3)
+    assert found.high - 2.0 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6) and found.low == 4.0 - found.high
+    assert math.isnan(interval([1.0]).low)
+
+
+def test_tokens_to_a_loss_are_read_between_evaluations():
+    curve = run("a", [4.0, 3.0, 2.0, 2.5])
+    assert tokens_to(curve, METRIC, 2.5) == pytest.approx(2500)  # half way from 3.0 to 2.0, the first time
+    assert tokens_to(curve, METRIC, 5.0) == 1000
+    assert tokens_to(curve, METRIC, 1.9) is None
+    # A run that goes on from step 50 counts its own tokens.
+    assert tokens_to(run("a", [4.0, 2.0], first=50), METRIC, 3.0) == pytest.approx(1500)
+
+
+def test_a_match_is_the_ratio_of_tokens_at_the_scratch_runs_last_loss():
+    match = Match("m", {"leg": "adapt", "kind": "x"}, {"leg": "scratch"})
+    scratch = [run("scratch", [4.0, 3.0, 2.0], seed=seed) for seed in (0, 1)]
+    adapted = [run("adapt", [3.0, 1.0], seed=seed, cell={"kind": "x"}) for seed in (0, 1)]
+    other = [run("adapt", [0.0, 0.0], seed=0, cell={"kind": "y"})]
+    found = matched(match, scratch + other + adapted)
+    assert found.ratio.values == pytest.approx((2.0, 2.0)) and found.loss == (2.0, 2.0)
+    never = matched(match, [*scratch, run("adapt", [3.0, 2.5], cell={"kind": "x"})])
+    assert never.ratio is None and never.bound == pytest.approx(1.5)
+    assert matched(match, scratch) is None
