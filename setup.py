@@ -30,6 +30,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.28",
         "pyarrow>=17",
+        "pyyaml>=6.0",
         "rich>=13.9",
         "safetensors>=0.5",
         "scipy>=1.14",
@@ -39,9 +40,11 @@ setup(
     ],
     extras_require={
         "seqio": SEQIO,
+        "constraints": ["llguidance>=1.9"],  # texts held to a regular expression or a JSON schema
         "tpu": ["jax[tpu]>=0.11.2"],
         "cuda": ["jax[cuda13]>=0.11.2"],
         "tokamax": ["tokamax==0.0.17"],
+        "harness": ["lm-eval>=0.4.9", "rouge-score>=0.1.2", "sacrebleu>=2.4"],
         "torch": ["torch>=2.6", "transformers>=4.50"],
         "dev": [
             "hypothesis>=6.130",

@@ -310,12 +310,14 @@ def open_checked(run: RunConfig, phase: Phase, parallel: Parallelism) -> Loader:
 
 def _check_positions(model: ModelConfig, layout: BatchLayout) -> None:
     whole = model.discriminator if isinstance(model, ReplacedTokenDetectorConfig) else model
-    longest, positions = max(layout.row_lengths(model.architecture)), whole.embedding.positions
-    if isinstance(positions, LearnedPositions) and longest > positions.max_length:
-        raise ValueError(
-            f"Rows have {longest} tokens, but the model has learned positions for {positions.max_length}; shorten "
-            f"TASK_FEATURE_LENGTHS, or raise LearnedPositions.max_length."
-        )
+    longest = max(layout.row_lengths(model.architecture))
+    for embedding in filter(None, (whole.embedding, whole.encoder_embedding)):
+        positions = embedding.positions
+        if isinstance(positions, LearnedPositions) and longest > positions.max_length:
+            raise ValueError(
+                f"Rows have {longest} tokens, but the model has learned positions for {positions.max_length}; shorten "
+                f"TASK_FEATURE_LENGTHS, or raise LearnedPositions.max_length."
+            )
 
 
 def layout_of(loader: Loader) -> BatchLayout:

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 
 from jaxlm.checkpoints.manager import CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
@@ -35,7 +36,7 @@ from jaxlm.training.progress import ProgressLine
 from jaxlm.training.run_folder import RunFolder, Status
 from jaxlm.training.spikes import RollBacks, SpikeRecord
 from jaxlm.training.stages import Phase, carry_over, phase_at
-from jaxlm.training.state import TrainState, abstract_state, init_state, start_from
+from jaxlm.training.state import TrainState, abstract_state, init_params, init_state, start_from
 from jaxlm.training.watchdog import Watchdog
 from jaxlm.training.writers import Writers, make_writers
 
@@ -248,14 +249,9 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     if saved is None:
         if parts.phase != run.phases[0] or parts.loader.state()["step"] > 0:  # it went back
             parts = assemble(run, run.phases[0], parallel, services.programs)
-        state = init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)
         if run.warm_start is not None:
-            layouts = parts.definition.layouts
-            started = warm_start(state.params, run.warm_start, layouts, report=line.print)
-            state = start_from(started.params, parts.optimizer, parallel)
-            opt_state = started.optimizer_state(state.opt_state, layouts, line.print)
-            state = dataclasses.replace(state, opt_state=opt_state)
-        return parts, state
+            return parts, start_warm(run, parts, parallel, line.print)
+        return parts, init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)
     if saved.step > run.train_steps:
         raise ValueError(
             f"The checkpoint to go on from, {saved.folder}, is of step {saved.step}, beyond train_steps = "
@@ -271,6 +267,16 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     whose = "" if saved.folder.parent == checkpoints.folder else f" of {saved.folder.parent.parent}"
     line.print(f"Continues from the checkpoint of step {saved.step:,}{whose}.")
     return parts, state
+
+
+def start_warm(run: RunConfig, parts: Parts, parallel: Parallelism, report: Callable[[str], None]) -> TrainState:
+    """The state of a run that begins with parameters of others, which `report` is told of."""
+    layouts = parts.definition.layouts
+    fresh = init_params(make_model(parts.model, parallel), parts.infos, parallel, seed=run.seed)
+    started = warm_start(fresh, run.warm_start, layouts, report=report)
+    del fresh  # before there are moments
+    state = start_from(started.params, parts.optimizer, parallel)
+    return dataclasses.replace(state, opt_state=started.optimizer_state(state.opt_state, layouts, report))
 
 
 def go_back(

@@ -12,7 +12,7 @@ compile() {
     --no-emit-index-url --no-header --no-annotate "$@"
 }
 # The base set is resolved under the full set's pins, so that both name the same versions.
-compile --extra=seqio --extra=dev --output-file=requirements/test.lock.txt "$@"
+compile --extra=seqio --extra=constraints --extra=dev --output-file=requirements/test.lock.txt "$@"
 compile --constraint=requirements/test.lock.txt --output-file=requirements/base.lock.txt "$@"
 # What accelerators need besides has pins of its own.
 compile --constraint=requirements/base.lock.txt --extra=tpu --output-file=requirements/tpu.lock.txt "$@"

@@ -71,6 +71,11 @@ class Choice[B: Backend]:
             entry = self.backends[name] = getattr(importlib.import_module(module), attribute)()
         return entry
 
+    def check_name(self, name: str, field: str) -> None:
+        """Raises a ValueError that names a configuration's `field` unless there is a backend of this name."""
+        if name not in ("auto", *self.backends):
+            raise ValueError(f"{field}={name!r} does not exist; there are {sorted(self.backends)} and 'auto'.")
+
     def choose(self, name: str, *request: Any) -> B:
         """The backend that serves a request: the named one, or for "auto" the platform's first that takes it.
 

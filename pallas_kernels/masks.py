@@ -608,6 +608,28 @@ class And(Mask):
         return tuple(axes for mask in self.masks for axes in mask.axes)
 
 
+def running_segments(mask: Mask) -> Array | None:
+    """The segment ids, int32 [B, T], with which a layer that carries a state along the row does what a mask says.
+
+    Returns:
+      None where the whole row is one text.
+
+    Raises:
+      TypeError: the mask is not `Causal()` or `Causal() & Segments(ids)`, which is all that a running state can do.
+    """
+    parts = mask.masks if isinstance(mask, And) else (mask,)
+    ids = [part.q_ids for part in parts if isinstance(part, Segments) and part.kv_ids is None]
+    if len(parts) != 1 + len(ids) or len(ids) > 1 or not any(_is_plain_causal(part) for part in parts):
+        raise TypeError(
+            f"A running state sees what came before it in its text; it cannot do what the mask {mask} says."
+        )
+    return ids[0] if ids else None
+
+
+def _is_plain_causal(mask: Mask) -> bool:
+    return isinstance(mask, Causal) and isinstance(mask.offset, int) and mask.offset == 0
+
+
 @_mask
 class Or(Mask):
     """What either of two `masks` of one interval shows. Made by `|`."""

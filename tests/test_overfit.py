@@ -16,6 +16,7 @@ ALWAYS = (
     "encoder/replaced_token_detection",
     "encoder_decoder/ul2",
 )
+RECURRENT = ("hybrid", "linear_attention", "mamba", "mamba2")
 
 
 def test_pairs_are_of_all_objectives():
@@ -29,6 +30,16 @@ def test_pairs_are_of_all_objectives():
 def test_a_mixture_of_experts_overfits_with_its_router_losses():
     """Routed token by token, it sees no more than the tokens before."""
     model = resolve("%MODEL", ["--gin_file=gin_configs/models/tiny/mixture_of_experts.gin"])
+    found = overfit(Pair(Architecture.CAUSAL_DECODER, "full_lm"), model=model)
+    assert found.gap <= MARGIN and found.below <= SLACK, found
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "hybrid" else pytest.param(name, marks=pytest.mark.full) for name in RECURRENT]
+)
+def test_recurrent_models_overfit(name):
+    """A state that carried anything from one packed text to the next would bring the loss below its entropy."""
+    model = resolve("%MODEL", [f"--gin_file=gin_configs/models/tiny/{name}.gin"])
     found = overfit(Pair(Architecture.CAUSAL_DECODER, "full_lm"), model=model)
     assert found.gap <= MARGIN and found.below <= SLACK, found
 

@@ -114,8 +114,8 @@ def dry_run(args: argparse.Namespace) -> int:
         table, missing = resolve(adapter.table(config), shapes), []
     print(f"{adapter.architecture}:")
     for entry in table:
-        shape = list(entry.form.shape(tuple(shapes[path] for path in entry.paths)))
-        print(f"  {entry.name} {shape} <-> {', '.join(entry.paths)}")
+        row = "" if entry.row is None else f"[{entry.row}]"
+        print(f"  {entry.name} {list(entry.shape(shapes))} <-> {', '.join(path + row for path in entry.paths)}")
     print("\n".join(missing) or f"Nothing is missing on either side: {len(table)} tensors, {len(shapes)} parameters.")
     return 1 if missing else 0
 

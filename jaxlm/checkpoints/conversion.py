@@ -206,7 +206,8 @@ def generation_config(about: Description) -> Json:
 
 def _rotates(config: LanguageModelConfig) -> bool:
     blocks = [block for stack in config.stacks.values() for block in stack.all_blocks]
-    return any(isinstance(block.attention.position, Rope) for block in blocks)
+    positions = [getattr(getattr(block, "attention", None), "position", None) for block in blocks]
+    return any(isinstance(position, Rope) for position in positions)
 
 
 def _eos(about: Description) -> int | list[int] | None:

@@ -253,6 +253,11 @@ def _vocabulary_of(mixture: Any) -> Vocabulary:
 
 
 def _describe_folder(folder: HuggingFaceFolder) -> Description:
+    if not isinstance(folder.config, LanguageModelConfig):
+        raise ValueError(
+            f"{folder.folder} holds a {folder.family.architecture}, which has no logits over a vocabulary; start a run "
+            f"from it (WarmStart.path)."
+        )
     generation = read_json(folder.folder / GENERATION_CONFIG)
     fields = {**folder.fields, **{name: value for name, value in generation.items() if value is not None}}
     tokenizer, problem = _tried(lambda: read_tokenizer(folder.folder))

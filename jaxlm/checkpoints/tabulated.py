@@ -12,7 +12,9 @@ import numpy as np
 from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table
 from jaxlm.layers.stacking import StackLayout
-from jaxlm.models.config import LanguageModelConfig
+from jaxlm.models.config import ModelConfig
+
+_Split = dict[str, dict[str, np.ndarray]]  # {tensor: {parameter: what it holds of it}}
 
 
 class Tensors(Protocol):
@@ -44,7 +46,7 @@ class TabulatedCheckpoint:
     """
 
     folder: pathlib.Path
-    config: LanguageModelConfig
+    config: ModelConfig
     tensors: Tensors
     table: Table
     shapes: Mapping[str, Shape]
@@ -60,19 +62,15 @@ class TabulatedCheckpoint:
 
     def array(self, path: naming.Path) -> np.ndarray:
         """One array, whole, in this process's memory."""
-        return self._split(self._home[naming.show(path[1:])])[naming.show(path[1:])]
+        return self._parameter(naming.show(path[1:]), {})
 
     def read(self, requests: Mapping[naming.Path, stored.Request]) -> dict[naming.Path, jax.Array]:
         """The arrays asked for, tensor after tensor; see `stored.StoredCheckpoint.read`."""
-        split: dict[str, dict[str, np.ndarray]] = {}  # fused tensors come again for each of their parameters
+        split: _Split = {}  # fused tensors come again for each of their parameters
 
         def parameter(path: naming.Path, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-            name = naming.show(path[1:])
-            entry = self._home[name]
-            if entry.name not in split:
-                split.clear()
-                split[entry.name] = self._split(entry)
-            return jax.device_put(np.asarray(split[entry.name][name], wanted.dtype), wanted.sharding)
+            value = self._parameter(naming.show(path[1:]), split)
+            return jax.device_put(np.asarray(value, wanted.dtype), wanted.sharding)
 
         values = {}
         for name, request in requests.items():
@@ -92,10 +90,27 @@ class TabulatedCheckpoint:
         return jax.tree.unflatten(jax.tree.structure(params), [values["params", *path] for path in paths])
 
     @functools.cached_property
-    def _home(self) -> dict[str, Entry]:
-        return {path: entry for entry in self.table for path in entry.paths}
+    def _homes(self) -> dict[str, list[Entry]]:
+        """{parameter: the entry of its tensor, or of those that hold its rows}."""
+        homes: dict[str, list[Entry]] = {}
+        for entry in self.table:
+            for path in entry.paths:
+                homes.setdefault(path, []).append(entry)
+        return homes
 
-    def _split(self, entry: Entry) -> dict[str, np.ndarray]:
-        """The parameters in a tensor."""
-        shapes = tuple(self.shapes[path] for path in entry.paths)
-        return dict(zip(entry.paths, entry.form.split(self.tensors.read(entry.name), shapes), strict=True))
+    def _parameter(self, name: str, split: _Split) -> np.ndarray:
+        first, *_ = homes = self._homes[name]
+        if first.row is None:
+            return self._held(first, name, split)
+        value = np.empty(self.shapes[name], self.tensors.dtype(first.name))
+        for entry in homes:
+            value[entry.row] = self._held(entry, name, split)
+        return value
+
+    def _held(self, entry: Entry, path: str, split: _Split) -> np.ndarray:
+        """What a tensor holds of a parameter; `split` is the tensor read last."""
+        if entry.name not in split:
+            split.clear()
+            parts = entry.form.split(self.tensors.read(entry.name), entry.held(self.shapes))
+            split[entry.name] = dict(zip(entry.paths, parts, strict=True))
+        return split[entry.name][path]

@@ -143,7 +143,8 @@ def warm_start(
     new = _check(draft, config, str(opened[0].folder))
     account = _account(draft, new, opened)
     filled = _filled(params, requests, _by_path(draft.leaves))
-    started = Started(filled, account, config, draft.leaves, frozenset(model), tuple(opened))
+    unchanged = {name: leaf.origins[0] for name, leaf in draft.leaves.items() if leaf.as_stored}
+    started = Started(filled, account, config, unchanged, frozenset(model), opened[0])
     report(str(account))
     return started
 
@@ -156,17 +157,17 @@ class Started:
       params: the parameters.
       account: what became of every leaf.
       config: by which it was made.
-      leaves: {name: what the model's parameter was made of}; without those that are new.
+      unchanged: {name: where it was taken from} of parameters that are what they were on disk.
       names: of all of the model's parameters.
-      opened: the checkpoints, the first one first.
+      source: the first checkpoint.
     """
 
     params: Any
     account: Account
     config: WarmStart
-    leaves: Mapping[str, Leaf]
+    unchanged: Mapping[str, Origin]
     names: frozenset[str]
-    opened: tuple[Source, ...]
+    source: Source
 
     def optimizer_state(self, fresh: Any, layouts: tuple[StackLayout, ...], report: Callable[[str], None]) -> Any:
         """The optimizer's state that goes with the parameters: `fresh`, filled as `WarmStart.optimizer` says.
@@ -181,20 +182,18 @@ class Started:
         """
         if self.config.optimizer is OptimizerState.RESET:
             return fresh
-        first = self.opened[0]
         requests = stored.requests_for(fresh, layouts)
         wanted = {path: request.layer for request in requests.values() for path in request.paths}
         kept: dict[naming.Path, Leaf] = {}
         moments, moments_kept = 0, 0
         for path, leaf in wanted.items():
             name = next((i for i in range(len(path)) if naming.show(path[i:]) in self.names), None)
-            origin = Origin(first, ("opt_state", *path))  # of a counter
+            origin = Origin(self.source, ("opt_state", *path))  # of a counter
             if name is not None:
                 moments += 1
-                parameter = self.leaves.get(naming.show(path[name:]))
-                if parameter is None or not parameter.as_stored:
+                taken = self.unchanged.get(naming.show(path[name:]))
+                if taken is None:
                     continue
-                (taken,) = parameter.origins
                 origin = Origin(taken.source, ("opt_state", *path[:name], *taken.path[1:]))
             found = origin.source.leaves.get(origin.path)
             if found is not None and found.shape == leaf.shape:
@@ -202,8 +201,8 @@ class Started:
                 moments_kept += name is not None
         if moments and not moments_kept:
             raise CheckpointError(
-                f"{first.folder} holds no optimizer state of this algorithm; use the algorithm it was trained with, or "
-                f"set WarmStart.optimizer to {OptimizerState.RESET.value!r}."
+                f"{self.source.folder} holds no optimizer state of this algorithm; use the algorithm it was trained "
+                f"with, or set WarmStart.optimizer to {OptimizerState.RESET.value!r}."
             )
         report(f"The optimizer keeps {len(kept)} of {len(wanted)} arrays of its state; the others start from zero.")
         return _filled(fresh, requests, kept)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -23,8 +24,23 @@ from jaxlm.data.sources import Record, Source
 from jaxlm.data.vocabularies import Vocabulary
 from jaxlm.piecewise import Piecewise
 
-# A preprocessor makes of a record another one, several, or none (None). It must be picklable and deterministic.
-Preprocessor = Callable[[Record], Record | Iterable[Record] | None]
+
+class StreamPreprocessor(Protocol):
+    """A preprocessor that sees all records of a shard, one after the other."""
+
+    def stream(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The records as they go on."""
+
+
+class ByExamples(Protocol):
+    """A mixing rate that depends on the number of examples."""
+
+    def __call__(self, examples: int) -> float:
+        """The rate of a task or mixture of so many examples."""
+
+
+# Makes of a record another one, several, or none (None). It must be picklable and deterministic.
+Preprocessor = Callable[[Record], Record | Iterable[Record] | None] | StreamPreprocessor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +135,9 @@ class Task:
 
 
 def _apply(preprocess: Preprocessor, records: Iterable[Record]) -> Iterator[Record]:
+    if hasattr(preprocess, "stream"):
+        yield from preprocess.stream(records)
+        return
     for record in records:
         result = preprocess(record)
         if isinstance(result, Mapping):
@@ -183,7 +202,7 @@ class ExamplesRate:
         return (rate if self.maximum is None else min(rate, self.maximum)) ** (1 / self.temperature)
 
 
-Rate = float | Piecewise | ExamplesRate
+Rate = float | Piecewise | ByExamples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,10 +242,10 @@ class Mixture:
         for member, rate in self.tasks_and_rates:
             member = resolve(member)
             inside = member.shares(step, examples) if isinstance(member, Mixture) else {member.name: 1.0}
-            if isinstance(rate, ExamplesRate):
-                rate = rate(sum(examples[name] for name in inside))
-            elif isinstance(rate, Piecewise):
+            if isinstance(rate, Piecewise):
                 rate = rate(step)
+            elif callable(rate):
+                rate = rate(sum(examples[name] for name in inside))
             if rate < 0:
                 raise ValueError(
                     f"Mixture {self.name!r} gives {member.name!r} the rate {rate} at step {step}; use >= 0."

@@ -73,8 +73,19 @@ class Vocabulary(abc.ABC):
         """What an objective may know of this vocabulary: its size and its special ids."""
 
     @abc.abstractmethod
+    def token_bytes(self) -> tuple[bytes | None, ...]:
+        """The bytes that each id adds to a text, [size]; None for special ids and unknown, which are no text.
+
+        They may be a part of a UTF-8 character. Joined, the bytes of a text's ids are the text; where a model puts a
+        space before every text (SentencePiece's dummy prefix), that space is there too and `decode` takes it away.
+        """
+
+    @_once
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes of text that each id stands for, int32 [size]; 0 for special ids and unknown."""
+        lengths = np.array([len(data or b"") for data in self.token_bytes()], np.int32)
+        lengths.flags.writeable = False
+        return lengths
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -207,10 +218,8 @@ class ByteVocabulary(Vocabulary):
         return _special_info(ids, size=259 + len(ids), pad=0, eos=1, unk=2, bos=None, word_start=None)
 
     @override
-    def byte_lengths(self) -> np.ndarray:
-        lengths = np.zeros(self.size, np.int32)
-        lengths[3:259] = 1
-        return lengths
+    def token_bytes(self) -> tuple[bytes | None, ...]:
+        return (None, None, None, *(bytes([b]) for b in range(256)), *(None for _ in self._names))
 
     @override
     def fingerprint(self) -> str:
@@ -355,18 +364,19 @@ class SentencePieceVocabulary(Vocabulary):
 
     @override
     @_once
-    def byte_lengths(self) -> np.ndarray:
-        """As the base class; "▁" counts as the one space it stands for.
+    def token_bytes(self) -> tuple[bytes | None, ...]:
+        """As the base class; "▁" is the one space it stands for.
 
-        The space that most models put before a text is counted too, so that the sum over a document exceeds
-        its size by one byte; text that the model's normaliser rewrites differs by what that changes.
+        Text that the model's normaliser rewrites differs by what that changes.
         """
-        kinds = {_NORMAL: lambda piece: len(piece.replace("▁", " ").encode()), _BYTE: lambda piece: 1}
-        kinds[_USER_DEFINED] = kinds[_NORMAL]
-        lengths = np.array([kinds.get(kind, lambda piece: 0)(piece) for piece, kind in self._model.pieces], np.int32)
-        lengths[list(self._model.special_ids.values())] = 0
-        lengths.flags.writeable = False
-        return lengths
+        special = set(self._model.special_ids.values())
+
+        def data(i: int, piece: str, kind: int) -> bytes | None:
+            if i in special or kind not in (_NORMAL, _USER_DEFINED, _BYTE):
+                return None
+            return bytes([int(piece[3:5], 16)]) if kind == _BYTE else piece.replace("▁", " ").encode()
+
+        return tuple(data(i, piece, kind) for i, (piece, kind) in enumerate(self._model.pieces))
 
     def model_file(self) -> bytes:
         """The contents of the .model file."""
@@ -547,28 +557,26 @@ class TokenizersVocabulary(Vocabulary):
 
     @override
     @_once
-    def byte_lengths(self) -> np.ndarray:
-        """As the base class; exact for byte-level BPE. WordPiece has no spaces, so they are not counted."""
+    def token_bytes(self) -> tuple[bytes | None, ...]:
+        """As the base class; exact for byte-level BPE. WordPiece has no spaces, so none are there."""
         special = set(self.info().special_ids.tolist()) | {i for i in self._roles().values() if i is not None}
         added = self._loaded[0].get_added_tokens_decoder()
         decoders, stand_ins = self._decoders, frozenset(byte_stand_ins().values())
 
-        def length(i: int, piece: str | None) -> int:
+        def data(i: int, piece: str | None) -> bytes | None:
             if piece is None or i in special or (i in added and added[i].special):
-                return 0
+                return None
             if i in added:
-                return len(piece.encode())
+                return piece.encode()
             if "ByteLevel" in decoders:
-                return sum(1 if c in stand_ins else len(c.encode()) for c in piece)
+                return b"".join(bytes([stand_ins[c]]) if c in stand_ins else c.encode() for c in piece)
             if "ByteFallback" in decoders and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
-                return 1
+                return bytes([int(piece[3:5], 16)])
             if "WordPiece" in decoders:
-                return len(piece.removeprefix("##").encode())
-            return len(piece.replace("▁", " ").encode())
+                return piece.removeprefix("##").encode()
+            return piece.replace("▁", " ").encode()
 
-        lengths = np.array([length(i, piece) for i, piece in enumerate(self._pieces())], np.int32)
-        lengths.flags.writeable = False
-        return lengths
+        return tuple(data(i, piece) for i, piece in enumerate(self._pieces()))
 
     @override
     def fingerprint(self) -> str:

@@ -18,9 +18,10 @@ from jaxlm.architecture import Architecture
 from jaxlm.data.packing import pack_window
 from jaxlm.layers.cache import CacheConfig, Caches, PackedTexts
 from jaxlm.layers.context import LOCAL, Context
-from jaxlm.layers.positions import LearnedPositions, NtkScaling, Rope
+from jaxlm.layers.positions import LearnedPositions, NtkScaling
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.language_model import LanguageModel, unrolled
+from jaxlm.parallel.sharded_ops import ShardedOps
 
 LEAST = 16
 """Tokens of the shortest row, and of the smallest cache."""
@@ -100,7 +101,8 @@ class CachedModel:
           context: operations of the mesh that the model lies on.
 
         Raises:
-          ValueError: the model is an encoder, or an encoder-decoder without a start_id.
+          ValueError: the model is an encoder, or an encoder-decoder without a start_id; or the mesh has an axis that
+            decoding has no use for.
         """
         architecture = model.config.architecture
         if architecture is Architecture.ENCODER:
@@ -109,6 +111,7 @@ class CachedModel:
             raise ValueError("An encoder_decoder needs a start_id, the first token of its decoder's input.")
         if start_id is not None and not 0 <= start_id < model.config.vocab_size:
             raise ValueError(f"start_id is {start_id}, but the model's ids end at {model.config.vocab_size - 1}.")
+        _check_mesh(context)
         self.caching = caching or CacheConfig()
         self.context = context
         self.start_id = start_id
@@ -294,6 +297,20 @@ def to_host(x: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def _check_mesh(context: Context) -> None:
+    """Refuses meshes that split what decoding keeps whole."""
+    if context.ops.splits_length:
+        raise ValueError(
+            "Decoding keeps the rows of a text whole, but the mesh splits them along their length; set "
+            "MeshConfig.sequence to 1 (tensor and fsdp make caches smaller)."
+        )
+    if isinstance(context.ops, ShardedOps) and (count := context.ops.parallel.stages.count) > 1:
+        raise ValueError(
+            f"Decoding needs all layers on every device, but the mesh deals them to {count} pipeline stages; set "
+            f"MeshConfig.stage to 1."
+        )
+
+
 def _known_lengths(model: LanguageModel) -> list[int]:
     """The longest texts that the model's positions allow."""
     config, found = model.config, []
@@ -301,10 +318,10 @@ def _known_lengths(model: LanguageModel) -> list[int]:
         found.append(config.embedding.positions.max_length)
     for stack in config.stacks.values():
         for block in stack.all_blocks:
-            position = block.attention.position
             # Dynamic NTK turns all keys anew when a text grows beyond its original length; those remembered are turned.
-            if isinstance(position, Rope) and isinstance(position.scaling, NtkScaling):
-                found += [position.scaling.original_length] if position.scaling.original_length else []
+            for rope, _ in block.rotations:
+                if isinstance(rope.scaling, NtkScaling) and rope.scaling.original_length:
+                    found.append(rope.scaling.original_length)
     return found
 
 

@@ -169,7 +169,7 @@ def programs(graphdef: Any, processors: tuple[Processor, ...], steps: int, conte
         stopped = active & jnp.any(tokens[:, None] == slots.stop_ids, axis=-1)
         writes = active & ~stopped
         states = advance(processors, slots.states, texts, tokens, writes)
-        texts = _append(texts, tokens, writes)
+        texts = texts.append(tokens, writes)
         active = writes & (texts.new_tokens < slots.limits)
         # The last token of a text is drawn and goes nowhere: a slot that ends now does not extend its caches.
         logits, caches = extend_slots(model, slots.caches, tokens[:, None], active[:, None], context)
@@ -219,14 +219,6 @@ def programs(graphdef: Any, processors: tuple[Processor, ...], steps: int, conte
     )
 
 
-def _append(texts: Texts, tokens: jax.Array, writes: jax.Array) -> Texts:
-    """The texts with tokens [B] at their ends, where `writes` [B]."""
-    slot = jnp.arange(len(tokens))
-    places = jnp.where(writes, texts.lengths, texts.tokens.shape[1])  # beyond the last column: dropped
-    written = texts.tokens.at[slot, places].set(tokens, mode="drop")
-    return dataclasses.replace(texts, tokens=written, lengths=texts.lengths + writes)
-
-
 @dataclasses.dataclass(eq=False)
 class _Running:
     """A request in a slot."""
@@ -266,7 +258,6 @@ class Engine:
         self._waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self._running: list[_Running | None] = [None] * self.config.slots
         self._slots: Slots | None = None
-        self._source_capacity: int | None = None
         self._number = 0
 
     def submit(self, request: Request) -> int:
@@ -275,31 +266,38 @@ class Engine:
         Raises:
           ValueError: see `CachedModel.check`; or it has too many stop ids.
         """
-        self.model.check(request.prompt, request.sampling.max_new_tokens)
-        if len(request.stop_ids) > STOP_IDS:
-            raise ValueError(f"A request has {len(request.stop_ids)} stop ids; the engine takes {STOP_IDS} at most.")
+        self._check(request)
         self._waiting.append((self._number, request))
         self._number += 1
         return self._number - 1
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """The answers to all requests, in their order."""
-        answers = {p.request: p.answer for p in self.stream(requests) if p.answer is not None}
-        return [answers[number] for number in sorted(answers)]
+        """The answers to these requests, in their order; see `stream`."""
+        numbers = self._submit_all(requests)
+        answers = {progress.request: progress.answer for progress in self.stream() if progress.answer is not None}
+        return [answers[number] for number in numbers]
 
     def stream(self, requests: Iterable[Request] = ()) -> Iterator[Progress]:
-        """What is written, request by request as it comes, until all that was submitted is answered.
+        """What is written, as it comes, until these and all requests submitted before are answered.
 
         Raises:
           ValueError: a request cannot be answered, see `submit`; then none of `requests` is begun.
         """
-        requests = list(requests)
-        for request in requests:
-            self.model.check(request.prompt, request.sampling.max_new_tokens)
-        for request in requests:
-            self.submit(request)
+        self._submit_all(requests)
         while self._waiting or any(self._running):
             yield from self.step()
+
+    def _submit_all(self, requests: Iterable[Request]) -> list[int]:
+        """All of them or, if one cannot be answered, none."""
+        requests = list(requests)
+        for request in requests:
+            self._check(request)
+        return [self.submit(request) for request in requests]
+
+    def _check(self, request: Request) -> None:
+        self.model.check(request.prompt, request.sampling.max_new_tokens)
+        if len(request.stop_ids) > STOP_IDS:
+            raise ValueError(f"A request has {len(request.stop_ids)} stop ids; the engine takes {STOP_IDS} at most.")
 
     def step(self) -> list[Progress]:
         """Fills free slots, and draws up to `EngineConfig.steps` tokens in each."""
@@ -337,7 +335,6 @@ class Engine:
         places = np.full(count, self.config.slots, np.int32)
         places[: len(requests)] = free[: len(requests)]
         capacity = max(fresh.texts.tokens.shape[1], caches.capacity)
-        self._source_capacity = caches.source_capacity
         if self._slots is None or len(free) == self.config.slots:  # nobody is there: begin as small as will do
             self._slots = self._programs.begin(fresh, self.config.slots, capacity, caches.source_capacity)
         self._grow(capacity, caches.source_capacity)

@@ -13,6 +13,7 @@ from jaxlm.decoding.mask_filling import fill_masks
 from jaxlm.decoding.requests import Request
 from jaxlm.decoding.sampling import SamplingConfig, drawable_ids
 from jaxlm.layers.context import LOCAL, Context
+from jaxlm.parallel.sharded_ops import ShardedOps
 
 
 class Decoder(Protocol):
@@ -121,7 +122,10 @@ def preview(
             context=context,
         )
     else:
-        cached = CachedModel(model, start_id=info.pad_id, context=context)
+        ops = context.ops
+        if isinstance(ops, ShardedOps) and ops.parallel.stages.count > 1:
+            return "(no samples: decoding needs all layers on every device, and this mesh deals them to stages)"
+        cached = CachedModel(model, start_id=info.pad_id, context=_with_whole_rows(context))
         drawable = drawable_ids(model.config.vocab_size, vocabulary.size, (info.pad_id,))
         # No more slots than prompts and one call for all tokens: nobody waits, and nothing is streamed.
         engine = Engine(cached, EngineConfig(len(given), config.sampling.max_new_tokens), drawable=drawable)
@@ -134,6 +138,16 @@ def preview(
         lines = (("given", prompt.given), ("model", answer), ("truth", truth))
         blocks.append("\n".join(f"{label}: {_shown(vocabulary.decode(ids))}" for label, ids in lines))
     return "\n\n".join(blocks)
+
+
+def _with_whole_rows(context: Context) -> Context:
+    """The same mesh, of which the devices along `sequence` all do the same: a token at a time cannot be split."""
+    if not context.ops.splits_length:
+        return context
+    parallel = context.ops.parallel
+    rules = tuple(rule for rule in parallel.rules if rule[0] != "length")
+    whole = dataclasses.replace(parallel, config=dataclasses.replace(parallel.config, rules=rules))
+    return dataclasses.replace(context, ops=ShardedOps(whole))
 
 
 def _shown(text: str) -> str:

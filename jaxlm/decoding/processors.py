@@ -44,6 +44,17 @@ class Texts:
         inside = column < self.lengths[:, None]
         return inside if prompt else inside & (column >= self.prompt_lengths[:, None])
 
+    def append(self, tokens: jax.Array, writes: jax.Array) -> "Texts":
+        """With `tokens`, int32 [B], at the end of each slot where `writes`, bool [B]; a full slot loses its token."""
+        places = jnp.where(writes, self.lengths, self.tokens.shape[1])  # beyond the last column: dropped
+        written = self.tokens.at[jnp.arange(len(tokens)), places].set(tokens, mode="drop")
+        return dataclasses.replace(self, tokens=written, lengths=self.lengths + writes)
+
+    def last(self, count: int) -> jax.Array:
+        """int32 [B, count]: the last tokens of each slot in order; -1 where a slot has fewer."""
+        at = self.lengths[:, None] - count + jnp.arange(count)
+        return jnp.where(at >= 0, jnp.take_along_axis(self.tokens, jnp.maximum(at, 0), axis=1), -1)
+
 
 class Processor:
     """Changes logits. Subclasses are frozen dataclasses: they are hashed, and compiled into the step.
@@ -109,3 +120,19 @@ def keep_allowed(logits: jax.Array, allowed: jax.Array) -> jax.Array:
     bits = (allowed[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     bits = bits.reshape(*allowed.shape[:-1], -1)[..., : logits.shape[-1]]
     return jnp.where(bits > 0, logits, NEVER)
+
+
+def states_of(processors: Sequence[Processor], requests: Sequence[Request], slots: int) -> tuple[Any, ...]:
+    """The state of each processor for `slots` slots, of which the first have these requests and others the last's."""
+    padded = [*requests, *[requests[-1]] * (slots - len(requests))]
+    return tuple(jax.tree.map(lambda *x: np.stack(x), *map(p.slot_state, padded)) for p in processors)
+
+
+def prompts_as_texts(prompts: Sequence[Sequence[int]], slots: int, columns: int) -> Texts:
+    """Texts of `slots` slots that hold these prompts, or nothing, in so many columns (numpy)."""
+    lengths = np.zeros(slots, np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    tokens = np.zeros((slots, columns), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=False):
+        row[: len(prompt)] = prompt
+    return Texts(tokens, lengths, lengths)

@@ -6,8 +6,13 @@ Names here must not be those of modules beside it: gin files find `jaxlm.layers.
 from jaxlm.layers.attention import AttentionConfig, QKNorm
 from jaxlm.layers.block import Arrangement, BlockConfig, Placement
 from jaxlm.layers.context import Context
+from jaxlm.layers.disentangled_attention import DisentangledAttentionConfig, RelativeEmbeddings
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
+from jaxlm.layers.linear_attention import ChannelDecay, FeatureMap, FixedDecay, HeadDecay, LinearAttentionConfig
+from jaxlm.layers.mamba import MambaConfig
+from jaxlm.layers.mamba2 import Mamba2Config
+from jaxlm.layers.mamba_block import MambaBlockConfig
 from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring
 from jaxlm.layers.norms import NormConfig, NormKind
 from jaxlm.layers.parameters import InitConfig, InitScheme, Parametrization, ResidualInit, Scaling
@@ -25,6 +30,7 @@ from jaxlm.layers.positions import (
 from jaxlm.layers.remat import Remat, SaveNamed
 from jaxlm.layers.stack import Layers, StackConfig
 from jaxlm.layers.stacking import StackLayout
+from jaxlm.layers.step_sizes import StepSizes
 
 __all__ = [
     "Activation",
@@ -32,15 +38,24 @@ __all__ = [
     "Arrangement",
     "AttentionConfig",
     "BlockConfig",
+    "ChannelDecay",
     "Context",
+    "DisentangledAttentionConfig",
     "EmbeddingConfig",
     "FeedForwardConfig",
+    "FeatureMap",
+    "FixedDecay",
+    "HeadDecay",
     "InitConfig",
     "InitScheme",
     "Layers",
     "LearnedPositions",
     "LinearScaling",
+    "LinearAttentionConfig",
     "Llama3Scaling",
+    "Mamba2Config",
+    "MambaBlockConfig",
+    "MambaConfig",
     "MixtureOfExpertsConfig",
     "NormConfig",
     "NormKind",
@@ -48,6 +63,7 @@ __all__ = [
     "Parametrization",
     "Placement",
     "QKNorm",
+    "RelativeEmbeddings",
     "RelativePositions",
     "Remat",
     "ResidualInit",
@@ -58,5 +74,6 @@ __all__ = [
     "SinusoidalPositions",
     "StackConfig",
     "StackLayout",
+    "StepSizes",
     "YarnScaling",
 ]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import nnx
 from jaxlm.layers.cache import CacheConfig, Extension, KeyValueCache, PackedTexts, held_positions
 from jaxlm.layers.context import Context
 from jaxlm.layers.norms import Norm, NormConfig
-from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
+from jaxlm.layers.parameters import Linear, ParameterMaker, Parametrization, PathKey
 from jaxlm.layers.positions import Alibi, RelativePositions, RelativeTable, Rope, Rotation, rotate
 from jaxlm.layers.remat import name_activation
 from pallas_kernels.attention_backends import ATTENTION
@@ -81,30 +83,72 @@ class AttentionConfig:
                 f"Rope.fraction={self.position.fraction} of head_dim={self.head_dim} leaves no pair of dimensions to "
                 f"rotate; use position=None for no positions."
             )
-
-        if self.backend not in ("auto", *ATTENTION.backends):
-            raise ValueError(
-                f"AttentionConfig.backend={self.backend!r} does not exist; there are {sorted(ATTENTION.backends)} and "
-                f"'auto'."
-            )
+        ATTENTION.check_name(self.backend, "AttentionConfig.backend")
 
     @property
     def kv_heads(self) -> int:
         """Number of key and value heads."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
-    def build(self, make: ParameterMaker, *, residual_gain: float, dtype: jnp.dtype, key: PathKey) -> "Attention":
-        """The module; a subclass may build another with the same call. Arguments as for `FeedForwardConfig.build`."""
-        return Attention(self, make, residual_gain=residual_gain, dtype=dtype, key=key)
+    runs: ClassVar[bool] = False  # carries no state along the row
+
+    @property
+    def score_heads(self) -> int | None:
+        """Heads whose scores take a bias of the stack's relative positions."""
+        return self.num_heads
+
+    @property
+    def pair_flops(self) -> float:
+        """Floating-point operations forwards and backwards for a (query, key) pair that the mask shows."""
+        return 12.0 * self.num_heads * self.head_dim
+
+    def mixing_flops(self, length: int, *, both_sides: bool) -> float:
+        """Of a row of so many tokens that see each other, or only those before them."""
+        left, right = self.window or (length, length)
+        sides = (left, right) if both_sides else (left,)
+        pairs = length * sum(w - w * w / (2 * length) for w in (min(side, length) for side in sides))
+        return self.pair_flops * pairs
+
+    def token_sizes(self, ways: Callable[[str, int], int]) -> tuple[int, int]:
+        """Numbers that a token has on one device: in the result, and in queries, keys, values and result."""
+        heads = self.num_heads * self.head_dim // ways("heads", self.num_heads)
+        return heads, 2 * heads + 2 * self.kv_heads * self.head_dim // ways("kv_heads", self.kv_heads)
+
+    def score_scale(self, parametrization: Parametrization) -> float:
+        """The factor on q . k: `scale`, or what None stands for."""
+        return parametrization.attention_scale(self.head_dim) if self.scale is None else self.scale
+
+    def build(
+        self,
+        make: ParameterMaker,
+        *,
+        residual_gain: float,
+        dtype: jnp.dtype,
+        key: PathKey,
+        source_width: int | None = None,
+    ) -> "Attention":
+        """The module; a subclass may build another with the same call.
+
+        Arguments as for `FeedForwardConfig.build`, and `source_width`: of what keys and values are made of, if not the
+        model's width.
+        """
+        return Attention(self, make, residual_gain=residual_gain, dtype=dtype, key=key, source_width=source_width)
 
 
 class Attention(nnx.Module):
     """Queries of one sequence attend to keys and values of the same or another one."""
 
     def __init__(
-        self, config: AttentionConfig, make: ParameterMaker, *, residual_gain: float, dtype: jnp.dtype, key: PathKey
+        self,
+        config: AttentionConfig,
+        make: ParameterMaker,
+        *,
+        residual_gain: float,
+        dtype: jnp.dtype,
+        key: PathKey,
+        source_width: int | None = None,
     ):
-        embed = (("embed", make.width),)
+        embed, source = (("embed", make.width),), (("embed", source_width or make.width),)
         heads = (("heads", config.num_heads), ("head_dim", config.head_dim))
         kv_heads = (("kv_heads", config.kv_heads), ("head_dim", config.head_dim))
 
@@ -113,8 +157,8 @@ class Attention(nnx.Module):
 
         query_gain = config.head_dim**-0.5 if make.init.scaled_query else 1.0
         self.query = linear("query", embed, heads, config.qkv_bias, query_gain)
-        self.key = linear("key", embed, kv_heads, config.qkv_bias)
-        self.value = linear("value", embed, kv_heads, config.qkv_bias)
+        self.key = linear("key", source, kv_heads, config.qkv_bias)
+        self.value = linear("value", source, kv_heads, config.qkv_bias)
         self.output = linear("output", heads, embed, config.output_bias, residual_gain)
         first = 1 if config.qk_norm is QKNorm.HEAD else 0  # the axes a norm runs over: (D,) or (H, D)
         normed = config.qk_norm is not QKNorm.NONE
@@ -126,7 +170,7 @@ class Attention(nnx.Module):
             RelativeTable(config.position, make, config.num_heads, key=key.at("relative")) if own_table else None
         )
         self.config = config
-        self.scale = make.parametrization.attention_scale(config.head_dim) if config.scale is None else config.scale
+        self.scale = config.score_scale(make.parametrization)
 
     def __call__(
         self,
@@ -142,7 +186,7 @@ class Attention(nnx.Module):
 
         Args:
           x: [B, T, E].
-          source: [B, S, E]; x itself for self-attention.
+          source: [B, S, source width]; x itself for self-attention.
           mask: which query sees which key; `config.window` narrows it.
           rotation: cosines and sines for `config.position`, if it is a Rope.
           bias: of a table shared by the stack; added to none of the layer's own.

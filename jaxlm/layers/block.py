@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,17 @@ from flax import nnx
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.cache import BlockCache, Cache, CacheConfig, Extension, PackedTexts
 from jaxlm.layers.context import Context
+from jaxlm.layers.disentangled_attention import DisentangledAttentionConfig, RelativeVectors
 from jaxlm.layers.feed_forward import FeedForwardConfig
+from jaxlm.layers.linear_attention import LinearAttentionConfig
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.positions import Rope, Rotation
 from jaxlm.layers.side_values import SideValues
 from pallas_kernels.biases import Bias
 from pallas_kernels.masks import Mask
+
+Ways = Callable[[str, int], int]
 
 
 class Placement(enum.Enum):
@@ -46,9 +50,103 @@ class Arrangement(enum.Enum):
     PARALLEL_NORMS = "parallel_norms"
 
 
+class BlockKind:
+    """What others ask of the configuration of a block, whatever is in it: `BlockConfig`, `mamba.MambaBlockConfig`.
+
+    Attributes:
+      branches: how many branches of it write to the residual stream, for `ParameterMaker.residual_gain`.
+    """
+
+    branches: ClassVar[int]
+
+    @property
+    def crosses(self) -> bool:
+        """Whether it attends to an encoder's output."""
+        return False
+
+    @property
+    def running_state(self) -> str | None:
+        """The configuration in it whose layer carries a state along the row, knowing only what came before; or None."""
+        raise NotImplementedError
+
+    @property
+    def disentangled(self) -> bool:
+        """Whether its scores take the stack's vectors of relative positions (DeBERTa)."""
+        return False
+
+    @property
+    def heads(self) -> int | None:
+        """Heads whose scores take a bias of the stack's relative positions; None: it has no scores."""
+        return None
+
+    @property
+    def rotations(self) -> frozenset[tuple[Rope, int]]:
+        """The RoPEs it wants, each with its head size."""
+        return frozenset()
+
+    def mixing_flops(self, length: int, encoder_length: int, *, both_sides: bool) -> float:
+        """Floating-point operations between the tokens of a row, forwards and backwards: all but those with matrices.
+
+        Args:
+          length: tokens in the row (T).
+          encoder_length: of the encoder's row that it attends to, or 0.
+          both_sides: a token sees what follows it.
+        """
+        raise NotImplementedError
+
+    def token_sizes(self, width: int, ways: Ways) -> "TokenSizes":
+        """How many numbers a token has in it, for the planner's guess of memory.
+
+        Args:
+          width: model width.
+          ways: (logical axis, size) -> into how many parts the mesh splits it.
+        """
+        raise NotImplementedError
+
+    def build(self, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey) -> "BlockModule":
+        """The module; arguments as for `FeedForwardConfig.build`."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """One block.
+class TokenSizes:
+    """Numbers that a token has in a block, on one device, its input apart.
+
+    Attributes:
+      mixed: the result of attention, or of the scan.
+      products: results of products with matrices, `mixed` included.
+      everything: with what lies between them.
+    """
+
+    mixed: int
+    products: int
+    everything: int
+
+
+class BlockModule(Protocol):
+    """What a stack asks of a block."""
+
+    def __call__(self, x: jax.Array, around: "Surroundings", context: Context) -> tuple[jax.Array, SideValues]:
+        """[B, T, E] after the block, and its side values; `around` is what the stack's blocks share."""
+
+    def prefill(
+        self,
+        x: jax.Array,
+        around: "Surroundings",
+        texts: PackedTexts,
+        sources: PackedTexts | None,
+        caching: CacheConfig,
+        context: Context,
+    ) -> tuple[jax.Array, Any]:
+        """[R, T, E] after the block, and a pytree of `Cache`s of the N texts in these rows; see `Block.prefill`."""
+
+    def extend(self, x: jax.Array, new: Extension, cache: Any, context: Context) -> tuple[jax.Array, Any]:
+        """[B, t, E] after the block, t new tokens of each slot, and the cache with them in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig(BlockKind):
+    """A block of a transformer.
 
     Attributes:
       attention: self-attention.
@@ -61,7 +159,7 @@ class BlockConfig:
       dropout: rate on each branch's output.
     """
 
-    attention: AttentionConfig
+    attention: AttentionConfig | LinearAttentionConfig
     feed_forward: FeedForwardConfig
     norm: NormConfig
     attention_norm: NormConfig | None = None
@@ -69,6 +167,8 @@ class BlockConfig:
     placement: Placement = Placement.PRE
     arrangement: Arrangement = Arrangement.SEQUENTIAL
     dropout: float = 0.0
+
+    branches: ClassVar[int] = 2
 
     def __post_init__(self):
         object.__setattr__(self, "placement", Placement(self.placement))
@@ -84,6 +184,54 @@ class BlockConfig:
                 "BlockConfig.cross_attention.position must be None: positions of the two texts do not compare."
             )
 
+    @property
+    def crosses(self) -> bool:
+        """See `BlockKind`."""
+        return self.cross_attention is not None
+
+    @property
+    def running_state(self) -> str | None:
+        """See `BlockKind`."""
+        return type(self.attention).__name__ if self.attention.runs else None
+
+    @property
+    def disentangled(self) -> bool:
+        """See `BlockKind`."""
+        return isinstance(self.attention, DisentangledAttentionConfig)
+
+    @property
+    def heads(self) -> int | None:
+        """See `BlockKind`."""
+        return self.attention.score_heads
+
+    @property
+    def rotations(self) -> frozenset[tuple[Rope, int]]:
+        """See `BlockKind`."""
+        position = self.attention.position
+        return frozenset({(position, self.attention.head_dim)} if isinstance(position, Rope) else ())
+
+    def mixing_flops(self, length: int, encoder_length: int, *, both_sides: bool) -> float:
+        """See `BlockKind`."""
+        within = self.attention.mixing_flops(length, both_sides=both_sides)
+        across = self.cross_attention.pair_flops * length * encoder_length if self.crosses else 0.0
+        return within + across
+
+    def token_sizes(self, width: int, ways: Ways) -> TokenSizes:
+        """See `BlockKind`."""
+        attentions = [a.token_sizes(ways) for a in (self.attention, self.cross_attention) if a is not None]
+        mixed, projected = map(sum, zip(*attentions))
+        hidden = getattr(self.feed_forward, "hidden", 0)
+        hidden *= getattr(self.feed_forward, "experts_per_token", 1)  # of a mixture of experts
+        hidden = hidden // ways("mlp", hidden) if hidden else 0
+        gated = 2 if getattr(self.feed_forward, "gated", False) else 1
+        outputs = width * (1 + len(attentions))
+        products = projected + gated * hidden + outputs
+        return TokenSizes(mixed, products, products + hidden + outputs)
+
+    def build(self, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey) -> "Block":
+        """See `BlockKind`."""
+        return Block(self, make, dtype=dtype, key=key)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surroundings:
@@ -92,15 +240,15 @@ class Surroundings:
     Attributes:
       mask: self-attention's mask.
       rotations: for each Rope and head size among the blocks, cosines and sines.
-      bias: the stack's shared relative position bias, or None.
-      encoded: [B, S, E], the encoder's output, or None.
+      bias: what the stack shares of relative positions: a bias, vectors, or None.
+      encoded: [B, S, encoder's width], the encoder's output, or None.
       cross_mask: which decoder position sees which encoder position.
       present: bool [B, T], False on padding; None: there is none.
     """
 
     mask: Mask
     rotations: dict[tuple[Rope, int], Rotation]
-    bias: Bias | None = None
+    bias: Bias | RelativeVectors | None = None
     encoded: jax.Array | None = None
     cross_mask: Mask | None = None
     present: jax.Array | None = None
@@ -124,7 +272,7 @@ class Surroundings:
 
 def _first_axes(part: Any) -> list[str | None]:
     """What the first axis of each array runs over."""
-    if isinstance(part, Mask | Bias):
+    if isinstance(part, Mask | Bias | RelativeVectors):
         return [axes[0] if axes else None for axes in part.axes]
     return ["batch"] * len(jax.tree.leaves(part))
 
@@ -149,7 +297,11 @@ class Block(nnx.Module):
         self.attention_norms = norms(config.attention_norm or config.norm)
         crosses = config.cross_attention is not None
         self.cross_attention = (
-            config.cross_attention.build(make, key=key.at("cross_attention"), **options) if crosses else None
+            config.cross_attention.build(
+                make, key=key.at("cross_attention"), source_width=make.encoder_width, **options
+            )
+            if crosses
+            else None
         )
         self.cross_attention_norms = norms(config.norm) if crosses else None
         self.feed_forward = config.feed_forward.build(make, key=key.at("feed_forward"), **options)

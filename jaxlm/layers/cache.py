@@ -86,6 +86,26 @@ class PackedTexts:
         """x [R, T, ...] of the rows -> [N, ...] at each text's last token."""
         return self.gather(x, jnp.maximum(self.lengths - 1, 0)[:, None])[:, 0]
 
+    def before_end(self, x: jax.Array, count: int) -> jax.Array:
+        """x [R, T, ...] of the rows -> [N, count, ...], the last tokens of each text; zeros before its first."""
+        positions = self.lengths[:, None] - count + jnp.arange(count)
+        found = self.gather(x, positions)
+        return jnp.where((positions >= 0).reshape(positions.shape + (1,) * (x.ndim - 2)), found, 0)
+
+    def unpacked(self, x: jax.Array) -> jax.Array:
+        """x [R, T, ...] of the rows -> [N, T, ...], each text from its first token on; what follows it is anything."""
+        return self.gather(x, jnp.arange(x.shape[1])[None])
+
+    def present(self, length: int) -> jax.Array:
+        """int32 [N, length]: 1 on the tokens of each text, 0 after them."""
+        return (jnp.arange(length) < self.lengths[:, None]).astype(jnp.int32)
+
+    def packed(self, x: jax.Array, rows: int) -> jax.Array:
+        """The reverse of `unpacked`: x [N, T, ...] -> [rows, T, ...], zeros on padding."""
+        length = x.shape[1]
+        columns = jnp.where(self.present(length) > 0, self.starts[:, None] + jnp.arange(length), length)
+        return jnp.zeros((rows, *x.shape[1:]), x.dtype).at[self.rows[:, None], columns].set(x, mode="drop")
+
 
 class Cache(abc.ABC):
     """One layer's memory of B slots: a pytree whose leaves are [B, ...]. Frozen; what changes it returns another.
@@ -245,6 +265,58 @@ class KeyValueCache(Cache):
     @override
     def laid_out(self, constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array]) -> Self:
         return jax.tree.map(lambda x: constrain(x, ("batch", "kv_heads", None, None)), self)
+
+
+@_pytree
+class RecurrentCache(Cache):
+    """The state of one layer that runs along the text, of one size however long it is.
+
+    Attributes:
+      state: float32 [B, ...].
+      windows: what the layer's convolutions see before the next token, [B, taps - 1, ...] each.
+      axes: the logical axes of the state and of each window, after the first.
+    """
+
+    rewindable = False
+
+    state: jax.Array
+    windows: tuple[jax.Array, ...] = ()
+    axes: tuple[tuple[str | None, ...], ...] = _static(default=())
+
+    @override
+    def laid_out(self, constrain: Callable[[jax.Array, tuple[str | None, ...]], jax.Array]) -> Self:
+        state, *windows = (
+            constrain(x, ("batch", *names)) for x, names in zip((self.state, *self.windows), self.axes, strict=True)
+        )
+        return dataclasses.replace(self, state=state, windows=tuple(windows))
+
+
+def run_steps(
+    step: Callable[..., tuple[jax.Array, jax.Array]],
+    state: jax.Array,
+    inputs: tuple[jax.Array | None, ...],
+    present: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """A recurrence for t new tokens a slot, one after the other: t is small.
+
+    Args:
+      step: (state [B, ...], an entry [B, ...] of each input) -> (state, output).
+      state: [B, ...].
+      inputs: [B, t, ...] each, or None.
+      present: bool [B, t], False on tokens that leave the state as it is; None: none does.
+
+    Returns:
+      Outputs [B, t, ...], and the state after the tokens.
+    """
+    outputs = []
+    count = next(x for x in inputs if x is not None).shape[1]
+    for at in range(count):
+        after, output = step(state, *(None if x is None else x[:, at] for x in inputs))
+        if present is not None:
+            after = jnp.where(present[:, at].reshape((-1,) + (1,) * (state.ndim - 1)), after, state)
+        state = after
+        outputs.append(output)
+    return jnp.stack(outputs, axis=1), state
 
 
 def _entries(capacity: int, limit: int | None) -> int:

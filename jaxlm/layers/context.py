@@ -16,6 +16,8 @@ from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence
 from pallas_kernels import dropout, platforms
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
+from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.selective_scan import selective_scan
 
 
 class Ops(Protocol):
@@ -38,6 +40,34 @@ class Ops(Protocol):
 
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
         """`pallas_kernels.attention.attention`."""
+
+    def linear_attention(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        log_decay: jax.Array | None,
+        *,
+        segment_ids: jax.Array | None = None,
+        initial_state: jax.Array | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`pallas_kernels.linear_attention.linear_attention`."""
+
+    def selective_scan(
+        self,
+        x: jax.Array,
+        dt: jax.Array,
+        a: jax.Array,
+        b: jax.Array,
+        c: jax.Array,
+        d: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        initial_state: jax.Array | None = None,
+        **options: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """`pallas_kernels.selective_scan.selective_scan`."""
 
     def cross_entropy(
         self, features: jax.Array, projection: OutputProjection, labels: jax.Array, weights: jax.Array, **options: Any
@@ -101,6 +131,18 @@ class LocalOps(Ops):
     @override
     def attention(self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> jax.Array:
         return attention(q, k, v, **options)
+
+    @override
+    def linear_attention(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        return linear_attention(q, k, v, log_decay, **options)
+
+    @override
+    def selective_scan(
+        self, x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        return selective_scan(x, dt, a, b, c, d, **options)
 
     @override
     def cross_entropy(

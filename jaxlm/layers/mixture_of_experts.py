@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.layers.context import Context
-from jaxlm.layers.feed_forward import FeedForwardConfig
+from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.remat import name_activation
 from jaxlm.layers.side_values import SideValues
@@ -39,6 +39,8 @@ class MixtureOfExpertsConfig(FeedForwardConfig):
       scale: factor on these weights.
       shared: a feed-forward layer that every token goes through besides (DeepSeekMoE, arXiv 2401.06066, 3.2; n shared
         experts are one layer of n times the width); None is none.
+      shared_gate: what this layer gives is multiplied by this activation of a learned product with the token
+        (Qwen2-MoE: SIGMOID); None leaves it.
       balance_loss: coefficient of the load-balancing loss of this layer, X sum_e f_e P_e, where f_e is the share of
         choices that fell on expert e and P_e its mean score, normalised over experts (Switch, equations 4 to 6, for K
         choices); 1 in balance. Padding does not count. Taken over a microbatch.
@@ -52,6 +54,7 @@ class MixtureOfExpertsConfig(FeedForwardConfig):
     normalize: bool = True
     scale: float = 1.0
     shared: FeedForwardConfig | None = None
+    shared_gate: Activation | None = None
     balance_loss: float = 0.01
     z_loss: float = 0.0
     backend: str = "auto"
@@ -59,6 +62,13 @@ class MixtureOfExpertsConfig(FeedForwardConfig):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "scoring", Scoring(self.scoring))
+        if self.shared_gate is not None:
+            object.__setattr__(self, "shared_gate", Activation(self.shared_gate))
+            if self.shared is None:
+                raise ValueError(
+                    f"MixtureOfExpertsConfig.shared_gate={self.shared_gate.value!r} weighs the shared layer, and "
+                    f"`shared` is None; give both or neither."
+                )
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"MixtureOfExpertsConfig.experts_per_token={self.experts_per_token} must lie between 1 and "
@@ -115,12 +125,14 @@ class MixtureOfExperts(nnx.Module):
 
         gate = {"gate": kernel("gate")} if config.gated else {}
         self.experts = nnx.Dict(gate | {"up": kernel("up"), "down": kernel("down", residual_gain)})
-        self.router = make.readout(key.at("router"), (("embed", make.width),), ((None, config.num_experts),))
+        embed = (("embed", make.width),)
+        self.router = make.readout(key.at("router"), embed, ((None, config.num_experts),))
         self.shared = (
             config.shared.build(make, residual_gain=residual_gain, dtype=dtype, key=key.at("shared"))
             if config.shared
             else None
         )
+        self.shared_gate = make.readout(key.at("shared_gate"), embed, ()) if config.shared_gate else None
         self.config = config
         self.dtype = dtype
         self.multiplier = 1.0 / make.parametrization.width_ratio(make.width)
@@ -149,13 +161,20 @@ class MixtureOfExperts(nnx.Module):
         side = self._side_values(logits, shares, chosen, present)
         if self.shared is not None:
             shared, more = self.shared(x, context.fold("shared"), present=present)
+            if self.shared_gate is not None:
+                weight = self.config.shared_gate(self._in_full(x, self.shared_gate[..., None], context))
+                shared = shared * weight.astype(shared.dtype)
             out, side = out + shared, side + more
         return out, side
 
     def _logits(self, x: jax.Array, context: Context) -> jax.Array:
-        """f32 [B, T, X], of products in full float32, which is not every device's default."""
+        """f32 [B, T, X]."""
+        return self._in_full(x, self.router[...], context)
+
+    def _in_full(self, x: jax.Array, kernel: jax.Array, context: Context) -> jax.Array:
+        """x times [E, N] as f32 [B, T, N], of products in full float32, which is not every device's default."""
         with jax.default_matmul_precision("float32"):
-            logits = context.matmul(x.astype(jnp.float32), self.router[...], 1)
+            logits = context.matmul(x.astype(jnp.float32), kernel, 1)
         return context.ops.constrain(logits, ("batch", "length", None)) * self.multiplier
 
     def _apply(self, rows: jax.Array, kernels: dict[str, jax.Array], group_sizes: jax.Array) -> jax.Array:

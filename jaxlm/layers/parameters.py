@@ -181,14 +181,18 @@ class ParameterMaker:
       parametrization: how width and depth enter.
       width: model width (E).
       depth: layers of the stack the parameters are for; 1 outside stacks.
+      branches: branches of that stack's blocks that write to the residual stream; 2 outside stacks.
       stacked: the parameters will get a leading axis "layers" (they are made under vmap).
+      encoder_width: width of what cross-attention reads; None is `width`.
     """
 
     init: InitConfig
     parametrization: Parametrization
     width: int
     depth: int = 1
+    branches: int = 2
     stacked: bool = False
+    encoder_width: int | None = None
 
     def matrix(
         self,
@@ -197,6 +201,7 @@ class ParameterMaker:
         outputs: Dims,
         *,
         gain: float = 1.0,
+        std: float | None = None,
         count: Dims = (),
         share: float = 1.0,
         used_as: jnp.dtype | None = None,
@@ -207,12 +212,15 @@ class ParameterMaker:
           key: of the parameter.
           inputs, outputs: its two sides; the shape is count + inputs + outputs.
           gain: factor on its standard deviation.
+          std: in place of the initialisation's standard deviation.
           count: how many there are, e.g. (("experts", 8),).
           share: of the matrices, how many each token is multiplied with, as a fraction.
           used_as: the type to which it is cast before any use. Where parameters travel between devices once a step,
             they do so in this type.
         """
-        if self.init.scheme is InitScheme.FIXED:
+        if std is not None:
+            pass
+        elif self.init.scheme is InitScheme.FIXED:
             std = self.init.std / math.sqrt(self.parametrization.width_ratio(self.width))
         else:
             std = self.init.std / math.sqrt(math.prod(size for _, size in inputs))
@@ -220,8 +228,8 @@ class ParameterMaker:
 
     @property
     def residual_gain(self) -> float:
-        """`gain` of matrices that write to the residual stream, two a layer."""
-        return 1.0 / math.sqrt(2 * self.depth) if self.init.residual is ResidualInit.BY_DEPTH else 1.0
+        """`gain` of matrices that write to the residual stream."""
+        return 1.0 / math.sqrt(self.branches) if self.init.residual is ResidualInit.BY_DEPTH else 1.0
 
     def embedding(self, key: PathKey, dims: Dims, std: float | None = None) -> nnx.Param:
         """A table that ids or positions look up."""
@@ -244,6 +252,10 @@ class ParameterMaker:
     def vector(self, dims: Dims, value: float) -> nnx.Param:
         """A scale or bias."""
         return self._param(jnp.full(tuple(size for _, size in dims), value, jnp.float32), dims, "vector")
+
+    def vector_of(self, values: jax.Array, dims: Dims) -> nnx.Param:
+        """Scales, biases, decays that start as these float32 values, of the sizes that `dims` has."""
+        return self._param(values, dims, "vector")
 
     def table(self, key: PathKey, dims: Dims, std: float) -> nnx.Param:
         """A small random table whose size does not follow the width, such as relative position biases."""
@@ -273,10 +285,11 @@ class Linear(nnx.Module):
         *,
         bias: bool = False,
         gain: float = 1.0,
+        std: float | None = None,
         dtype: jnp.dtype,
         key: PathKey,
     ):
-        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain, used_as=dtype)
+        self.kernel = make.matrix(key.at("kernel"), inputs, outputs, gain=gain, std=std, used_as=dtype)
         self.bias = make.vector(outputs, 0.0) if bias else None
         self.contracted = len(inputs)
         self.dtype = dtype

@@ -20,7 +20,7 @@ ACTIVATIONS = {
     "query": "[B, T, H, D], as attention takes them: normalised and rotated",
     "key": "[B, S, G, D], likewise",
     "value": "[B, S, G, D]",
-    ATTENTION_OUT: "[B, T, H, D], before the output projection",
+    ATTENTION_OUT: "[B, T, H, D], before the output projection; of a recurrent layer, what it reads of its state",
     ATTENTION_LSE: "[B, H, T] float32, log-sum-exp of the scores: with attention_out, all that a kernel's backward "
     "pass needs of its forward pass",
     "gate": "[B, T, F], the feed-forward layer's product before its activation; of experts [rows, F], as is up",

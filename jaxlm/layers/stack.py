@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.layers.attention import AttentionConfig
-from jaxlm.layers.block import Block, BlockConfig, Surroundings
+from jaxlm.layers.block import BlockKind, BlockModule, Surroundings
 from jaxlm.layers.cache import CacheConfig, Caches, Extension, PackedTexts
 from jaxlm.layers.context import Context
+from jaxlm.layers.disentangled_attention import (
+    RelativeEmbeddings,
+    RelativeEmbeddingTable,
+)
 from jaxlm.layers.norms import Norm, NormConfig
 from jaxlm.layers.parameters import ParameterMaker, PathKey
 from jaxlm.layers.positions import RelativePositions, RelativeTable, Rope, Rotation, rotation
@@ -40,17 +43,18 @@ class StackConfig:
       num_layers: layers (L), a multiple of the pattern's length, not counting `prologue`.
       prologue: blocks before the pattern, each once.
       final_norm: norm of the stack's output; None where the blocks end with one (post-norm).
-      relative_positions: T5's biases from one table that all blocks share.
+      relative_positions: what all blocks share of relative positions: T5's biases from one table, or the vectors of
+        disentangled attention.
       layers: scanned or unrolled; see `Layers`.
       remat: what the backward pass computes again: a `Remat` by name, or `SaveNamed` with lists of activations.
       dropout: rate on the stack's output (T5).
     """
 
-    blocks: tuple[BlockConfig, ...]
+    blocks: tuple[BlockKind, ...]
     num_layers: int
-    prologue: tuple[BlockConfig, ...] = ()
+    prologue: tuple[BlockKind, ...] = ()
     final_norm: NormConfig | None = None
-    relative_positions: RelativePositions | None = None
+    relative_positions: RelativePositions | RelativeEmbeddings | None = None
     layers: Layers = Layers.SCAN
     remat: RematPolicy = Remat.NONE
     dropout: float = 0.0
@@ -66,15 +70,20 @@ class StackConfig:
                 f"StackConfig.num_layers={self.num_layers} must be a positive multiple of the pattern's "
                 f"{len(self.blocks)} blocks; put blocks that do not repeat into `prologue`."
             )
-        heads = {block.attention.num_heads for block in self.all_blocks}
-        if self.relative_positions is not None and len(heads) > 1:
+        if isinstance(self.relative_positions, RelativePositions) and len(self.heads) != 1:
             raise ValueError(
-                f"One table of relative positions needs the same number of heads in all blocks, got {sorted(heads)}; "
-                f"give each AttentionConfig a `position` of its own."
+                f"One table of relative positions needs the same number of heads in all blocks, got "
+                f"{sorted(self.heads)}; give each AttentionConfig a `position` of its own."
+            )
+        vectors = isinstance(self.relative_positions, RelativeEmbeddings)
+        if any(block.disentangled != vectors for block in self.all_blocks):
+            raise ValueError(
+                f"Disentangled attention and RelativeEmbeddings go together in all blocks of a stack, but "
+                f"StackConfig.relative_positions is {self.relative_positions}."
             )
 
     @property
-    def all_blocks(self) -> tuple[BlockConfig, ...]:
+    def all_blocks(self) -> tuple[BlockKind, ...]:
         """The block of each layer, prologue first."""
         return self.prologue + self.blocks * (self.num_layers // len(self.blocks))
 
@@ -82,6 +91,16 @@ class StackConfig:
     def depth(self) -> int:
         """Number of layers, with the prologue."""
         return len(self.prologue) + self.num_layers
+
+    @property
+    def branches(self) -> int:
+        """Number of branches that write to the residual stream."""
+        return sum(block.branches for block in self.all_blocks)
+
+    @property
+    def heads(self) -> frozenset[int]:
+        """Numbers of heads among the blocks whose scores take a bias."""
+        return frozenset(block.heads for block in self.all_blocks if block.heads is not None)
 
     @property
     def scanned_repeats(self) -> int | None:
@@ -102,7 +121,7 @@ class Stack(nnx.Module):
         key: PathKey,
         stages: Stages = ONE_STAGE,
     ):
-        make = dataclasses.replace(make, depth=config.depth)
+        make = dataclasses.replace(make, depth=config.depth, branches=config.branches)
         layer_key, repeats = key.at("layers"), config.scanned_repeats
         if stages.count > 1 and repeats is None:
             raise ValueError(
@@ -111,10 +130,10 @@ class Stack(nnx.Module):
                 f"StackConfig.layers to 'scan' with a shorter pattern, or MeshConfig.stage to 1."
             )
 
-        def block(config: BlockConfig, key: PathKey, make: ParameterMaker = make) -> Block:
-            return Block(config, make, dtype=dtype, key=key)
+        def block(config: BlockKind, key: PathKey, make: ParameterMaker = make) -> BlockModule:
+            return config.build(make, dtype=dtype, key=key)
 
-        def repeated_block(position: int) -> Block:
+        def repeated_block(position: int) -> BlockModule:
             made = functools.partial(block, config.blocks[position], make=dataclasses.replace(make, stacked=True))
             order = jnp.asarray(stages.order(repeats))
             graph = nnx.graphdef(nnx.eval_shape(lambda: made(layer_key.layer(0))))
@@ -137,12 +156,7 @@ class Stack(nnx.Module):
         self.layers = nnx.Dict({str(i): layer for i, layer in enumerate(layers)})
         self.prologue = nnx.Dict({str(i): layer for i, layer in enumerate(prologue)}) if prologue else None
         self.norm = Norm(config.final_norm, make, (("embed", make.width),)) if config.final_norm else None
-        heads = config.blocks[0].attention.num_heads
-        self.relative = (
-            RelativeTable(config.relative_positions, make, heads, key=key.at("relative"))
-            if config.relative_positions
-            else None
-        )
+        self.relative = _relative(config, make, dtype=dtype, key=key.at("relative"))
         self.config, self.stages = config, stages
 
     def layouts(self, path: tuple[str, ...]) -> tuple[StackLayout, ...]:
@@ -206,7 +220,7 @@ class Stack(nnx.Module):
         cross_mask: Mask | None = None,
         sources: PackedTexts | None = None,
         present: jax.Array | None = None,
-        more_blocks: tuple[tuple[Block, Context], ...] = (),
+        more_blocks: tuple[tuple[BlockModule, Context], ...] = (),
     ) -> tuple[jax.Array, Caches]:
         """Runs all layers on packed rows, as `__call__` does, and remembers the texts in them.
 
@@ -237,7 +251,7 @@ class Stack(nnx.Module):
         *,
         context: Context,
         present: jax.Array | None = None,
-        more_blocks: tuple[tuple[Block, Context], ...] = (),
+        more_blocks: tuple[tuple[BlockModule, Context], ...] = (),
     ) -> tuple[jax.Array, Caches]:
         """Runs all layers on t new tokens of each slot.
 
@@ -263,7 +277,7 @@ class Stack(nnx.Module):
         added = count if present is None else jnp.sum(present, axis=1, dtype=jnp.int32)
         return self.finish(x, context), Caches(caches.lengths + added, tuple(kept), caches.source_lengths)
 
-    def _one_by_one(self, context: Context) -> list[tuple[Block, Context]]:
+    def _one_by_one(self, context: Context) -> list[tuple[BlockModule, Context]]:
         """Every block, from the first to the last, with its context."""
         if self.config.scanned_repeats is not None:
             raise ValueError(
@@ -288,22 +302,18 @@ class Stack(nnx.Module):
         cross_mask: Mask | None = None,
         present: jax.Array | None = None,
         *,
-        more_blocks: tuple[BlockConfig, ...] = (),
+        more_blocks: tuple[BlockKind, ...] = (),
     ) -> Surroundings:
         """What all blocks share, computed once; `more_blocks` outside the stack are to share it as well."""
         bias = None if self.relative is None else self.relative()
         return Surroundings(mask, self._rotations(positions, more_blocks), bias, encoded, cross_mask, present)
 
     def _rotations(
-        self, positions: jax.Array, more_blocks: tuple[BlockConfig, ...] = ()
+        self, positions: jax.Array, more_blocks: tuple[BlockKind, ...] = ()
     ) -> dict[tuple[Rope, int], Rotation]:
         """Cosines and sines at [B, T] positions, for each Rope and head size among the blocks."""
-        attentions: set[AttentionConfig] = {block.attention for block in self.config.all_blocks + more_blocks}
-        return {
-            (a.position, a.head_dim): rotation(a.position, positions, a.head_dim)
-            for a in attentions
-            if isinstance(a.position, Rope)
-        }
+        wanted = frozenset[tuple[Rope, int]]().union(*(b.rotations for b in self.config.all_blocks + more_blocks))
+        return {(rope, head_dim): rotation(rope, positions, head_dim) for rope, head_dim in wanted}
 
     def _scan(self, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(self.layers)
@@ -326,12 +336,25 @@ class Stack(nnx.Module):
         return context.ops.run_layers(repeat, layers, x, rows, (shared, context.dropout_key))
 
 
+def _relative(
+    config: StackConfig, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey
+) -> RelativeTable | RelativeEmbeddingTable | None:
+    """What makes the relative positions that the blocks share."""
+    match config.relative_positions:
+        case None:
+            return None
+        case RelativeEmbeddings() as vectors:
+            return RelativeEmbeddingTable(vectors, make, dtype=dtype, key=key)
+        case biases:
+            return RelativeTable(biases, make, *config.heads, key=key)
+
+
 def remat(
     policy: RematPolicy, *, scanned: bool
-) -> Callable[[Block, jax.Array, Surroundings, Context], tuple[jax.Array, SideValues]]:
+) -> Callable[[BlockModule, jax.Array, Surroundings, Context], tuple[jax.Array, SideValues]]:
     """A function that runs a block, recomputing in the backward pass what `policy` says."""
 
-    def run(block: Block, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
+    def run(block: BlockModule, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         graph, values = nnx.split(block)
 
         def parameter(variable: nnx.Variable) -> nnx.Variable:

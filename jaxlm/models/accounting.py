@@ -7,12 +7,13 @@ import jax
 from flax import nnx
 
 from jaxlm.architecture import Architecture
-from jaxlm.layers.attention import AttentionConfig
+from jaxlm.layers.disentangled_attention import RelativeEmbeddings
 from jaxlm.models import build_model
 from jaxlm.models.config import LanguageModelConfig, ModelConfig, ReplacedTokenDetectorConfig
 
 Path = tuple[str, ...]
 
+_ONCE_A_STEP = ("position_key", "position_query")  # multiplied with relative positions, not with tokens
 _READ_FROM_ENCODER = (("cross_attention", "key"), ("cross_attention", "value"))
 
 
@@ -61,21 +62,15 @@ def flops_per_token(config: ModelConfig, length: int, encoder_length: int = 0) -
     if isinstance(config, ReplacedTokenDetectorConfig):
         verdict = count_parameters(config, where=lambda path: path[0] == "verdict" and path[-1] == "kernel")
         models = [m for m in (config.generator, config.discriminator) if m is not None]
-        # The discriminator's vocabulary head is not used.
-        unused = 6.0 * config.discriminator.vocab_size * _head_width(config.discriminator)
-        return sum(flops_per_token(m, length) for m in models) - unused + 6.0 * verdict
+        return sum(flops_per_token(m, length) for m in models) + 6.0 * verdict
     if (encoder_length > 0) != (config.architecture is Architecture.ENCODER_DECODER):
         raise ValueError(
             f"encoder_length={encoder_length} does not fit the architecture {config.architecture.value}: only an "
             f"encoder_decoder has two rows, and needs both lengths."
         )
     total = sum(6.0 * size * tokens for size, tokens in _matrices(config, length, encoder_length))
-    total += sum(12.0 * a.num_heads * a.head_dim * pairs for a, pairs in _attentions(config, length, encoder_length))
+    total += sum(_mixing_flops(config, length, encoder_length))
     return total / (length + encoder_length)
-
-
-def _head_width(config: LanguageModelConfig) -> int:
-    return (config.embedding.width or config.width) if config.head.tied else config.width
 
 
 def _matrices(config: LanguageModelConfig, length: int, encoder_length: int) -> Iterator[tuple[int, int]]:
@@ -83,35 +78,29 @@ def _matrices(config: LanguageModelConfig, length: int, encoder_length: int) -> 
     heads = max(config.future_tokens, 1)
     for path, parameter in parameters(config):
         size, tokens = _active_size(parameter), length
-        if parameter.role not in ("hidden", "output") or path[0] == "pooler":
+        if parameter.role not in ("hidden", "output") or path[0] == "pooler" or path[-2] in _ONCE_A_STEP:
             continue
         if path[0] == "vocabulary_head":
             tokens = heads * length
         elif path[0] == "embedding":  # its projection
             tokens = length + encoder_length
-        elif encoder_length and (path[0] == "encoder" or path[-3:-1] in _READ_FROM_ENCODER):
+        elif encoder_length and (path[0] in ("encoder", "encoder_embedding") or path[-3:-1] in _READ_FROM_ENCODER):
             tokens = encoder_length
         yield size, tokens
-    if config.head.tied:
-        yield config.vocab_size * _head_width(config), heads * length
+    if config.head is not None and config.head.tied:
+        yield config.vocab_size * (config.embedding.width or config.width), heads * length
 
 
-def _attentions(
-    config: LanguageModelConfig, length: int, encoder_length: int
-) -> Iterator[tuple[AttentionConfig, float]]:
-    """(attention layer, (query, key) pairs in a row) for every attention layer."""
+def _mixing_flops(config: LanguageModelConfig, length: int, encoder_length: int) -> Iterator[float]:
+    """Of each block, what passes between the tokens of a row."""
     for name, stack in config.stacks.items():
         encodes = config.architecture is Architecture.ENCODER or (encoder_length > 0 and name == "encoder")
-        tokens = encoder_length if encoder_length and name == "encoder" else length
+        rows = (encoder_length, 0) if encoder_length and name == "encoder" else (length, encoder_length)
         for block in stack.all_blocks:
-            yield block.attention, _pairs(block.attention, tokens, both_sides=encodes)
-            if block.cross_attention is not None:
-                yield block.cross_attention, tokens * encoder_length
+            yield block.mixing_flops(*rows, both_sides=encodes)
+            if isinstance(stack.relative_positions, RelativeEmbeddings):
+                # Each term with positions is one product with 2 K vectors, where a pair of tokens stands for two.
+                pairs = block.attention.terms * stack.relative_positions.span * rows[0]
+                yield block.attention.pair_flops * pairs
     for _ in range(config.future_tokens):
-        yield config.future_block.attention, _pairs(config.future_block.attention, length, both_sides=False)
-
-
-def _pairs(attention: AttentionConfig, length: int, *, both_sides: bool) -> float:
-    left, right = attention.window or (length, length)
-    sides = (left, right) if both_sides else (left,)
-    return length * sum(w - w * w / (2 * length) for w in (min(side, length) for side in sides))
+        yield config.future_block.mixing_flops(length, 0, both_sides=False)

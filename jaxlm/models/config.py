@@ -6,11 +6,11 @@ import enum
 import jax.numpy as jnp
 
 from jaxlm.architecture import Architecture
-from jaxlm.layers.block import BlockConfig
+from jaxlm.layers.block import BlockKind
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation
 from jaxlm.layers.norms import NormConfig
-from jaxlm.layers.parameters import InitConfig, Parametrization
+from jaxlm.layers.parameters import InitConfig, Parametrization, Scaling
 from jaxlm.layers.quantized import Quantization
 from jaxlm.layers.stack import StackConfig
 
@@ -80,10 +80,13 @@ class LanguageModelConfig:
       vocab_size: rows of the embedding table (V).
       width: model width (E).
       embedding: tokens, positions, types.
-      head: logits.
+      head: logits; None: it has none (the discriminator of a replaced-token detector).
       init: how parameters start.
       encoder: a stack or None.
       decoder: a stack or None.
+      encoder_width: width of the encoder where it differs from `width`, which is then the decoder's (T5Gemma,
+        arXiv 2504.06225, 2: unbalanced sizes); None is `width`.
+      encoder_embedding: the encoder's own tokens and positions; None: it shares `embedding` with the decoder.
       parametrization: standard, muP or CompleteP; None is standard.
       compute: type of activations and products; the one switch of precision.
       future_tokens: multi-token prediction (arXiv 2404.19737): n blocks side by side on top of the stack, block i
@@ -96,14 +99,16 @@ class LanguageModelConfig:
     vocab_size: int
     width: int
     embedding: EmbeddingConfig
-    head: HeadConfig
+    head: HeadConfig | None
     init: InitConfig
     encoder: StackConfig | None = None
     decoder: StackConfig | None = None
+    encoder_width: int | None = None
+    encoder_embedding: EmbeddingConfig | None = None
     parametrization: Parametrization | None = None
     compute: ComputeType = ComputeType.FLOAT32
     future_tokens: int = 0
-    future_block: BlockConfig | None = None
+    future_block: BlockKind | None = None
     pooler: bool = False
 
     def __post_init__(self):
@@ -112,8 +117,9 @@ class LanguageModelConfig:
         self._check_stacks()
         if self.width < 1 or self.vocab_size < 1:
             raise ValueError(f"width={self.width} and vocab_size={self.vocab_size} of a model must be positive.")
+        self._check_encoder()
         narrow = self.embedding.width not in (None, self.width)
-        if narrow and self.head.tied and self.head.transform is None:
+        if narrow and self.head is not None and self.head.tied and self.head.transform is None:
             raise ValueError(
                 f"The tied output has the embedding's width {self.embedding.width}, hidden states the model's width "
                 f"{self.width}: give HeadConfig.transform, which leads from one to the other, or tied=False."
@@ -132,7 +138,7 @@ class LanguageModelConfig:
         if self.architecture is Architecture.ENCODER_DECODER:
             if self.encoder is None or self.decoder is None:
                 raise ValueError("An encoder_decoder needs both StackConfigs, encoder and decoder.")
-            if any(block.cross_attention is None for block in self.decoder.all_blocks):
+            if not all(block.crosses for block in self.decoder.all_blocks):
                 raise ValueError("Every block of an encoder_decoder's decoder needs BlockConfig.cross_attention.")
         elif (self.encoder is None) == (self.decoder is None):
             raise ValueError(
@@ -142,11 +148,41 @@ class LanguageModelConfig:
         for name, config in self.stacks.items():
             crosses = name == "decoder" and self.architecture is Architecture.ENCODER_DECODER
             blocks = config.all_blocks if self.future_block is None else (*config.all_blocks, self.future_block)
-            if not crosses and any(block.cross_attention is not None for block in blocks):
+            if not crosses and any(block.crosses for block in blocks):
                 raise ValueError(
                     f"A block of the {name} has cross_attention, but the architecture {self.architecture.value} gives "
                     f"it nothing to attend to; only the decoder of an encoder_decoder has."
                 )
+            reads = crosses or self.architecture is Architecture.CAUSAL_DECODER
+            if not reads and (running := [block.running_state for block in blocks if block.running_state]):
+                raise ValueError(
+                    f"The {name} of the architecture {self.architecture.value} shows tokens what follows them, but a "
+                    f"layer of {running[0]} carries a state that knows only what came before; use causal_decoder."
+                )
+
+    def _check_encoder(self):
+        if (self.encoder_width or self.encoder_embedding) and self.architecture is not Architecture.ENCODER_DECODER:
+            raise ValueError(
+                f"encoder_width={self.encoder_width} and encoder_embedding={self.encoder_embedding} tell an encoder "
+                f"from a decoder, but the architecture {self.architecture.value} has one stack, with `width` and "
+                f"`embedding`; leave them None."
+            )
+        if self.width_of("encoder") == self.width:
+            return
+        if self.encoder_width < 1 or self.encoder_embedding is None:
+            raise ValueError(
+                f"encoder_width={self.encoder_width} must be positive, and an encoder of another width than the "
+                f"decoder's {self.width} cannot share its embedding: give encoder_embedding."
+            )
+        if self.scaling.kind is not Scaling.STANDARD:
+            raise ValueError(
+                f"The parametrization {self.scaling.kind.value} follows one width, but encoder_width="
+                f"{self.encoder_width} is not width={self.width}; use 'standard'."
+            )
+
+    def width_of(self, stack: str) -> int:
+        """Width of the stack of this name."""
+        return self.width if stack == "decoder" or self.encoder_width is None else self.encoder_width
 
     @property
     def stacks(self) -> dict[str, StackConfig]:
@@ -177,7 +213,7 @@ class ReplacedTokenDetectorConfig:
     """A generator that fills masks and a discriminator that finds what it filled.
 
     Attributes:
-      discriminator: an encoder; its vocabulary head is not used.
+      discriminator: an encoder without a vocabulary head.
       generator: an encoder, usually narrower; None draws replacements uniformly from the vocabulary.
       sharing: see `EmbeddingSharing`.
       head_activation: of the discriminator's dense layer before the verdict.
@@ -197,11 +233,10 @@ class ReplacedTokenDetectorConfig:
                     f"The {name} of a replaced-token detector must have the architecture encoder, not "
                     f"{model.architecture.value}: it judges each position from both sides."
                 )
-        head = self.discriminator.head
-        if not head.tied or head.bias or head.transform is not None:
+        if self.discriminator.head is not None:
             raise ValueError(
-                "The discriminator has no use for a vocabulary head: give it a HeadConfig that is tied, without bias "
-                "and without transform, which has no parameters."
+                f"The discriminator has no use for a vocabulary head; set its LanguageModelConfig.head to None, not to "
+                f"{self.discriminator.head}."
             )
         if self.sharing is EmbeddingSharing.UNTIED:
             return

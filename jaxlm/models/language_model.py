@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.architecture import Architecture
-from jaxlm.layers.block import Block
+from jaxlm.layers.block import BlockModule
 from jaxlm.layers.cache import CacheConfig, Caches, PackedTexts
 from jaxlm.layers.context import LOCAL, Context
 from jaxlm.layers.embeddings import Embedding
@@ -28,7 +28,7 @@ Batch = Mapping[str, jax.Array]
 class LanguageModel(nnx.Module):
     """Embedding, one or two stacks, and a head over the vocabulary.
 
-    Parameters lie under `embedding`, `encoder`, `decoder`, `vocabulary_head`, `future`, `pooler`.
+    Parameters lie under `embedding`, `encoder_embedding`, `encoder`, `decoder`, `vocabulary_head`, `future`, `pooler`.
     """
 
     def __init__(self, config: LanguageModelConfig, *, key: jax.Array, stages: Stages = ONE_STAGE):
@@ -43,24 +43,47 @@ class LanguageModel(nnx.Module):
         dtype, root = config.compute.dtype, PathKey(key)
         make = ParameterMaker(config.init, config.scaling, config.width)
         self.embedding = Embedding(config.embedding, make, config.vocab_size, dtype=dtype, key=root.at("embedding"))
+        makes = {
+            "encoder": dataclasses.replace(make, width=config.width_of("encoder")),
+            "decoder": dataclasses.replace(make, encoder_width=config.width_of("encoder")),
+        }
+        self.encoder_embedding = (
+            Embedding(
+                config.encoder_embedding,
+                makes["encoder"],
+                config.vocab_size,
+                dtype=dtype,
+                key=root.at("encoder_embedding"),
+            )
+            if config.encoder_embedding
+            else None
+        )
         stacks = {
-            name: Stack(stack, make, dtype=dtype, key=root.at(name), stages=stages)
+            name: Stack(stack, makes[name], dtype=dtype, key=root.at(name), stages=stages)
             for name, stack in config.stacks.items()
         }
         self.encoder, self.decoder = stacks.get("encoder"), stacks.get("decoder")
-        self.vocabulary_head = VocabularyHead(
-            config.head,
-            make,
-            config.vocab_size,
-            config.embedding.width or config.width,
-            dtype=dtype,
-            key=root.at("vocabulary_head"),
+        self.vocabulary_head = (
+            VocabularyHead(
+                config.head,
+                make,
+                config.vocab_size,
+                config.embedding.width or config.width,
+                dtype=dtype,
+                key=root.at("vocabulary_head"),
+            )
+            if config.head
+            else None
         )
-        in_depth = dataclasses.replace(make, depth=1 + max(stack.depth for stack in config.stacks.values()))
-        future = {
-            str(i): Block(config.future_block, in_depth, dtype=dtype, key=root.at("future").at(i))
-            for i in range(config.future_tokens)
-        }
+        future = {}
+        if config.future_tokens:
+            depth = 1 + max(stack.depth for stack in config.stacks.values())
+            branches = config.future_block.branches + max(stack.branches for stack in config.stacks.values())
+            in_depth = dataclasses.replace(make, depth=depth, branches=branches)
+            future = {
+                str(i): config.future_block.build(in_depth, dtype=dtype, key=root.at("future").at(i))
+                for i in range(config.future_tokens)
+            }
         self.future = nnx.Dict(future) if future else None
         self.pooler = Pooler(make, dtype=dtype, key=root.at("pooler")) if config.pooler else None
         self.config = config
@@ -167,7 +190,7 @@ class LanguageModel(nnx.Module):
         inner = self._in_stack(context, "stack")
         return stack.extend(x, caches, context=inner, present=present, more_blocks=self._next_token_block(context))
 
-    def _next_token_block(self, context: Context) -> tuple[tuple[Block, Context], ...]:
+    def _next_token_block(self, context: Context) -> tuple[tuple[BlockModule, Context], ...]:
         """With multi-token prediction, the block that predicts the next token; it follows the stack's own."""
         if self.future is None:
             return ()
@@ -189,6 +212,8 @@ class LanguageModel(nnx.Module):
           Features [..., F] and the projection that takes them to the vocabulary: `head` is the second's logits of the
           first. The features are the hidden states unless the head has a transform.
         """
+        if self.vocabulary_head is None:
+            raise ValueError("This model has no logits over a vocabulary; set LanguageModelConfig.head.")
         return self.vocabulary_head(hidden, self.embedding.tokens[...], context)
 
     def pooled(self, hidden: jax.Array, *, context: Context = LOCAL) -> jax.Array:
@@ -249,7 +274,8 @@ class LanguageModel(nnx.Module):
 
     def _embed(self, batch: Batch, side: str, context: Context, added: jax.Array | None) -> jax.Array:
         arrange, types = context.ops.arrange, batch.get(f"{side}_type_ids")
-        return self.embedding(
+        own = self.encoder_embedding if side == "encoder" else None
+        return (own or self.embedding)(
             arrange(batch[f"{side}_input_tokens"]),
             arrange(batch[f"{side}_positions"]),
             types=None if types is None else arrange(types),

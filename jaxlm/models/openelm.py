@@ -28,20 +28,26 @@ def layerwise_scaling(
       hidden_divisor: hidden widths are multiples of it.
     """
     head_dim = block.attention.head_dim
-
-    def layer(heads_by: float, hidden_by: float) -> BlockConfig:
-        heads = _round_to(width * heads_by, head_dim * queries_per_key) // head_dim
-        return dataclasses.replace(
-            block,
-            attention=dataclasses.replace(block.attention, num_heads=heads, num_kv_heads=heads // queries_per_key),
-            feed_forward=dataclasses.replace(block.feed_forward, hidden=_round_to(width * hidden_by, hidden_divisor)),
-        )
-
-    by_layer = (np.round(np.linspace(*ends, num_layers), 2).tolist() for ends in (head_multipliers, hidden_multipliers))
-    return tuple(layer(heads_by, hidden_by) for heads_by, hidden_by in zip(*by_layer))
+    heads = scaled(width, num_layers, head_multipliers, head_dim * queries_per_key)
+    hidden = scaled(width, num_layers, hidden_multipliers, hidden_divisor)
+    return tuple(with_sizes(block, h // head_dim, queries_per_key, f) for h, f in zip(heads, hidden))
 
 
-def _round_to(value: float, divisor: int) -> int:
+def with_sizes(block: BlockConfig, heads: int, queries_per_key: int, hidden: int) -> BlockConfig:
+    """The block with that many query heads, of which so many share a key head, and that hidden width."""
+    return dataclasses.replace(
+        block,
+        attention=dataclasses.replace(block.attention, num_heads=heads, num_kv_heads=heads // queries_per_key),
+        feed_forward=dataclasses.replace(block.feed_forward, hidden=hidden),
+    )
+
+
+def scaled(width: int, num_layers: int, multipliers: tuple[float, float], divisor: int) -> tuple[int, ...]:
+    """A size for each layer: from the first multiple of `width` to the last, rounded to multiples of `divisor`."""
+    return tuple(round_to(width * by, divisor) for by in np.round(np.linspace(*multipliers, num_layers), 2).tolist())
+
+
+def round_to(value: float, divisor: int) -> int:
     """The nearest multiple of `divisor`, at least one, and not below 90% of `value`."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded

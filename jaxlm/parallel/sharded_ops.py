@@ -1,4 +1,4 @@
-"""What a model needs of the mesh: constraints, attention, experts, cross-entropy."""
+"""What a model needs of the mesh: constraints, attention, recurrent mixers, experts, cross-entropy."""
 
 import contextlib
 import dataclasses
@@ -15,8 +15,11 @@ from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.pipeline import Layer, StackedLayers, run_in_sequence, run_in_stages
 from jaxlm.parallel.sharded_attention import ShardedAttention
 from jaxlm.parallel.sharded_cross_entropy import ShardedCrossEntropy
+from jaxlm.parallel.sharded_mixers import ShardedMixers
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import OutputProjection, TokenScores, cross_entropy, token_scores
+from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.selective_scan import selective_scan
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -89,6 +92,32 @@ class ShardedOps:
             if self.parallel.mesh.size == 1:
                 return attention(q, k, v, **options)
             return ShardedAttention(self.parallel)(q, k, v, rows=self.row_numbers(len(q)), **options)
+
+    def linear_attention(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, log_decay: jax.Array | None, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """`pallas_kernels.linear_attention.linear_attention`, each device on its own examples and heads.
+
+        Raises:
+          ValueError: rows are split along their length.
+        """
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return linear_attention(q, k, v, log_decay, **options)
+            return ShardedMixers(self.parallel).linear_attention(q, k, v, log_decay, **options)
+
+    def selective_scan(
+        self, x: jax.Array, dt: jax.Array, a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array, **options: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """`pallas_kernels.selective_scan.selective_scan`, each device on its own examples and channels.
+
+        Raises:
+          ValueError: rows are split along their length.
+        """
+        with self._platform():
+            if self.parallel.mesh.size == 1:
+                return selective_scan(x, dt, a, b, c, d, **options)
+            return ShardedMixers(self.parallel).selective_scan(x, dt, a, b, c, d, **options)
 
     def row_numbers(self, count: int) -> jax.Array:
         """int32 [count]: which rows of the whole batch a layer is given."""

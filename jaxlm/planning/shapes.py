@@ -1,9 +1,10 @@
 """What a step needs by its shapes alone, without compiling: enough to leave out what cannot fit, and to give advice."""
 
 import dataclasses
+import functools
 import math
 
-from jaxlm.layers.block import BlockConfig
+from jaxlm.layers.block import TokenSizes
 from jaxlm.layers.remat import Remat
 from jaxlm.models.config import LanguageModelConfig, ModelConfig, ReplacedTokenDetectorConfig
 from jaxlm.parallel.parallelism import Parallelism
@@ -48,11 +49,13 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
     state = abstract_state(program.abstract, program.optimizer, parallel)
     saved = working = 0
     rows = layout.features["dataset_ids"][0][0]
+    ways = functools.partial(_split, parallel)
     for model in _models(program.model):
         for name, stack in model.stacks.items():
             length = layout.features.get(f"{name}_segment_ids", layout.features["dataset_ids"])[0][1]
             tokens = _tokens(rows, length, run.step.microbatches, parallel)
-            blocks = [_widths(block, model, parallel) for block in stack.all_blocks]
+            width = model.width_of(name)
+            blocks = [_kept(block.token_sizes(width, ways), width) for block in stack.all_blocks]
             size = model.compute.dtype.itemsize
             kept = _KEPT.get(stack.remat, "products")
             inside = tokens * size * sum(block[kept] for block in blocks)
@@ -63,7 +66,7 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
                 pipeline = run.parallel.pipeline
                 at_once = tokens * stages // pipeline.microbatches
                 if pipeline.recompute is Recompute.STAGE:
-                    inputs = tokens * stages * size * model.width * pipeline.rounds
+                    inputs = tokens * stages * size * width * pipeline.rounds
                     inside = inputs + inside // pipeline.microbatches
             saved += inside
             working = max(working, at_once * size * max(block["everything"] for block in blocks))
@@ -95,21 +98,12 @@ def _split(parallel: Parallelism, name: str, size: int) -> int:
     return degree(parallel.mesh, parallel.spec((name,), (size,)), 0)
 
 
-def _widths(block: BlockConfig, model: LanguageModelConfig, parallel: Parallelism) -> dict[str, int]:
-    """Numbers that a token has in a block, on one device: its input, results of products, everything in between."""
-    attentions = [a for a in (block.attention, block.cross_attention) if a is not None]
-    heads = sum((2 * a.num_heads) * a.head_dim // _split(parallel, "heads", a.num_heads) for a in attentions)
-    keys = sum(2 * a.kv_heads * a.head_dim // _split(parallel, "kv_heads", a.kv_heads) for a in attentions)
-    hidden = getattr(block.feed_forward, "hidden", 0)
-    hidden *= getattr(block.feed_forward, "experts_per_token", 1)  # of a mixture of experts
-    hidden = hidden // _split(parallel, "mlp", hidden) if hidden else 0
-    gated = 2 if getattr(block.feed_forward, "gated", False) else 1
-    products = heads + keys + gated * hidden + model.width * (1 + len(attentions))
-    everything = products + hidden + model.width * (1 + len(attentions))
+def _kept(block: TokenSizes, width: int) -> dict[str, int]:
+    """Numbers that are kept of a token in a block, by what `_KEPT` calls them."""
     return {
         "nothing": 0,
-        "inputs": model.width,
-        "inputs and attention": model.width + heads // 2,
-        "products": products + model.width,
-        "everything": everything,
+        "inputs": width,
+        "inputs and attention": width + block.mixed,
+        "products": width + block.products,
+        "everything": block.everything,
     }

@@ -76,6 +76,21 @@ def seed_data(seed: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
+def init_params(
+    make_model: Callable[[jax.Array], nnx.Module], infos: Tree, parallel: Parallelism, *, seed: int
+) -> Tree:
+    """The parameters of `init_state` alone, for a run that may take others in their place.
+
+    Args:
+      infos: a `ParameterInfo` for each parameter.
+    """
+
+    def init() -> Tree:
+        return split_model(make_model(jax.random.key(seed)))[1]
+
+    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), infos, parallel))()
+
+
 def start_from(params: Tree, optimizer: Optimizer, parallel: Parallelism) -> TrainState:
     """The state at step 0 of a run that starts from these parameters, laid out as the step expects it.
 

@@ -144,6 +144,10 @@ def test_it_is_what_an_export_to_hugging_face_holds(tmp_path):
     source = open_source(write_t5x(tmp_path / "checkpoint_5", t5x_arrays(V1_1, values)))
     assert source.config == folder.config
     assert_holds(source, read(folder))
+    value = lambda path: source.array(("params", *path.split("/")))  # noqa: E731
+    export(tmp_path / "again", source.config, source.shapes, value)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("theirs", "again")]
+    assert files[0] == files[1]
 
 
 def test_layers_that_were_scanned_come_one_by_one(tmp_path):
@@ -238,8 +242,8 @@ def test_what_is_no_t5_is_refused_in_a_sentence(tmp_path, change, message):
 def test_damaged_folders_are_refused(tmp_path):
     folder = write_t5x(tmp_path / "checkpoint_1", t5x_arrays(V1_1, values_of(V1_1)))
     array = folder / "target.token_embedder.embedding"
-    (array / "1.1").unlink()
-    with pytest.raises(ValueError, match="token_embedder.embedding, .* lacks its last part; the folder is not whole"):
+    (array / "0.1").unlink()
+    with pytest.raises(ValueError, match="token_embedder.embedding, .* lacks 0.1; the folder is not whole"):
         open_source(folder)
     (array / ".zarray").write_text("{")
     with pytest.raises(ValueError, match="the array of token_embedder/embedding, cannot be read"):
@@ -250,6 +254,8 @@ def test_damaged_folders_are_refused(tmp_path):
         open_source(folder)
     with pytest.raises(ValueError, match=r"no T5X checkpoint of step 2 \(it has: 1\)"):
         open_source(tmp_path, step=2)
+    with pytest.raises(ValueError, match="is one checkpoint, but not by its name that of step 2; leave out"):
+        open_source(folder, step=2)
 
 
 def mesh_arrays(config, values):

@@ -85,6 +85,7 @@ def test_every_vocabulary_round_trips_and_accounts_for_every_byte(all_of_them):
             assert ids.dtype == np.int32 and ids.ndim == 1
             assert vocabulary.decode(ids) == text, vocabulary
             assert vocabulary.byte_lengths()[ids].sum() == len(text.encode()), vocabulary
+            assert b"".join(vocabulary.token_bytes()[i] for i in ids) == text.encode(), vocabulary
         batch = vocabulary.encode_batch([TEXT, HOSTILE])
         np.testing.assert_array_equal(batch[1], vocabulary.encode(HOSTILE))
         lengths = vocabulary.byte_lengths()

@@ -24,6 +24,9 @@ CONFIGS = {
     "deepseek": dataclasses.replace(
         PLAIN, num_experts=6, experts_per_token=3, scoring="sigmoid", scale=2.5, z_loss=0.0, shared=FeedForwardConfig(8)
     ),
+    "qwen2": dataclasses.replace(
+        PLAIN, normalize=False, shared=FeedForwardConfig(8), shared_gate=Activation.SIGMOID, z_loss=0.0
+    ),
     "all of them": dataclasses.replace(PLAIN, num_experts=3, experts_per_token=3),
 }
 
@@ -56,7 +59,8 @@ def definition(config, params, x, present):
                 out[b, t] += config.scale * weight * feed_forward(x[b, t], **kernels)
         if config.shared:
             shared = {name: linear["kernel"] for name, linear in params["shared"].items()}
-            out[b, t] += feed_forward(x[b, t], **shared)
+            weight = 1.0 if config.shared_gate is None else 1 / (1 + np.exp(-x[b, t] @ params["shared_gate"]))
+            out[b, t] += weight * feed_forward(x[b, t], **shared)
     tokens = present.sum()
     mean_share = (scores / scores.sum(-1, keepdims=True))[present].mean(0)
     balance = config.num_experts * (choices / choices.sum() * mean_share).sum()

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 
 from jaxlm.architecture import Architecture
-from jaxlm.layers import AttentionConfig, FeedForwardConfig, MixtureOfExpertsConfig
+from jaxlm.layers import (
+    AttentionConfig,
+    DisentangledAttentionConfig,
+    EmbeddingConfig,
+    FeedForwardConfig,
+    LinearAttentionConfig,
+    Mamba2Config,
+    MambaBlockConfig,
+    MambaConfig,
+    MixtureOfExpertsConfig,
+    NormConfig,
+    RelativeEmbeddings,
+)
 from jaxlm.models import EmbeddingSharing, HeadConfig, ReplacedTokenDetectorConfig
 from jaxlm.models.accounting import count_parameters, flops_per_token
 
@@ -57,14 +69,30 @@ def cases(config):
     narrow = dataclasses.replace(plain.embedding, width=8)
     yield "narrow embedding", dataclasses.replace(plain, head=bert, embedding=narrow)
     yield "encoder_decoder", config(BOTH)
-    yield "detector", ReplacedTokenDetectorConfig(plain, plain, EmbeddingSharing.UNTIED)
+    yield "two widths", config(BOTH, encoder_width=24, encoder_embedding=EmbeddingConfig())
+    disentangled = dataclasses.replace(plain.decoder.blocks[0], attention=DisentangledAttentionConfig(2, 8))
+    relative = RelativeEmbeddings(4)
+    stack = dataclasses.replace(plain.decoder, blocks=(disentangled,), relative_positions=relative)
+    yield "disentangled", dataclasses.replace(plain, decoder=stack)
+    yield "detector", ReplacedTokenDetectorConfig(dataclasses.replace(plain, head=None), plain, EmbeddingSharing.UNTIED)
     yield "causal", config(CAUSAL)
     yield "three tokens", config(CAUSAL, future_tokens=3, future_block=plain.decoder.blocks[0])
 
 
 @pytest.mark.parametrize(
     "name",
-    ["encoder", "grouped", "untied", "narrow embedding", "encoder_decoder", "detector", "causal", "three tokens"],
+    [
+        "encoder",
+        "grouped",
+        "untied",
+        "narrow embedding",
+        "encoder_decoder",
+        "two widths",
+        "detector",
+        "causal",
+        "three tokens",
+        "disentangled",
+    ],
 )
 def test_formula_equals_the_products_of_a_step(name, config, parameters, with_parameters, batch):
     made = dict(cases(config))[name]
@@ -72,8 +100,10 @@ def test_formula_equals_the_products_of_a_step(name, config, parameters, with_pa
     encodes = T if made.architecture is BOTH else 0
     got = flops_per_token(made, T, encodes) * (T + encodes)
     # The dense reference computes all T^2 pairs; the formula counts those below the diagonal, half, as nothing.
-    layers = {"causal": 3, "three tokens": 6, "encoder_decoder": 3}.get(name, 0)
+    layers = {"causal": 3, "three tokens": 6, "encoder_decoder": 3, "two widths": 3}.get(name, 0)
     got += layers * 12 * 2 * 8 * T * T / 2
+    if name == "disentangled":  # 8 relative positions are projected to keys and queries once a step, not once a token
+        got += 3 * 6 * 2 * 8 * 16 * 16
     assert got == traced(made, parameters(made), with_parameters, batch([[(tokens, tokens, 0)]]))
 
 
@@ -107,6 +137,31 @@ def test_experts_count_by_those_that_a_token_goes_through(config):
     assert cost(experts) - cost(FeedForwardConfig(24)) == 3 * 6 * 16 * 8
     shared = dataclasses.replace(experts, shared=FeedForwardConfig(10))
     assert cost(shared) - cost(experts) == 3 * 6 * 3 * 16 * 10
+
+
+def test_running_states_cost_what_is_written_and_read(config, parameters, with_parameters, batch):
+    """Mamba's scan has no products of matrices: all that a step has of them are those of the formula without states."""
+    plain = config(CAUSAL, embedding=EmbeddingConfig())
+
+    def with_blocks(*blocks):
+        stack = dataclasses.replace(plain.decoder, blocks=blocks, num_layers=len(blocks))
+        return dataclasses.replace(plain, decoder=stack)
+
+    def states(made):
+        entries = count_parameters(made, where=lambda path: path[-1] == "kernel" and "convolution" not in path[-2])
+        return flops_per_token(made, T) - 6 * (entries + 40 * 16)  # with the tied head
+
+    mamba = with_blocks(*[MambaBlockConfig(MambaConfig(32, 3, state=4, taps=3), NormConfig())] * 2)
+    # Channels x (12 entries + 6 taps).
+    assert states(mamba) == 2 * 32 * (12 * 4 + 6 * 3)
+    tokens = np.arange(1, T + 1)
+    products = traced(mamba, parameters(mamba), with_parameters, batch([[(tokens, tokens, 0)]]))
+    assert (flops_per_token(mamba, T) - states(mamba)) * T == products
+    # Heads x size x (12 entries + 6 taps), and the taps of what two groups write and read with.
+    mamba2 = with_blocks(MambaBlockConfig(Mamba2Config(4, 8, state=5, groups=2), NormConfig()))
+    assert states(mamba2) == 4 * 8 * (12 * 5 + 6 * 4) + 2 * 2 * 5 * 6 * 4
+    linear = dataclasses.replace(plain.decoder.blocks[0], attention=LinearAttentionConfig(2, 8, 6))
+    assert states(with_blocks(linear)) == 12 * 2 * 8 * 6
 
 
 def test_lengths_must_fit_the_architecture(config):

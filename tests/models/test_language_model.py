@@ -16,10 +16,14 @@ from jaxlm.layers import (
     Context,
     EmbeddingConfig,
     LearnedPositions,
+    LinearAttentionConfig,
+    MambaBlockConfig,
+    MambaConfig,
     NormConfig,
     NormKind,
     Parametrization,
     SinusoidalPositions,
+    StackConfig,
 )
 from jaxlm.models import HeadConfig
 from jaxlm.models.language_model import prefix_ends, self_mask
@@ -331,6 +335,23 @@ def test_configurations_that_make_no_sense_are_refused(change, message, config):
         dataclasses.replace(config(CAUSAL), **change)
 
 
+def test_an_encoder_of_its_own_width_needs_an_embedding_of_its_own(config):
+    own = config(BOTH, encoder_width=24, encoder_embedding=EmbeddingConfig())
+    assert (own.width_of("encoder"), own.width_of("decoder")) == (24, own.width)
+    with pytest.raises(ValueError, match="cannot share its embedding: give encoder_embedding"):
+        config(BOTH, encoder_width=24)
+    with pytest.raises(ValueError, match="follows one width, but encoder_width=24"):
+        dataclasses.replace(own, parametrization=Parametrization("mup"))
+    with pytest.raises(ValueError, match="has one stack, with `width` and `embedding`"):
+        config(CAUSAL, encoder_embedding=EmbeddingConfig())
+
+
+def test_without_a_head_there_are_no_logits(config, parameters, with_parameters):
+    headless = config(ENCODER, head=None)
+    with pytest.raises(ValueError, match="no logits over a vocabulary; set LanguageModelConfig.head"):
+        with_parameters(headless, parameters(headless)).head(jnp.zeros((1, headless.width)))
+
+
 def test_cross_attention_belongs_to_an_encoder_decoder(config):
     both = config(BOTH)
     with pytest.raises(ValueError, match="nothing to attend to"):
@@ -341,3 +362,24 @@ def test_cross_attention_belongs_to_an_encoder_decoder(config):
         config(ENCODER, future_tokens=1, future_block=both.encoder.blocks[0])
     with pytest.raises(ValueError, match="transform_norm needs HeadConfig.transform"):
         HeadConfig(transform_norm=NormConfig())
+
+
+@pytest.mark.parametrize("architecture", [PREFIX, ENCODER, BOTH])
+def test_running_states_are_for_causal_stacks(architecture, config):
+    """A prefix decoder and an encoder show tokens what follows them; the decoder of an encoder-decoder does not."""
+    linear = LinearAttentionConfig(2, 8)
+    made = config(architecture)
+    stacks = {
+        name: dataclasses.replace(
+            stack, blocks=tuple(dataclasses.replace(block, attention=linear) for block in stack.blocks)
+        )
+        for name, stack in made.stacks.items()
+    }
+    message = f"architecture {architecture.value} shows .*, but a layer of LinearAttentionConfig carries a state"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(made, **stacks)
+    if architecture is BOTH:
+        dataclasses.replace(made, decoder=stacks["decoder"])
+    mamba = StackConfig((MambaBlockConfig(MambaConfig(32, 1), NormConfig()),), 2)
+    with pytest.raises(ValueError, match="needs BlockConfig.cross_attention|layer of MambaConfig carries a state"):
+        dataclasses.replace(made, decoder=mamba)

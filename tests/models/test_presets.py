@@ -24,6 +24,10 @@ PUBLISHED = {
     "mt_nlg/530b": 529_600_819_200,  # "530 billion"; with the vocabulary filled up to 51,200
     "llama3/8b": 8_030_261_248,
     "llama3/70b": 70_553_706_496,
+    "mamba/130m": 129_135_360,
+    "mamba/2_8b": 2_768_345_600,
+    "mamba2/130m": 128_989_632,
+    "mamba2/2_7b": 2_702_599_680,
     "mixtral/8x7b": 46_702_792_704,
     "modernbert/base": 149_655_232,  # with the masked-LM head
     "modernbert/large": 395_881_664,

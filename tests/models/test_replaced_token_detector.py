@@ -21,7 +21,7 @@ def detector(config):
     """A function that gives the configuration for a kind of sharing; the generator is half as wide."""
 
     def make(sharing, **changes):
-        discriminator = config(Architecture.ENCODER, stack_name="encoder")
+        discriminator = config(Architecture.ENCODER, stack_name="encoder", head=None)
         narrow = dataclasses.replace(
             discriminator,
             width=8,

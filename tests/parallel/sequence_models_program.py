@@ -71,6 +71,7 @@ BATCH = {
 }
 ENCODER_BATCH = rows("encoder") | {"dataset_ids": BATCH["dataset_ids"]}
 electra = model(Architecture.ENCODER, learned=True)
+headless = dataclasses.replace(electra, head=None)
 MODELS = {
     "encoder-decoder": (
         model(Architecture.ENCODER_DECODER, RelativePositions(8, 16)),
@@ -84,7 +85,7 @@ MODELS = {
         BATCH,
     ),
     "replaced tokens": (
-        ReplacedTokenDetectorConfig(electra, electra, EmbeddingSharing.GRADIENT_DISENTANGLED),
+        ReplacedTokenDetectorConfig(headless, electra, EmbeddingSharing.GRADIENT_DISENTANGLED),
         ReplacedTokenDetection().loss_sums,
         ENCODER_BATCH,
     ),

@@ -21,7 +21,7 @@ ROWS = "TASK_FEATURE_LENGTHS = {'targets': 32}"
 STUDY = """
 from __gin__ import dynamic_registration
 from jaxlm.evaluation import measures
-from jaxlm.evaluation import prompts
+from jaxlm.data import prompts
 from jaxlm.evaluation import suite
 from jaxlm.evaluation import tasks
 from jaxlm.studies import config

@@ -32,6 +32,18 @@ def test_experts_agree_across_meshes_and_drop_nothing(run_python):
     assert crowded["load"] == 2.0 and crowded["error"] <= 1e-5
 
 
+def test_recurrent_layers_agree_across_meshes(run_python):
+    """Each device scans its own rows and heads or channels; rows split along their length are refused."""
+    output = run_python(["tests/training/recurrent_program.py"], devices=8, timeout=600).stdout
+    answer = json.loads(output.strip().splitlines()[-1])
+    assert "so rows cannot be split over 2 devices along their length" in answer.pop("sequence")
+    (found,) = answer.values()
+    assert found["start"] <= 2e-8, found
+    assert found["loss"] <= 1e-6, found
+    assert found["gradients"] <= 1e-5, found
+    assert found["sharded"] > 0
+
+
 def test_a_step_compiles_once_however_its_state_was_made(run_python):
     """Law 7 on a mesh: a state laid out in another way than the step returns it would compile the step twice."""
     output = run_python(["tests/training/layout_program.py"], devices=4).stdout

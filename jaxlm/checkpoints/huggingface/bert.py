@@ -1,5 +1,6 @@
-"""BERT, RoBERTa and ELECTRA's generator: post-norm encoders with learned positions and a masked-LM head."""
+"""BERT, RoBERTa and ELECTRA: post-norm encoders with learned positions, and a masked-LM head or a verdict a token."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
 from jaxlm.layers.norms import NormConfig, NormKind
 from jaxlm.layers.parameters import InitConfig
 from jaxlm.layers.positions import LearnedPositions
-from jaxlm.models.config import HeadConfig, LanguageModelConfig
+from jaxlm.models.config import HeadConfig, LanguageModelConfig, ReplacedTokenDetectorConfig
 
 BLOCK: Table = (
     *linear("attention.self.query", "attention/query"),
@@ -146,3 +147,29 @@ class ElectraGenerator(Bert):
     def write(self, config: LanguageModelConfig) -> Json:
         """See `Family`."""
         return super().write(config) | {"embedding_size": config.embedding.width or config.width}
+
+
+class ElectraDiscriminator(ElectraGenerator):
+    """ELECTRA's discriminator, as a detector without a generator; its head has the activation of the blocks."""
+
+    architecture = "ElectraForPreTraining"
+
+    def read(self, fields: Fields) -> ReplacedTokenDetectorConfig:
+        """See `Family`."""
+        encoder = super().read(fields)
+        act = encoder.encoder.blocks[0].feed_forward.activation
+        return ReplacedTokenDetectorConfig(dataclasses.replace(encoder, head=None), head_activation=act)
+
+    def write(self, config: ReplacedTokenDetectorConfig) -> Json:
+        """See `Family`."""
+        headed = dataclasses.replace(config.discriminator, head=HeadConfig(transform=config.head_activation))
+        return super().write(headed)
+
+    def table(self, config: ReplacedTokenDetectorConfig) -> Table:
+        """See `Family`."""
+        encoder = super().table(config.discriminator)
+        return (
+            *(dataclasses.replace(e, paths=tuple(f"discriminator/{path}" for path in e.paths)) for e in encoder),
+            *linear("discriminator_predictions.dense", "verdict/dense"),
+            *linear("discriminator_predictions.dense_prediction", "verdict"),
+        )

@@ -3,9 +3,24 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlm.checkpoints.huggingface import bert, gemma, gpt2, gpt_neox, llama, modernbert, olmo, own, t5
-from jaxlm.checkpoints.huggingface.family import Family
-from jaxlm.models.config import LanguageModelConfig
+from jaxlm.checkpoints.huggingface import (
+    bert,
+    deberta,
+    gemma,
+    gpt2,
+    gpt_neox,
+    llama,
+    mamba,
+    mixture_of_experts,
+    modernbert,
+    olmo,
+    openelm,
+    own,
+    t5,
+    t5gemma,
+)
+from jaxlm.checkpoints.huggingface.family import FOREIGN, Family
+from jaxlm.models.config import ModelConfig
 
 FAMILIES: tuple[Family, ...] = (
     llama.Llama(),
@@ -16,13 +31,22 @@ FAMILIES: tuple[Family, ...] = (
     gemma.Gemma2(),
     gemma.Gemma3(),
     olmo.Olmo2(),
+    mixture_of_experts.Mixtral(),
+    mixture_of_experts.Qwen2Moe(),
+    mixture_of_experts.Qwen3Moe(),
+    openelm.OpenElm(),
     gpt2.GPT2(),
     gpt_neox.GPTNeoX(),
+    mamba.Mamba(),
+    mamba.Mamba2(),
     t5.T5(),
     t5.MT5(),
+    t5gemma.T5Gemma(),
     bert.Bert(),
     bert.Roberta(),
     bert.ElectraGenerator(),
+    bert.ElectraDiscriminator(),
+    deberta.DebertaV2(),
     modernbert.ModernBert(),
     own.OwnDecoder(),
     own.OwnEncoder(),
@@ -46,7 +70,7 @@ def by_config(values: Mapping[str, Any]) -> Family:
     return found[0]
 
 
-def by_model(config: LanguageModelConfig, name: str | None = None) -> Family:
+def by_model(config: ModelConfig, name: str | None = None) -> Family:
     """The first family that can express a model.
 
     Args:
@@ -65,7 +89,7 @@ def by_model(config: LanguageModelConfig, name: str | None = None) -> Family:
         raise ValueError(f"There is no family {name!r}; there are {sorted({f.model_type for f in FAMILIES})}.")
     # Ours computes whatever it covers: what it does not is the better reason, unless a class was asked for.
     ours = [family for family in reasons if family.code and config.architecture in family.computes]
-    nearest = ours[0] if ours else min(reasons, key=lambda family: len(reasons[family]))
+    nearest = min(ours or reasons, key=lambda family: (FOREIGN in reasons[family], len(reasons[family])))
     raise ValueError(
         f"No Hugging Face class computes this model; the nearest is {nearest.architecture}, but "
         f"{'; '.join(reasons[nearest][:3])}."

@@ -16,13 +16,23 @@ from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, Scaling
 from jaxlm.layers.positions import LinearScaling, Llama3Scaling, NtkScaling, Rope, YarnScaling
 from jaxlm.layers.stack import Layers, Remat, StackConfig
-from jaxlm.models.config import ComputeType, HeadConfig, LanguageModelConfig
+from jaxlm.layers.step_sizes import StepSizes
+from jaxlm.models.config import (
+    ComputeType,
+    HeadConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    ReplacedTokenDetectorConfig,
+)
 
 Json = dict[str, Any]
 
+FOREIGN = "it is a model of another kind"
+"""Why a family refuses a model that lacks what all of the family have."""
+
 
 class Family:
-    """An adapter between one Hugging Face model class and `LanguageModelConfig`.
+    """An adapter between one Hugging Face model class and `ModelConfig`.
 
     A subclass has `model_type` and `architecture` as `config.json` has them, and three methods. `write` need not judge
     whether a model belongs to the family: `refusals` reads back what it wrote and compares.
@@ -37,7 +47,7 @@ class Family:
     # What the family says in generation_config.json.
     generation: ClassVar[Json] = {}
 
-    def read(self, fields: Fields) -> LanguageModelConfig:
+    def read(self, fields: Fields) -> ModelConfig:
         """The model that a `config.json` describes.
 
         Raises:
@@ -45,20 +55,24 @@ class Family:
         """
         raise NotImplementedError
 
-    def write(self, config: LanguageModelConfig) -> Json:
+    def write(self, config: ModelConfig) -> Json:
         """The `config.json` of a model of this family, without what is common to all."""
         raise NotImplementedError
 
-    def table(self, config: LanguageModelConfig) -> Table:
-        """Which tensor holds which parameter."""
+    def table(self, config: ModelConfig) -> Table:
+        """Which tensor holds which parameter, in the form that is written."""
         raise NotImplementedError
 
-    def check_ids(self, config: LanguageModelConfig, ids: Mapping[str, Any]) -> None:
+    def check_ids(self, config: ModelConfig, ids: Mapping[str, Any]) -> None:
         """Raises ValueError if transformers would read something into the special ids of `config.json`."""
+
+    def table_of(self, config: ModelConfig, tensors: Collection[str]) -> Table:
+        """The table of a checkpoint with these tensors, for families that are found in several forms."""
+        return self.table(config)
 
     def model_of(
         self, values: Mapping[str, Any], *, ignore: tuple[str, ...] = (), tensors: Collection[str] | None = None
-    ) -> LanguageModelConfig:
+    ) -> ModelConfig:
         """`read`, with a complaint about fields that it did not look at.
 
         Args:
@@ -74,17 +88,20 @@ class Family:
         fields.finish()
         return config
 
-    def refusals(self, config: LanguageModelConfig) -> list[str]:
+    def refusals(self, config: ModelConfig) -> list[str]:
         """Why this family cannot express a model: one clause a difference, [] if it can."""
         try:
             again = self.model_of({"model_type": self.model_type, **self.write(config)})
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
+        except ValueError as error:
             return [f"it has no {self.model_type} equivalent ({error})"]
+        except (AttributeError, TypeError, KeyError):  # parts that `write` reads are not there
+            return [FOREIGN]
         return differences(essence(config), essence(again), self.model_type)
 
 
-def essence(config: LanguageModelConfig) -> LanguageModelConfig:
-    """The configuration without what does not change the function: initialisation, dropout, remat, backends, type.
+def essence(config: ModelConfig) -> ModelConfig:
+    """The configuration without what does not change the function: initialisation, dropout, losses of routers, remat,
+    backends, type.
 
     A stack's layers are written out one by one, so that a pattern of four and two patterns of two are the same.
     """
@@ -94,13 +111,11 @@ def essence(config: LanguageModelConfig) -> LanguageModelConfig:
             return tuple(plain(part) for part in value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             changes = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            for name, neutral in (("dropout", 0.0), ("backend", "auto")):
-                if name in changes:
-                    changes[name] = neutral
+            neutral = {"dropout": 0.0, "backend": "auto", "balance_loss": 0.0, "z_loss": 0.0, "steps": StepSizes()}
+            changes |= {name: plainly for name, plainly in neutral.items() if name in changes}
             if isinstance(value, AttentionConfig):  # what None stands for
                 changes["num_kv_heads"] = value.kv_heads
-                if value.scale is None:
-                    changes["scale"] = config.scaling.attention_scale(value.head_dim)
+                changes["scale"] = value.score_scale(config.scaling)
             if isinstance(value, StackConfig):
                 blocks = tuple(plain(block) for block in value.all_blocks)
                 changes |= {"blocks": blocks, "num_layers": len(blocks), "prologue": ()}
@@ -108,6 +123,9 @@ def essence(config: LanguageModelConfig) -> LanguageModelConfig:
             return dataclasses.replace(value, **changes)
         return value
 
+    if isinstance(config, ReplacedTokenDetectorConfig):
+        generator = None if config.generator is None else essence(config.generator)
+        return dataclasses.replace(config, discriminator=essence(config.discriminator), generator=generator)
     standard = config.scaling.kind is Scaling.STANDARD
     config = dataclasses.replace(
         config,

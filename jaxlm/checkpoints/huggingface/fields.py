@@ -13,9 +13,10 @@ INCONSEQUENTIAL = frozenset(
     embedding_dropout eos_token_id forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout
     hidden_dropout_prob id2label initializer_cutoff_factor initializer_factor initializer_range is_decoder
     is_encoder_decoder keys_to_ignore_at_inference label2id mask_token_id max_length min_length mlp_dropout
-    model_type n_ctx n_positions num_labels output_attentions output_hidden_states output_past pad_token_id prefix
-    problem_type pruned_heads resid_pdrop return_dict sep_token_id summary_activation summary_first_dropout
-    summary_last_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params tokenizer_class
+    model_type n_ctx n_positions num_labels output_attentions output_hidden_states output_past output_router_logits
+    pad_token_id prefix problem_type pruned_heads resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
+    sep_token_id summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels summary_type
+    summary_use_proj task_specific_params tokenizer_class
     torch_dtype torchscript transformers_version unk_token_id use_cache use_return_dict""".split()
 )
 
@@ -33,7 +34,7 @@ class Fields:
     """
 
     def __init__(self, values: Mapping[str, Any], ignore: tuple[str, ...] = (), tensors: Collection[str] | None = None):
-        self._tensors = tensors
+        self._tensors, self._ignored, self._parts = tensors, ignore, []
         self._values = dict(values)
         self._unread = set(values) - INCONSEQUENTIAL - set(ignore)
         self.model_type = str(values.get("model_type"))
@@ -61,6 +62,11 @@ class Fields:
                 f"{' or '.join(map(repr, allowed))}."
             )
 
+    def part(self, name: str) -> "Fields":
+        """The fields of a field that is a configuration by itself; `finish` sees to them as well."""
+        self._parts.append(part := Fields(self(name), self._ignored, self._tensors))
+        return part
+
     def has_tensor(self, name: str, default: bool) -> bool:
         """Whether the checkpoint has this tensor; `default` where its tensors are not known."""
         return default if self._tensors is None else name in self._tensors
@@ -74,3 +80,5 @@ class Fields:
                 f"config.json of this {self.model_type} has {shown}, which the adapter does not know and which may "
                 f"change what the model computes; if it does not, name it in `ignore`."
             )
+        for part in self._parts:
+            part.finish()

@@ -14,11 +14,11 @@ from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json
 from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, read_json, write_json, write_tensors
 from jaxlm.checkpoints.huggingface.pickled import PickledFolder
-from jaxlm.checkpoints.huggingface.tensors import Shape, Table, resolve
+from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
 from jaxlm.checkpoints.stored import some
 from jaxlm.checkpoints.tabulated import TabulatedCheckpoint
 from jaxlm.models import build_model
-from jaxlm.models.config import LanguageModelConfig
+from jaxlm.models.config import ModelConfig
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -37,7 +37,7 @@ class HuggingFaceFolder(TabulatedCheckpoint):
     fields: Json
 
 
-def parameter_shapes(config: LanguageModelConfig) -> dict[str, Shape]:
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """{path: shape} of a model's parameters, layers one by one."""
     model = nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0)))
     tree, shapes = nnx.to_pure_dict(nnx.state(model)), {}
@@ -64,7 +64,7 @@ def open_folder(
         too many or of another shape; a damaged file.
     """
     found = names_in(path, ignore=ignore, allow_pickle=allow_pickle)
-    table = resolve(found.family.table(found.config), found.shapes)
+    table = resolve(found.table, found.shapes)
     if faults := mismatches(table, found.shapes, found.tensors.shapes):
         raise ValueError(f"{path} {faults[0]}; its config.json describes another model.")
     return dataclasses.replace(found, table=table)
@@ -83,12 +83,13 @@ def names_in(
     tensors = PickledFolder(path) if allow_pickle and pickled else TensorFolder(path)
     config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
     shapes = parameter_shapes(config)
-    return HuggingFaceFolder(path, config, tensors, family.table(config), shapes, family, values)
+    table = family.table_of(config, tensors.shapes)
+    return HuggingFaceFolder(path, config, tensors, table, shapes, family, values)
 
 
 def export(
     folder: pathlib.Path | str,
-    config: LanguageModelConfig,
+    config: ModelConfig,
     shapes: Mapping[str, Shape],
     value: Callable[[str], np.ndarray],
     *,
@@ -122,10 +123,19 @@ def export(
     table = resolve(adapter.table(config), shapes)
     dtype = np.dtype(np.float32 if dtype is None else dtype)
 
-    def tensor(entry) -> Pending:
-        parts = tuple(shapes[path] for path in entry.paths)
-        make = lambda: entry.form.join(tuple(np.asarray(value(path)) for path in entry.paths)).astype(dtype, copy=False)  # noqa: E731
-        return Pending(entry.form.shape(parts), dtype, make)
+    whole: dict[str, np.ndarray] = {}  # a parameter that lies in a tensor a row comes again for each
+
+    def held(entry: Entry, path: str) -> np.ndarray:
+        if entry.row is None:
+            return np.asarray(value(path))
+        if path not in whole:
+            whole.clear()
+            whole[path] = np.asarray(value(path))
+        return whole[path][entry.row]
+
+    def tensor(entry: Entry) -> Pending:
+        make = lambda: entry.form.join(tuple(held(entry, path) for path in entry.paths)).astype(dtype, copy=False)  # noqa: E731
+        return Pending(entry.shape(shapes), dtype, make)
 
     fields = {"architectures": [adapter.architecture], "model_type": adapter.model_type, "dtype": dtype.name}
     with new_folder(pathlib.Path(folder)) as unfinished:
@@ -139,7 +149,7 @@ def export(
 
 def mismatches(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
     """How the tensors found differ from those of a resolved table, a clause a kind of difference; [] if they do not."""
-    wanted = {entry.name: entry.form.shape(tuple(shapes[path] for path in entry.paths)) for entry in table}
+    wanted = {entry.name: entry.shape(shapes) for entry in table}
     faults = []
     for names, fault in ((set(wanted) - set(found), "lacks"), (set(found) - set(wanted), "has in excess")):
         if names:

@@ -1,6 +1,7 @@
 """Llama 2 and 3, Mistral, Qwen 2 and 3: pre-norm decoders with RoPE, grouped-query attention and SwiGLU."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from jaxlm.checkpoints.huggingface.family import (
@@ -82,6 +83,12 @@ def written_sizes(config: LanguageModelConfig) -> Json:
     }
 
 
+def dense(fields: Fields, *, bias: bool = False) -> FeedForwardConfig:
+    """The gated feed-forward layer of a configuration."""
+    named = activation(fields("hidden_act", "silu"))
+    return FeedForwardConfig(fields("intermediate_size"), named, gated=True, bias=bias)
+
+
 class Llama(Family):
     """Llama 1 to 3 (arXiv 2307.09288, 2407.21783)."""
 
@@ -96,21 +103,30 @@ class Llama(Family):
             fields,
             {"qkv_bias": biased, "output_bias": biased},
             [{}] * fields("num_hidden_layers"),
-            mlp_bias=mlp_biased,
+            [dense(fields, bias=mlp_biased)] * fields("num_hidden_layers"),
         )
 
     def decoder(
-        self, fields: Fields, attention: Json, by_layer: list[Json], *, mlp_bias: bool = False
+        self,
+        fields: Fields,
+        attention: Json,
+        by_layer: list[Json],
+        fed: Sequence[FeedForwardConfig] | None = None,
     ) -> LanguageModelConfig:
-        """A decoder of the family; `attention` and each entry of `by_layer` are options of AttentionConfig."""
+        """A decoder of the family.
+
+        Args:
+          fields: the configuration.
+          attention: options of AttentionConfig, of all layers.
+          by_layer: more of them, of each layer.
+          fed: the feed-forward layers; None: `dense` ones.
+        """
         normed = NormConfig(epsilon=fields("rms_norm_eps", 1e-6))
         if attention.get("qk_norm"):
             attention = {**attention, "qk_norm_config": normed}
         common = AttentionConfig(**sizes(fields), position=rope(fields), **attention)
-        gated = FeedForwardConfig(
-            fields("intermediate_size"), activation(fields("hidden_act", "silu")), gated=True, bias=mlp_bias
-        )
-        blocks = [BlockConfig(dataclasses.replace(common, **options), gated, normed) for options in by_layer]
+        fed = [dense(fields)] * len(by_layer) if fed is None else fed
+        blocks = [BlockConfig(dataclasses.replace(common, **o), f, normed) for o, f in zip(by_layer, fed, strict=True)]
         fields("max_position_embeddings", None)
         head = HeadConfig(tied=fields("tie_word_embeddings", False))
         return causal_decoder(fields("vocab_size"), fields("hidden_size"), blocks, head=head, final_norm=normed)

@@ -127,6 +127,8 @@ class OwnDecoder(Family):
         """See `Family`."""
         if config.architecture not in self.computes:
             raise ValueError(f"{self.architecture} is not for the architecture {config.architecture.value}")
+        if isinstance(config, LanguageModelConfig) and config.head is None:
+            raise ValueError(f"{MODELLING} does not cover a model without a head")
         module = MODELLING.removesuffix(".py")
         return {
             "auto_map": {"AutoConfig": f"{module}.JaxLMConfig", self.auto: f"{module}.{self.architecture}"},

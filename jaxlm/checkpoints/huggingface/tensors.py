@@ -5,6 +5,7 @@ the other. It is read in both directions. Entries of parts that a model lacks (a
 left out by `resolve`, which also checks that what is left covers every parameter once.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Protocol
@@ -110,6 +111,38 @@ class ByHead(Form):
 
 
 @dataclasses.dataclass(frozen=True)
+class Taps(Form):
+    """Kernels [taps, *channels] of depthwise convolutions as PyTorch's Conv1d [channels, 1, taps], side by side."""
+
+    def shape(self, shapes: tuple[Shape, ...]) -> Shape:
+        return (sum(_size(shape[1:]) for shape in shapes), 1, shapes[0][0])
+
+    def join(self, values: tuple[np.ndarray, ...]) -> np.ndarray:
+        whole = np.concatenate([value.reshape(len(value), -1) for value in values], axis=1)
+        return whole.T[:, None]
+
+    def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
+        parts = np.split(tensor[:, 0].T, _borders(shapes, 1), axis=1)
+        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Form):
+    """Kernels [experts, inputs, outputs] as [experts, outputs, inputs]; several are fused along their outputs."""
+
+    def shape(self, shapes: tuple[Shape, ...]) -> Shape:
+        experts, inputs, _ = shapes[0]
+        return experts, sum(outputs for *_, outputs in shapes), inputs
+
+    def join(self, values: tuple[np.ndarray, ...]) -> np.ndarray:
+        return np.concatenate([value.swapaxes(1, 2) for value in values], axis=1)
+
+    def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
+        parts = np.split(tensor, _borders(shapes, 2), axis=1)
+        return tuple(part.swapaxes(1, 2) for part in parts)
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """One tensor.
 
@@ -117,11 +150,22 @@ class Entry:
       name: the tensor's name in the Hugging Face checkpoint.
       paths: the parameters it holds, paths written with slashes, layers one by one.
       form: how.
+      row: which row of them along their first axis it holds, such as one expert's; None: it holds them whole.
     """
 
     name: str
     paths: tuple[str, ...]
     form: Form
+    row: int | None = None
+
+    def held(self, shapes: Mapping[str, Shape]) -> tuple[Shape, ...]:
+        """Shapes of what it holds of its parameters, given {path: shape} of these."""
+        found = tuple(shapes[path] for path in self.paths)
+        return found if self.row is None else tuple(shape[1:] for shape in found)
+
+    def shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """The tensor's shape, for parameters of these shapes."""
+        return self.form.shape(self.held(shapes))
 
 
 Table = tuple[Entry, ...]
@@ -147,6 +191,19 @@ def linear(name: str, *paths: str, inputs: int = 1, transposed: bool = False, fu
     )
 
 
+def convolution(name: str, *paths: str) -> Table:
+    """Kernel and bias of a ShortConvolution (`name.weight`, `name.bias`), or of several side by side."""
+    return (
+        Entry(f"{name}.weight", tuple(f"{path}/kernel" for path in paths), Taps()),
+        Entry(f"{name}.bias", tuple(f"{path}/bias" for path in paths), Vector()),
+    )
+
+
+def by_expert(name: str, module: str, path: str, count: int) -> Table:
+    """A kernel [experts, inputs, outputs] as a Linear for each expert: `<name>.<expert>.<module>.weight`."""
+    return tuple(Entry(f"{name}.{i}.{module}.weight", (path,), Linear(), row=i) for i in range(count))
+
+
 def norm(name: str, path: str) -> Table:
     """Scale and bias of a norm (`name.weight`, `name.bias`)."""
     return Entry(f"{name}.weight", (f"{path}/scale",), Vector()), Entry(f"{name}.bias", (f"{path}/bias",), Vector())
@@ -154,7 +211,9 @@ def norm(name: str, path: str) -> Table:
 
 def within(table: Iterable[Entry], name: str, path: str) -> Table:
     """The table of a part, under a module's name and the path of our own."""
-    return tuple(Entry(f"{name}.{e.name}", tuple(_under(path, p) for p in e.paths), e.form) for e in table)
+    return tuple(
+        dataclasses.replace(e, name=f"{name}.{e.name}", paths=tuple(_under(path, p) for p in e.paths)) for e in table
+    )
 
 
 def layers(block: Iterable[Entry], count: int, name: str, path: str) -> Table:
@@ -174,13 +233,18 @@ def resolve(table: Table, shapes: Mapping[str, Shape]) -> Table:
       ValueError: a parameter has no entry, or two.
     """
     found = tuple(e for e in table if all(path in shapes for path in e.paths))
-    covered = [path for e in found for path in e.paths]
-    if missing := sorted(set(shapes) - set(covered)):
+    covered = collections.Counter((path, e.row) for e in found for path in e.paths)
+    wanted = {(path, row) for path, shape in shapes.items() for row in _rows(path, shape, covered)}
+    if missing := sorted({path for path, _ in wanted - set(covered)}):
         raise ValueError(f"The family's table has no tensor for {_some(missing)}; the model has more than the family.")
-    if len(covered) != len(set(covered)):
-        twice = sorted({path for path in covered if covered.count(path) > 1})
+    if twice := sorted({path for (path, row), count in covered.items() if count > 1 or (path, row) not in wanted}):
         raise ValueError(f"The family's table names {_some(twice)} twice.")
     return found
+
+
+def _rows(path: str, shape: Shape, covered: collections.Counter) -> Iterable[int | None]:
+    """What must be covered of a parameter: all of it at once, or each row if any entry holds a row."""
+    return range(shape[0]) if shape and (path, 0) in covered else (None,)
 
 
 def _some(names: list[str]) -> str:

@@ -24,7 +24,10 @@ from jaxlm.checkpoints.surgery.rules import (
     Scale,
 )
 
-_BRANCH_ENDS = r"(?:attention/output|cross_attention/output|feed_forward/down)/(?:kernel|bias)"
+# What the branches of a block write to the residual stream with.
+_BRANCH_END = re.compile(
+    r"(?:cross_)?attention/output/(?:kernel|bias)|feed_forward/(?:(?:shared/)?down/(?:kernel|bias)|experts/down)"
+)
 
 
 class Recipe(Rule):
@@ -50,7 +53,7 @@ class Gate(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class UpscaleDepth(Recipe):
+class UpscaleDepth(Rule):
     """A deeper stack of the layers of a shallower one (Yi, arXiv 2403.04652; SOLAR, arXiv 2312.15166).
 
     With closed copies the deeper model computes what the shallower one did, wherever the layers in `order` come back to
@@ -71,13 +74,25 @@ class UpscaleDepth(Recipe):
     def __post_init__(self):
         object.__setattr__(self, "copies", Gate(self.copies))
 
-    def rules(self, draft: Draft) -> tuple[Rule, ...]:
+    def apply(self, draft: Draft) -> None:
         pick = PickLayers(self.order, self.stack)
-        layers = pick.layers
-        again = [new for new, old in enumerate(layers) if old in layers[:new]]
-        if self.copies is Gate.OPEN or not again:
-            return (pick,)
-        return pick, Scale(rf"{self.stack}/(?:{'|'.join(map(str, again))})/{_BRANCH_ENDS}", 0.0)
+        pick.apply(draft)
+        if self.copies is Gate.CLOSED:
+            for new, old in enumerate(pick.layers):
+                if old in pick.layers[:new]:
+                    self._close(draft, f"{self.stack}/{new}/")
+
+    def _close(self, draft: Draft, layer: str) -> None:
+        """Scales the last matrices of a layer's branches by 0."""
+        parts = [name.removeprefix(layer) for name in draft.leaves if name.startswith(layer)]
+        ends = [part for part in parts if _BRANCH_END.fullmatch(part)]
+        open_still = {part.split("/")[0] for part in parts} - {end.split("/")[0] for end in ends}
+        if unknown := sorted(branch for branch in open_still if not branch.endswith("_norms")):
+            raise CheckpointError(
+                f"UpscaleDepth cannot close {layer}{unknown[0]}, whose last matrix it does not know; leave copies "
+                f"'open', or write a Scale by 0 for it after a PickLayers."
+            )
+        Scale("|".join(re.escape(layer + end) for end in ends), 0.0).apply(draft)
 
 
 class CrossAttention(enum.Enum):
@@ -169,9 +184,9 @@ class WidenResidual(Recipe):
 
     Net2Net's widening (arXiv 1511.05641; bert2BERT, arXiv 2110.07143, "function-preserving initialisation"): what reads
     the stream shares its weights out among the copies, what writes to it writes the same to each. Heads, head size and
-    hidden width stay. The function stays the same, for norms of either kind, where nothing is scaled by the model's
-    width (`EmbeddingConfig.scale_by_width`, `HeadConfig.scale_by_width`, a parametrisation other than the standard).
-    Copies train alike until something tells them apart: dropout, or noise.
+    hidden width stay; blocks are dense. The function stays the same, for norms of either kind, where nothing is scaled
+    by the model's width (`EmbeddingConfig.scale_by_width`, `HeadConfig.scale_by_width`, a parametrisation but the
+    standard). Copies train alike until something tells them apart: dropout, or noise.
     """
 
     def rules(self, draft: Draft) -> tuple[Rule, ...]:

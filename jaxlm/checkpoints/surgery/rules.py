@@ -38,7 +38,7 @@ class Rule(abc.ABC):
         """
 
 
-def check_patterns(rule: Rule, *patterns: str) -> None:
+def _check_patterns(rule: Rule, *patterns: str) -> None:
     """Raises ValueError unless these are regular expressions."""
     for pattern in patterns:
         try:
@@ -47,6 +47,21 @@ def check_patterns(rule: Rule, *patterns: str) -> None:
             raise ValueError(
                 f"{type(rule).__name__} has the pattern {pattern!r}, which is no regular expression: {error}."
             ) from None
+
+
+def _named(rule: Rule, match: re.Match[str], template: str) -> str:
+    """A name from the groups of a match.
+
+    Raises:
+      CheckpointError: it has no such group.
+    """
+    try:
+        return match.expand(template)
+    except (re.error, IndexError) as error:
+        raise CheckpointError(
+            f"{type(rule).__name__} names {template!r}, which does not fit the groups of its pattern "
+            f"{match.re.pattern!r}: {error}."
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +75,7 @@ class _Matching(Rule):
     pattern: str
 
     def __post_init__(self):
-        check_patterns(self, self.pattern)
-
-    def named(self, match: re.Match[str], template: str) -> str:
-        """A name from the groups of `pattern`."""
-        try:
-            return match.expand(template)
-        except (re.error, IndexError) as error:
-            raise CheckpointError(
-                f"{type(self).__name__} names {template!r}, which does not fit the groups of its pattern "
-                f"{self.pattern!r}: {error}."
-            ) from None
+        _check_patterns(self, self.pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,7 @@ class Rename(_Matching):
     name: str
 
     def apply(self, draft: Draft) -> None:
-        names = {old: self.named(match, self.name) for old, match in draft.matching(self, self.pattern)}
+        names = {old: _named(self, match, self.name) for old, match in draft.matching(self, self.pattern)}
         moved = [(new, draft.leaves.pop(old)) for old, new in names.items()]
         for new, leaf in moved:  # one at a time, so that two with one name are seen
             draft.put(self, {new: leaf})
@@ -119,33 +124,27 @@ class Copy(_Matching):
 
     def apply(self, draft: Draft) -> None:
         for new, leaf in [
-            (self.named(match, self.name), draft.leaves[old]) for old, match in draft.matching(self, self.pattern)
+            (_named(self, match, self.name), draft.leaves[old]) for old, match in draft.matching(self, self.pattern)
         ]:
             draft.put(self, {new: leaf})
 
 
 @dataclasses.dataclass(frozen=True)
-class Fresh(Rule):
+class Fresh(_Matching):
     """Lets the model's leaves whose names match start as they are initialised, whatever the checkpoint holds.
 
     Attributes:
       pattern: of the model's names.
     """
 
-    pattern: str
-
-    def __post_init__(self):
-        check_patterns(self, self.pattern)
-
     def apply(self, draft: Draft) -> None:
-        found = _of_model(self, draft, self.pattern)
-        draft.new |= found
-        for name in found & set(draft.leaves):
-            del draft.leaves[name]
+        for name in _of_model(self, draft, self.pattern):
+            draft.new.add(name)
+            draft.leaves.pop(name, None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Constant(Rule):
+class Constant(_Matching):
     """Lets the model's leaves whose names match start at one value: 0 closes a branch by its last matrix.
 
     Attributes:
@@ -153,11 +152,7 @@ class Constant(Rule):
       value: of every entry.
     """
 
-    pattern: str
     value: float = 0.0
-
-    def __post_init__(self):
-        check_patterns(self, self.pattern)
 
     def apply(self, draft: Draft) -> None:
         for name in _of_model(self, draft, self.pattern):
@@ -168,8 +163,8 @@ class Constant(Rule):
             draft.leaves[name] = Leaf(wanted.shape, (), how, (), lambda _, value=value: value)
 
 
-def _of_model(rule: Rule, draft: Draft, pattern: str) -> set[str]:
-    found = {name for name in draft.model if re.fullmatch(pattern, name)}
+def _of_model(rule: Rule, draft: Draft, pattern: str) -> list[str]:
+    found = [name for name in draft.model if re.fullmatch(pattern, name)]
     if not found:
         raise CheckpointError(
             f"{type(rule).__name__} has the pattern {pattern!r}, which matches none of this model's parameters; "
@@ -555,7 +550,7 @@ class Split(_Matching):
                 else:
                     index = (*index, slice(int(stop) - size, int(stop)))
                 cut = leaf.changed(f"{stop - size} to {stop} of axis {axis}", lambda x, i=index: x[i], shape)
-                draft.put(self, {self.named(match, part): cut})
+                draft.put(self, {_named(self, match, part): cut})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -575,7 +570,7 @@ class Merge(Rule):
     stack: bool = False
 
     def __post_init__(self):
-        check_patterns(self, *self.patterns)
+        _check_patterns(self, *self.patterns)
 
     def apply(self, draft: Draft) -> None:
         found: list[Mapping[tuple, tuple[str, re.Match]]] = [
@@ -590,7 +585,7 @@ class Merge(Rule):
                 )
             parts = tuple(draft.leaves.pop(part[groups][0]) for part in found)
             whole = self._merged(first, parts)
-            draft.put(self, {match.expand(self.name): whole})
+            draft.put(self, {_named(self, match, self.name): whole})
 
     def _merged(self, first: str, parts: tuple[Leaf, ...]) -> Leaf:
         shape = parts[0].shape

@@ -161,7 +161,9 @@ def find(path: pathlib.Path, step: int | None) -> pathlib.Path | None:
     Raises:
       ValueError: there are such checkpoints, but none of this step.
     """
-    if path.with_name(f"{path.name}.index").is_file():
+    if path.with_name(f"{path.name}.index").is_file() or t5x.is_checkpoint(path):
+        if step is not None and not re.search(rf"[-_]{step}$", path.name):
+            raise ValueError(f"{path} is one checkpoint, but not by its name that of step {step}; leave out the step.")
         return path
     if not path.is_dir():
         return None

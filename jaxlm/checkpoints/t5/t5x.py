@@ -6,6 +6,7 @@ In the place of such a parameter the tree has the array's TensorStore specificat
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -19,6 +20,7 @@ import tensorstore
 from flax import serialization, traverse_util
 
 from jaxlm.checkpoints.huggingface.tensors import Shape
+from jaxlm.checkpoints.stored import some
 
 FILE = "checkpoint"
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -97,21 +99,23 @@ class T5XTensors:
             dtype = np.dtype(ml_dtypes.bfloat16 if brain else named)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, the array of {name}, cannot be read ({error}); get the folder again.") from error
-        chunks = [range(math.ceil(n / c)) for n, c in zip(about["shape"], about["chunks"])]
-        last = ".".join(str(chunk[-1]) for chunk in chunks) or "0"
-        if not (path / last).exists() and not (path / last.replace(".", "/")).exists():
-            raise ValueError(
-                f"{path}, the array of {name}, lacks its last part; the folder is not whole, get it again."
-            )
+        separator = about.get("dimension_separator", ".")
+        parts = itertools.product(*(range(math.ceil(n / c)) for n, c in zip(about["shape"], about["chunks"])))
+        names = (separator.join(map(str, part)) or "0" for part in parts)
+        # Where the array has a fill value, parts that hold nothing else are left out.
+        if about.get("fill_value") is None and (lost := [part for part in names if not (path / part).exists()]):
+            raise ValueError(f"{path}, the array of {name}, lacks {some(lost)}; the folder is not whole, get it again.")
         return _Stored(path, tuple(about["shape"]), dtype)
 
 
 def find_step(folder: pathlib.Path, step: int | None) -> pathlib.Path | None:
-    """The folder of one of T5X's steps in a model's folder, the newest if `step` is None; None if there is none."""
-    if _is_checkpoint(folder):
-        return folder
+    """The folder of one of the checkpoints in a model's folder, the newest if `step` is None; None if there is none.
+
+    Raises:
+      ValueError: there are some, but none of this step.
+    """
     names = {path: re.fullmatch(r"checkpoint_(\d+)", path.name) for path in folder.glob("checkpoint_*")}
-    steps = {int(match[1]): path for path, match in names.items() if match and _is_checkpoint(path)}
+    steps = {int(match[1]): path for path, match in names.items() if match and is_checkpoint(path)}
     if not steps:
         return None
     if step is not None and step not in steps:
@@ -121,7 +125,8 @@ def find_step(folder: pathlib.Path, step: int | None) -> pathlib.Path | None:
     return steps[max(steps) if step is None else step]
 
 
-def _is_checkpoint(folder: pathlib.Path) -> bool:
+def is_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether this is the folder of one of T5X's checkpoints."""
     file = folder / FILE
     if not file.is_file():
         return False

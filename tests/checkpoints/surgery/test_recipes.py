@@ -18,6 +18,7 @@ from jaxlm.checkpoints.surgery import (
     Fill,
     Gate,
     PickLayers,
+    Rename,
     Resize,
     Side,
     UpscaleDepth,
@@ -170,6 +171,14 @@ def test_depth_upscaling(clinic):
             np.testing.assert_array_equal(new[name], old[name.replace(f"layers/{i}/", f"layers/{source}/")])
     differ(clinic.logits(big, *grown), expected)
     same(clinic.logits(big, *clinic.operated(path, big, UpscaleDepth(order, Gate.CLOSED))), expected)
+
+
+def test_branches_whose_end_is_unknown_are_not_left_open(clinic):
+    """Closing copies of a layer with a branch of another kind: refused, not half done."""
+    path, definition, params = clinic.donor("llama", LLAMA)
+    mixer = Rename(r"decoder/layers/1/attention/(.*)", r"decoder/layers/1/mixer/\1")
+    with pytest.raises(CheckpointError, match="cannot close decoder/layers/3/mixer, whose last matrix it does not"):
+        clinic.operated(path, deeper(LLAMA, 6), mixer, UpscaleDepth(((0, 3), (1, 4)), Gate.CLOSED))
 
 
 def test_a_student_of_some_layers(clinic):

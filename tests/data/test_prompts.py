@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxlm.evaluation.prompts import Prompt, PromptsourceTemplates, Question, TemplateError
+from jaxlm.data.prompts import Prompt, PromptsourceTemplates, Question, TemplateError
 
 COPA = {"premise": "It rained.", "choice1": "Wet.", "choice2": "Dry.", "question": "effect", "label": 0}
 
@@ -64,7 +64,8 @@ templates:
   a: !Template
     answer_choices: '{{choice1}} ||| {{choice2}}'
     id: a
-    jinja: '{% if question == "effect" %} {{ premise }} So? ||| {% if label != -1 %}{{ answer_choices[label] }}{% endif %}{% endif %}'
+    jinja: '{% if question == "effect" %} {{ premise }} So? ||| {% if label != -1 %}{{ answer_choices[label]
+      }}{% endif %}{% endif %}'
     metadata: !TemplateMetadata
       original_task: true
     name: so

@@ -1,0 +1,134 @@
+"""Prompted multitask data: data sets x templates -> tasks of inputs and targets -> a mixture (T0, arXiv 2110.08207).
+
+    sets = (PromptedSet("copa", TextFiles("copa/train.jsonl"), PromptsourceTemplates("templates", "super_glue/copa")),)
+    mixture = prompted_mixture("multitask", sets, vocabulary)
+
+Each template of a data set is a task of its own, so that mixing rates, accounting and randomness are by template. The
+`supervised` objective trains on the targets alone; packing is the loader's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator
+
+from jaxlm.data.prompts import Prompts, QuestionTemplate, TemplateError
+from jaxlm.data.sources import Record, Source
+from jaxlm.data.tasks import Feature, Mixture, Task
+from jaxlm.data.vocabularies import Vocabulary
+
+log = logging.getLogger("jaxlm.data")
+
+_FAILING_SHARE = 0.01
+_FAILURES_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompted:
+    """Puts rows as {"inputs", "targets"} by one template: the question, and its right answer.
+
+    A row that the template does not apply to, or whose answer is not known, is left out. One on which it fails to
+    render is left out as well and said; more than 1% of these in a shard are an error.
+
+    Attributes:
+      prompts: templates.
+      template: the name of one of them.
+    """
+
+    prompts: Prompts
+    template: str
+
+    def stream(self, records: Iterable[Record]) -> Iterator[Record]:
+        """The rows of a shard as pairs.
+
+        Raises:
+          ValueError: the template fails on too many.
+        """
+        template, rows, failed = self._found(), 0, []
+        for rows, record in enumerate(records, 1):
+            try:
+                question = template.question(record)
+            except TemplateError as error:
+                failed.append(f"row {rows - 1}: {error}")
+                if len(failed) <= _FAILURES_SHOWN:
+                    log.warning("Template %r fails on %s", self.template, failed[-1])
+                continue
+            answer = None if question is None else question.right_answer
+            if answer is not None:
+                yield {"inputs": answer[0], "targets": answer[1]}
+        if len(failed) > _FAILING_SHARE * rows:
+            raise ValueError(
+                f"The template {self.template!r} fails on {len(failed)} of {rows} rows of a shard ({failed[0]}); mend "
+                f"it, or leave it out by naming the others in PromptsourceTemplates.names."
+            )
+        if failed:
+            log.warning("Template %r left out %d of %d rows.", self.template, len(failed), rows)
+
+    def _found(self) -> QuestionTemplate:
+        found = {template.name: template for template in self.prompts.templates()}
+        if self.template not in found:
+            raise ValueError(f"There is no template {self.template!r}; there are {sorted(found)}.")
+        return found[self.template]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptedSet:
+    """A data set and its templates.
+
+    Attributes:
+      name: its tasks are called name/template.
+      source: of rows.
+      prompts: templates for them.
+    """
+
+    name: str
+    source: Source
+    prompts: Prompts
+
+    def tasks(self, vocabulary: Vocabulary) -> tuple[Task, ...]:
+        """A task for each template."""
+        feature = Feature(vocabulary, add_eos=False)
+        features = {"inputs": feature, "targets": feature}
+        names = [template.name for template in self.prompts.templates()]
+        return tuple(
+            Task(f"{self.name}/{name}", self.source, features, (Prompted(self.prompts, name),)) for name in names
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateRate:
+    """T0's rate of a template: the data set's examples; of one above the cap, the cap divided by its templates.
+
+    As released (bigscience-workshop/t-zero, seqio_tasks): what is below the cap is not divided, so that small data sets
+    with many templates weigh more.
+
+    Attributes:
+      templates: of the data set.
+      cap: examples of a data set.
+    """
+
+    templates: int
+    cap: int = 500_000
+
+    def __call__(self, examples: int) -> float:
+        """The rate of a task of so many examples."""
+        return float(self.cap // self.templates if examples > self.cap else examples)
+
+
+def prompted_mixture(
+    name: str, sets: tuple[PromptedSet, ...], vocabulary: Vocabulary, *, cap: int = 500_000
+) -> Mixture:
+    """All templates of all data sets at T0's rates.
+
+    Args:
+      name: of the mixture.
+      sets: data sets.
+      vocabulary: ids.
+      cap: see `TemplateRate`.
+    """
+    members = []
+    for prompted in sets:
+        tasks = prompted.tasks(vocabulary)
+        members += [(task, TemplateRate(len(tasks), cap)) for task in tasks]
+    return Mixture(name, tuple(members))

@@ -1,0 +1,78 @@
+"""Every run of every shipped study resolves, and costs what its head says."""
+
+import pathlib
+
+import pytest
+
+from jaxlm.architecture import Architecture
+from jaxlm.configuration import resolve
+from jaxlm.studies.config import StudyConfig
+from jaxlm.studies.jobs import label_of, resolved, size_of, steps_for
+
+STUDIES = sorted((pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "studies").glob("*.gin"))
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.stem)
+def test_budgets_match_over_all_cells(file):
+    study = resolve(StudyConfig, [f"--gin_file={file}"])
+    rows = {}
+    for cell in study.cells:
+        for leg in study.legs_of(cell):
+            settings = (*study.settings_of(cell, leg), "RunConfig.train_steps = 1")
+            if leg.tune is not None:
+                settings = (*settings, f"{leg.tune.binding} = {leg.tune.values[0]}")
+            run = resolved(settings)
+            one = size_of(run)
+            rows[label_of(cell), leg.name] = steps_for(run, leg.budget) * one.tokens, run, one
+    by_leg = {}
+    for (_, leg), (tokens, _, one) in rows.items():
+        by_leg.setdefault(leg, []).append((tokens, one.tokens))
+    for leg, found in by_leg.items():
+        budget = next(x for x in study.legs if x.name == leg).budget.tokens
+        assert all(abs(tokens - budget) <= each / 2 for tokens, each in found), leg
+    assert {each for found in by_leg.values() for _, each in found}.__len__() == 1, "a batch has as many tokens in all"
+
+
+def test_the_architecture_study_is_the_papers():
+    (file,) = (path for path in STUDIES if path.stem == "architecture_objective")
+    study = resolve(StudyConfig, [f"--gin_file={file}"])
+    pairs = [tuple(cell.values()) for cell in study.cells]
+    assert pairs == [("CD", x) for x in ("FLM", "PLM", "MLM")] + [(a, x) for a in ("ND", "ED") for x in ("PLM", "MLM")]
+    by_cell = {tuple(cell.values()): cell for cell in study.cells}
+
+    def run(pair, leg):
+        leg = next(x for x in study.legs if x.name == leg)
+        return resolved((*study.settings_of(by_cell[pair], leg), "RunConfig.train_steps = 1"))
+
+    full = run(("CD", "FLM"), "pretrain")
+    assert full.loss.z_loss == 1e-4 and full.optimizer.algorithm.name == "adafactor"
+    assert full.data.feature_lengths == {"targets": 626} and not full.data.document_mask
+    masked = run(("ED", "MLM"), "pretrain")
+    assert masked.data.feature_lengths == {"inputs": 512, "targets": 114}
+    assert masked.objective.raw_length(masked.data.feature_lengths, masked.model.architecture) == 568
+    assert run(("ED", "PLM"), "pretrain").batch_size * 2 == full.batch_size
+    assert run(("CD", "FLM"), "MLM_adaptation").model.architecture is Architecture.PREFIX_DECODER
+    finetuned = run(("ND", "MLM"), "finetune")
+    assert finetuned.model.architecture is Architecture.PREFIX_DECODER and finetuned.objective.name == "supervised"
+    block = finetuned.model.decoder.blocks[0]
+    assert (block.dropout, block.attention.dropout) == (0.1, 0.1)
+    assert run(("ND", "MLM"), "finetune_without_dropout").model.decoder.blocks[0].dropout == 0.0
+    assert full.model.decoder.blocks[0].dropout == 0.0
+
+
+def test_the_architecture_study_at_its_own_size():
+    (file,) = (path for path in STUDIES if path.stem == "architecture_objective")
+    full = "gin_configs/models/architecture_study/full.gin"
+    flags = [f"--gin.SIZE='{full}'", "--gin.ROWS='BATCH_SIZE = 2048'", "--gin.HALF_ROWS='BATCH_SIZE = 1024'"]
+    study = resolve(StudyConfig, [f"--gin_file={file}", *flags, "--gin.TOKENS=168.04e9"])
+    sizes = {}
+    for cell in study.cells:
+        leg = study.legs[0]
+        run = resolved((*study.settings_of(cell, leg), "RunConfig.train_steps = 1", "LEARNING_RATE = 1.0"))
+        one = size_of(run)
+        assert one.tokens == 2048 * 626 and round(168.04e9 / one.tokens) == 131_072
+        sizes[cell["architecture"]] = one.parameters
+    # Without norms and position tables 4,762,107,904 and 11,003,232,256.
+    norms, tables = (24 * 2 + 1) * 4096, 24 * 32 * 64
+    assert sizes["CD"] == sizes["ND"] == 4_762_107_904 + norms + tables
+    assert sizes["ED"] == 11_003_232_256 + norms + (24 * 3 + 1) * 4096 + 2 * 32 * 64
