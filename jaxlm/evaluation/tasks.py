@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError
 from jaxlm.data.sources import Source, TextFiles
 from jaxlm.evaluation.intervals import Estimate, estimate
 from jaxlm.evaluation.measures import Judged, Measure
-from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError
 from jaxlm.evaluation.text_model import TextModel
 
 _FAILING_SHARE = 0.01

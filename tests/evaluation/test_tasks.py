@@ -9,10 +9,10 @@ import pytest
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.pretrained import Pretrained
+from jaxlm.data.prompts import Prompt
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.evaluation.intervals import estimate
 from jaxlm.evaluation.measures import Continuation, Generation, RankClassification, TextLikelihood, exact_match, f1
-from jaxlm.evaluation.prompts import Prompt
 from jaxlm.evaluation.scoring import ScoringConfig
 from jaxlm.evaluation.suite import EvaluationConfig, evaluate
 from jaxlm.evaluation.tasks import EvaluationTask, FewShot, TaskError, evaluate_task, rows_in
