@@ -151,6 +151,7 @@ def measure(way: str, small: pathlib.Path, source: pathlib.Path, scratch: pathli
         "copy_seconds": copied["seconds"],
         "copy_cpu_seconds": copied["cpu_seconds"],
         "speed_over_copy": copied["seconds"] / converted["seconds"],
+        "cpu_speed_over_copy": copied["cpu_seconds"] / converted["cpu_seconds"],
         "written_bytes": sum(p.stat().st_size for p in (scratch / "out").rglob("*") if p.is_file()),
     }
 
@@ -190,7 +191,7 @@ def main() -> None:
             shutil.rmtree(root / way)
             results["ways"][way] = found
             print(way, json.dumps(found), flush=True)
-    args.out.write_text(json.dumps(results, indent=2) + "\n")
+            args.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

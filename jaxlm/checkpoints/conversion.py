@@ -145,7 +145,7 @@ def to_hugging_face(
 def to_jaxlm(source: Source, out: pathlib.Path, *, origin: str | None = None) -> None:
     """Writes a folder like a run's, with one checkpoint, step 0: `WarmStart.path`, `load` and `generate` take it.
 
-    All parameters are in memory at once.
+    All parameters are in memory at once, and Orbax's copies of them: nearly three times the model.
 
     Args:
       source: what to convert.
