@@ -79,7 +79,8 @@ class Linear(Form):
         return (rows, columns) if self.transposed else (columns, rows)
 
     def join(self, values: tuple[np.ndarray, ...]) -> np.ndarray:
-        whole = np.concatenate([value.reshape(self._matrix(value.shape)) for value in values], axis=1)
+        parts = [value.reshape(self._matrix(value.shape)) for value in values]
+        whole = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]  # which is no copy
         return whole if self.transposed else whole.T
 
     def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
@@ -139,6 +140,22 @@ class Experts(Form):
     def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
         parts = np.split(tensor, _borders(shapes, 2), axis=1)
         return tuple(part.swapaxes(1, 2) for part in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Form):
+    """A kernel [taps, inputs, outputs] as PyTorch's Conv1d [outputs, inputs, taps]."""
+
+    def shape(self, shapes: tuple[Shape, ...]) -> Shape:
+        (shape,) = shapes
+        return shape[::-1]
+
+    def join(self, values: tuple[np.ndarray, ...]) -> np.ndarray:
+        (value,) = values
+        return value.T
+
+    def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
+        return (tensor.T,)
 
 
 @dataclasses.dataclass(frozen=True)
