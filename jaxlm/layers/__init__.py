@@ -6,6 +6,7 @@ Names here must not be those of modules beside it: gin files find `jaxlm.layers.
 from jaxlm.layers.attention import AttentionConfig, QKNorm
 from jaxlm.layers.block import Arrangement, BlockConfig, Placement
 from jaxlm.layers.context import Context
+from jaxlm.layers.convolved_block import ConvolvedBlockConfig
 from jaxlm.layers.disentangled_attention import DisentangledAttentionConfig, RelativeEmbeddings
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
@@ -40,6 +41,7 @@ __all__ = [
     "BlockConfig",
     "ChannelDecay",
     "Context",
+    "ConvolvedBlockConfig",
     "DisentangledAttentionConfig",
     "EmbeddingConfig",
     "FeedForwardConfig",

@@ -4,13 +4,15 @@ transformers has no enhanced mask decoder, which the released checkpoints do not
 the last layer.
 """
 
+import dataclasses
 from collections.abc import Collection
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.huggingface.family import Family, Json, activation, activation_name, stack
 from jaxlm.checkpoints.huggingface.fields import Fields
-from jaxlm.checkpoints.huggingface.tensors import Same, Table, Vector, entry, layers, linear, norm
+from jaxlm.checkpoints.huggingface.tensors import Convolution, Same, Table, Vector, entry, layers, linear, norm
 from jaxlm.layers.block import BlockConfig, Placement
+from jaxlm.layers.convolved_block import ConvolvedBlockConfig
 from jaxlm.layers.disentangled_attention import DisentangledAttentionConfig, RelativeEmbeddings
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import FeedForwardConfig
@@ -51,7 +53,7 @@ class DebertaV2(Family):
             fields(name, None)  # masked language models have no pooler
         fields.expect("embedding_size", width)
         fields.expect("relative_attention", True)
-        fields.expect("conv_kernel_size", 0)
+        fields.expect("conv_groups", 1)
         named = fields("pos_att_type", ())
         terms = {term.strip() for term in (named.lower().split("|") if isinstance(named, str) else named)}
         if not terms or terms - {"c2p", "p2c"}:
@@ -70,6 +72,11 @@ class DebertaV2(Family):
         )
         fed = FeedForwardConfig(fields("intermediate_size"), act, gated=False, bias=True)
         block = BlockConfig(attention, fed, normed, placement=Placement.POST)
+        blocks, taps = [block] * fields("num_hidden_layers"), fields("conv_kernel_size", 0)
+        convolved = activation(fields("conv_act", "tanh"))
+        if taps > 0:
+            options = {field.name: getattr(block, field.name) for field in dataclasses.fields(block)}
+            blocks[0] = ConvolvedBlockConfig(**options, taps=taps, convolution_activation=convolved)
         return LanguageModelConfig(
             Architecture.ENCODER,
             fields("vocab_size"),
@@ -82,7 +89,7 @@ class DebertaV2(Family):
             HeadConfig(tied=fields("tie_word_embeddings", True), bias=True, transform=act, transform_norm=normed),
             InitConfig(),
             encoder=stack(
-                [block] * fields("num_hidden_layers"),
+                blocks,
                 relative_positions=RelativeEmbeddings(
                     buckets if buckets > 0 else span,
                     max_distance=span if buckets > 0 else None,
@@ -97,7 +104,10 @@ class DebertaV2(Family):
         attention, positions = block.attention, config.embedding.positions
         bucketed = vectors.max_distance is not None
         terms = {"c2p": attention.content_to_position, "p2c": attention.position_to_content}
-        return {
+        convolution = {}
+        if isinstance(block, ConvolvedBlockConfig):
+            convolution = {"conv_kernel_size": block.taps, "conv_act": activation_name(block.convolution_activation)}
+        return convolution | {
             "vocab_size": config.vocab_size,
             "hidden_size": config.width,
             "num_hidden_layers": config.encoder.depth,
@@ -140,6 +150,9 @@ class DebertaV2(Family):
             *norm(f"{embeddings}.LayerNorm", "embedding/norm"),
             entry("deberta.encoder.rel_embeddings.weight", "encoder/relative/table", form=Same()),
             *norm("deberta.encoder.LayerNorm", "encoder/relative/norm"),
+            entry("deberta.encoder.conv.conv.weight", "encoder/layers/0/convolution/kernel", form=Convolution()),
+            entry("deberta.encoder.conv.conv.bias", "encoder/layers/0/convolution/bias", form=Vector()),
+            *norm("deberta.encoder.conv.LayerNorm", "encoder/layers/0/convolution_norm"),
             *layers(BLOCK, config.encoder.depth, "deberta.encoder.layer", "encoder/layers"),
             *linear(dense, "vocabulary_head/transform"),
             *norm(normed, "vocabulary_head/norm"),

@@ -1,5 +1,7 @@
 """GPT-NeoX and Pythia (arXiv 2204.06745, 2304.01373): parallel branches, partly rotated heads."""
 
+from collections.abc import Collection
+
 from jaxlm.checkpoints.huggingface.family import (
     Family,
     Json,
@@ -77,9 +79,17 @@ class GPTNeoX(Family):
 
     def table(self, config: LanguageModelConfig) -> Table:
         """See `Family`."""
+        return self.named(config, "embed_out.weight")
+
+    def table_of(self, config: LanguageModelConfig, tensors: Collection[str]) -> Table:
+        """See `Family`; transformers 5 calculates with another name for the output matrix than it writes."""
+        return self.named(config, "lm_head.weight" if "lm_head.weight" in tensors else "embed_out.weight")
+
+    def named(self, config: LanguageModelConfig, output: str) -> Table:
+        """The table with an output matrix of this name."""
         return (
             entry("gpt_neox.embed_in.weight", "embedding/tokens", form=Same()),
             *layers(BLOCK, config.decoder.depth, "gpt_neox.layers", "decoder/layers"),
             *norm("gpt_neox.final_layer_norm", "decoder/norm"),
-            entry("embed_out.weight", "vocabulary_head/kernel", form=Linear()),
+            entry(output, "vocabulary_head/kernel", form=Linear()),
         )

@@ -143,6 +143,22 @@ class Experts(Form):
 
 
 @dataclasses.dataclass(frozen=True)
+class Convolution(Form):
+    """A kernel [taps, inputs, outputs] as PyTorch's Conv1d [outputs, inputs, taps]."""
+
+    def shape(self, shapes: tuple[Shape, ...]) -> Shape:
+        (shape,) = shapes
+        return shape[::-1]
+
+    def join(self, values: tuple[np.ndarray, ...]) -> np.ndarray:
+        (value,) = values
+        return value.T
+
+    def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
+        return (tensor.T,)
+
+
+@dataclasses.dataclass(frozen=True)
 class Entry:
     """One tensor.
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlm.layers.block import Arrangement, Placement
+from jaxlm.layers.convolved_block import ConvolvedBlockConfig
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation, FeedForwardConfig
 from jaxlm.layers.mixture_of_experts import MixtureOfExpertsConfig, Scoring
@@ -44,6 +45,7 @@ GEMMA3_ROPES = {
 
 
 GEMMA2 = dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=20)
+T5GEMMA = DECODER | GEMMA2 | dict(attn_logit_softcapping=10.0, num_hidden_layers=2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +80,16 @@ def blocks(**changes: Any) -> Change:
 
     def of_stack(stack: StackConfig) -> StackConfig:
         return dataclasses.replace(stack, blocks=tuple(_replaced(block, changes) for block in stack.blocks))
+
+    return stacks(of_stack)
+
+
+def convolution(**changes: Any) -> Change:
+    """These fields of the blocks with a convolution."""
+
+    def of_stack(stack: StackConfig) -> StackConfig:
+        each = (_replaced(b, changes) if isinstance(b, ConvolvedBlockConfig) else b for b in stack.blocks)
+        return dataclasses.replace(stack, blocks=tuple(each))
 
     return stacks(of_stack)
 
@@ -315,8 +327,8 @@ CASES = (
         "T5GemmaForConditionalGeneration",
         dict(
             vocab_size=96,
-            encoder=DECODER | GEMMA2 | dict(num_hidden_layers=2, sliding_window=5),
-            decoder=DECODER | GEMMA2 | dict(hidden_size=24, num_hidden_layers=2),
+            encoder=T5GEMMA | dict(sliding_window=5),
+            decoder=T5GEMMA | dict(hidden_size=24),
         ),
         GEMMA
         | WINDOW
@@ -366,8 +378,13 @@ CASES = (
     Case(
         "deberta_v2",
         "DebertaV2ForMaskedLM",
-        DEBERTA | dict(max_relative_positions=12, type_vocab_size=2, hidden_act="relu"),
-        DISENTANGLED | {"head's activation": head(transform=Activation.GELU)},
+        DEBERTA
+        | dict(max_relative_positions=12, type_vocab_size=2, hidden_act="relu", conv_kernel_size=3, conv_act="gelu"),
+        DISENTANGLED
+        | {
+            "head's activation": head(transform=Activation.GELU),
+            "convolution's activation": convolution(convolution_activation=Activation.TANH),
+        },
     ),
     Case(
         "deberta_content_to_position",

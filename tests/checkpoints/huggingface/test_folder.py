@@ -1,6 +1,7 @@
 """Folders, without transformers: nothing is lost, nothing half-written looks whole, errors name things."""
 
 import json
+import weakref
 
 import jax
 import ml_dtypes
@@ -59,6 +60,24 @@ def test_every_parameter_comes_back(case, tmp_path):
     for path, source in naming.sources(loaded, definition.layouts).items():
         leaf = leaves[source.path] if source.row is None else leaves[source.path][source.row]
         np.testing.assert_array_equal(leaf, values[naming.show(path)], naming.show(path))
+
+
+def test_a_stack_of_experts_is_read_once_and_let_go(tmp_path):
+    """An expert's matrix is a tensor by itself: what makes them asks for each layer's array once, and keeps one."""
+    case = next(case for case in CASES if case.name == "mixtral")
+    family, config = config_of(case)
+    shapes, asked, alive = parameter_shapes(config), [], []
+
+    def value(path):
+        asked.append(path)
+        made = np.full(shapes[path], len(asked), np.float32)
+        if "/experts/" in path:
+            assert sum(reference() is not None for reference in alive) <= 1
+            alive.append(weakref.ref(made))
+        return made
+
+    export(tmp_path / "model", config, shapes, value, family=family.model_type)
+    assert len(asked) == len(set(asked)) == len(shapes)
 
 
 def test_shards_hold_what_one_file_holds(tmp_path):
