@@ -35,7 +35,6 @@ from jaxlm.models.config import HeadConfig, LanguageModelConfig
 MODELLING = "modeling_jaxlm.py"
 
 # What the modelling file computes: each class with the fields that it looks at. Others must have their defaults.
-_FEED_FORWARD = "hidden activation gated bias"
 COVERED: dict[type, tuple[str, ...]] = {
     class_: tuple(fields.split())
     for class_, fields in {
@@ -47,8 +46,8 @@ COVERED: dict[type, tuple[str, ...]] = {
         BlockConfig: "attention feed_forward norm attention_norm cross_attention placement arrangement",
         AttentionConfig: "num_heads head_dim num_kv_heads position window qk_norm qk_norm_config soft_cap scale "
         "qkv_bias output_bias sinks",
-        FeedForwardConfig: _FEED_FORWARD,
-        MixtureOfExpertsConfig: f"{_FEED_FORWARD} num_experts experts_per_token scoring normalize scale shared",
+        FeedForwardConfig: "hidden activation gated bias",
+        MixtureOfExpertsConfig: "hidden activation gated num_experts experts_per_token scoring normalize scale shared",
         NormConfig: "kind epsilon scale bias scale_offset",
         Parametrization: "kind base_width base_depth base_head_dim alpha",
         Rope: "base fraction scaling",
