@@ -2,6 +2,7 @@
 
     python -m benchmarks.decoding                  # all three; writes results/decoding.json
     python -m benchmarks.decoding speed            # or one of: speed packing requests
+    python -m benchmarks.decoding speed --batches 16 --rounds 1    # one row of it, in less time
 
 Speed needs torch and transformers: both sides read one exported Llama-shaped folder, run greedily in alternating
 processes on one thread each, and must write the same tokens. Times are processor seconds, the least of several repeats
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -131,15 +132,15 @@ def _jaxlm(folder: str, prompts: np.ndarray) -> Callable[[int], list[list[int]]]
     return write
 
 
-def speed() -> dict[str, Any]:
+def speed(batches: Sequence[int] = BATCHES, rounds: int = ROUNDS) -> dict[str, Any]:
     """Both sides in alternating processes: ratios of the least times."""
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = str(pathlib.Path(scratch) / "llama")
         export_llama(pathlib.Path(folder))
-        for batch in BATCHES:
+        for batch in batches:
             found: dict[str, list[dict[str, Any]]] = {"transformers": [], "jaxlm": []}
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 for side, measured in found.items():
                     measured.append(in_process("measure_speed", side, folder, batch))
             written = {json.dumps(m["tokens"]) for measured in found.values() for m in measured}
@@ -150,7 +151,7 @@ def speed() -> dict[str, Any]:
                 for side, measured in found.items()
             }
             ratios = {name: row["transformers"][name] / row["jaxlm"][name] for name in ("prefill", "decode")}
-            rows[f"batch {batch}"] = {**row, "ratio": ratios}
+            rows[f"batch {batch}"] = {**row, "ratio": ratios, "rounds": rounds}
             print(
                 f"batch {batch:2}: transformers / jaxlm: prefill {ratios['prefill']:.2f} "
                 f"(target {TARGETS['prefill']}), decoding {ratios['decode']:.2f} (target {TARGETS['decode']}); jaxlm "
@@ -286,13 +287,19 @@ def main() -> None:
     """Measures, prints, writes results/decoding.json; parts that are not measured keep what is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=list(PARTS), default=[], help="default: all")
+    parser.add_argument("--batches", nargs="*", type=int, default=BATCHES, help="of speed")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of speed: processes of each side")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS / "decoding.json")
     args = parser.parse_args()
     from jaxlm.training import machine
 
-    result = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.parts or PARTS:
-        result[name] = PARTS[name]() | {"machine": machine.facts()}
+        options = {"batches": args.batches, "rounds": args.rounds} if name == "speed" else {}
+        found = PARTS[name](**options) | {"machine": machine.facts()}
+        result = json.loads(args.out.read_text()) if args.out.exists() else {}
+        if name == "speed":  # rows that were not measured now stay
+            found["rows"] = result.get(name, {}).get("rows", {}) | found["rows"]
+        result[name] = found
         args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,5 +1,6 @@
 """Everything measured about the way to Hugging Face models and back, one word a table.
 
+    python -m benchmarks.interchange convert     # memory and speed of converting a model of 1B parameters
     python -m benchmarks.interchange families    # logits, hidden states, gradients and texts beside transformers'
 
 Each word writes results/interchange_<word>.json; further arguments go to its module, benchmarks/interchange_<word>.py.
@@ -8,7 +9,7 @@ Each word writes results/interchange_<word>.json; further arguments go to its mo
 import runpy
 import sys
 
-TABLES = ("families",)
+TABLES = ("convert", "families")
 
 
 def main() -> None:

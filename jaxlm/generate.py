@@ -8,7 +8,8 @@ python -m jaxlm.generate --model=hf/llama --chat
 --model=PATH              a run's folder, one of its steps, or a Hugging Face folder
 --file=PATH               prompts, one a line; of a .jsonl file each line's "prompt". Without prompts: standard input
 --chat                    a conversation, in the model's chat template if it has one; ends with an empty line
---max_new_tokens=N, --temperature=X, --top_k=N, --top_p=X, --min_p=X, --typical_p=X
+--max_new_tokens=N        most tokens of an answer
+--temperature=X, --top_k=N, --top_p=X, --min_p=X, --typical_p=X
                           how tokens are drawn, see `SamplingConfig`; temperature 0 is greedy
 --stop=TEXT               an answer ends before it
 --samples=N, --seed=N     answers to each prompt (1), and the seed of their draws (0)
@@ -22,7 +23,7 @@ python -m jaxlm.generate --model=hf/llama --chat
 --gin_file, --gin.NAME    of `jaxlm.decoding.generation.GenerationConfig`; default: gin_configs/decoding/sampling.gin
 
 A line has prompt, sample, text, tokens, log_probabilities (of each token under the model itself; null of beams, which
-have a score) and finish: stop, length or complete.
+have a score) and finish: stop, length or complete; with drafts acceptance_length, the tokens that a pass yields.
 """
 
 import json
@@ -35,9 +36,23 @@ from typing import Any, TextIO
 from jaxlm.configuration import take_flags
 from jaxlm.exit_status import ExitStatus
 
-_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p")
-_OTHERS = ("model", "file", "stop", "samples", "seed", "cache", "context", "mesh", "draft", "step", "compute")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_OTHERS = (
+    "max_new_tokens",
+    "model",
+    "file",
+    "stop",
+    "samples",
+    "seed",
+    "cache",
+    "context",
+    "mesh",
+    "draft",
+    "step",
+    "compute",
+)
 _SWITCHES = ("chat", "specials", "averaged")
+_MESH_AXES = ("data", "fsdp", "tensor", "expert")
 _TOGETHER = 16
 """Prompts for each slot that are answered before their lines are written."""
 
@@ -89,7 +104,7 @@ def _problem(flags: dict[str, str], prompts: list[str]) -> str | None:
         return "--chat takes what is said from the terminal; leave out the prompts."
     if prompts and "file" in flags:
         return "prompts come from the command line or from --file; give one of the two."
-    for name, least in (("samples", 1), ("seed", 0), ("context", 1), ("step", 0)):
+    for name, least in (("max_new_tokens", 1), ("samples", 1), ("seed", 0), ("context", 1), ("step", 0)):
         if name in flags and not (flags[name].isdecimal() and int(flags[name]) >= least):
             return f"--{name}={flags[name]} is no number from {least} on."
     if "cache" in flags and flags["cache"] not in ("compute", "int8"):
@@ -102,6 +117,9 @@ def _generate(config: Any, flags: dict[str, str], prompts: list[str]) -> None:
 
     from jaxlm.decoding.chat import Chat, ChatTemplate
 
+    if "max_new_tokens" in flags:  # of whichever method
+        method = dataclasses.replace(config.method, max_new_tokens=int(flags["max_new_tokens"]))
+        config = dataclasses.replace(config, method=method)
     if "stop" in flags:
         config = dataclasses.replace(config, stop=(*config.stop, flags["stop"]))
     generator, folder = _open(config, flags)
@@ -157,13 +175,13 @@ def _open(config: Any, flags: dict[str, str]) -> tuple[Any, pathlib.Path]:
 
 def _mesh(text: str) -> Any:
     """The `MeshConfig` of "tensor:4,fsdp:2"."""
-    from jaxlm.parallel.mesh import MESH_AXES, MeshConfig
+    from jaxlm.parallel.mesh import MeshConfig
 
     degrees = {}
     for part in text.split(","):
         axis, _, degree = part.partition(":")
-        if axis not in MESH_AXES or not degree.isdecimal():
-            raise ValueError(f"--mesh={text} is no mesh; write axes of {', '.join(MESH_AXES)} as tensor:4,fsdp:2.")
+        if axis not in _MESH_AXES or not degree.isdecimal():
+            raise ValueError(f"--mesh={text} cannot decode; write axes of {', '.join(_MESH_AXES)} as tensor:4,fsdp:2.")
         degrees[axis] = int(degree)
     return MeshConfig(**degrees)
 
@@ -202,6 +220,7 @@ def _line(prompt: str, sample: int, answer: Any) -> dict[str, Any]:
         "tokens": answer.tokens.tolist(),
         "log_probabilities": None if scores is None else [round(float(x), 6) for x in scores],
         **({} if answer.score is None else {"score": float(answer.score)}),
+        **({} if answer.acceptance_length is None else {"acceptance_length": round(answer.acceptance_length, 3)}),
         "finish": answer.finish.value,
     }
 

@@ -1,128 +1,123 @@
-"""Writes a run's model as a Hugging Face folder, which `transformers` loads with `from_pretrained`. No torch is needed.
+"""Converts trained models: a run into a Hugging Face folder, which `transformers` loads, and back. No torch is needed.
 
-python -m tools.convert_checkpoint runs/mine exported                   # the newest intact checkpoint
+python -m tools.convert_checkpoint runs/mine exported                   # the newest intact checkpoint, with tokenizer
 python -m tools.convert_checkpoint runs/mine exported --step=2000 --averaged --dtype=bfloat16
-python -m tools.convert_checkpoint runs/mine exported --dry-run         # which tensor holds which parameter
+python -m tools.convert_checkpoint runs/mine exported --verify          # and compares logits with transformers'
+python -m tools.convert_checkpoint runs/mine --dry-run                  # which tensor holds which parameter
+python -m tools.convert_checkpoint some-llama runs/llama --to jaxlm     # a folder like a run's
 
-The way back needs no conversion: `WarmStart.path` takes a Hugging Face folder (docs/interchange.md).
+The way back is seldom needed: warm starts, generation and evaluation take Hugging Face folders as they are
+(docs/interchange.md).
 """
 
 import argparse
 import pathlib
 import sys
-import tempfile
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxlm.checkpoints import stored
+from jaxlm.checkpoints import conversion, pretrained
 from jaxlm.checkpoints.huggingface import families, folder
-from jaxlm.checkpoints.huggingface.tensors import Shape, resolve
+from jaxlm.checkpoints.huggingface.tensors import resolve
 from jaxlm.checkpoints.manifest import CheckpointError
-from jaxlm.configuration import resolve as resolve_configuration
-from jaxlm.models.config import LanguageModelConfig, ModelConfig
-from jaxlm.run import RunConfig
+from jaxlm.checkpoints.sources import Source, open_source
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """The command line; returns the exit status: 1 if something is wrong, or --verify finds a difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="a run's folder")
-    parser.add_argument("out", help="the folder to write; it must not exist")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest intact one)")
+    parser.add_argument("source", help="a run's folder, one of its steps, or a Hugging Face folder")
+    parser.add_argument("out", nargs="?", help="the folder to write; it must not exist")
+    parser.add_argument("--to", choices=("hf", "jaxlm"), default="hf", help="what to write (default: hf)")
+    parser.add_argument("--step", type=int, help="of a run's checkpoint (default: the newest intact one)")
     parser.add_argument("--averaged", action="store_true", help="the parameters' moving average")
     parser.add_argument("--family", help="a model_type of transformers (default: the first that can express the model)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of the tensors")
     parser.add_argument("--shard_gb", type=float, default=5.0, help="largest size of a file")
+    parser.add_argument("--verify", action="store_true", help="load both sides and compare logits; needs transformers")
+    parser.add_argument("--verify_text", help="a file with text to compare on (default: this tool's description)")
     parser.add_argument("--dry-run", action="store_true", help="print the table of names and write nothing")
+    parser.add_argument(
+        "--allow_pickle",
+        action="store_true",
+        help="read pickled tensors (.bin), weights only; needs torch, and a folder that is trusted",
+    )
     args = parser.parse_args(arguments)
     try:
-        checkpoint = open_run(pathlib.Path(args.run), args.step)
-        model = model_of(checkpoint)
-        weights = "ema_params" if args.averaged else "params"
-        shapes = shapes_of(checkpoint, weights)
-        if args.dry_run:
-            print(table(model, shapes, args.family))
-            return 0
-        family = folder.export(
-            args.out,
-            model,
-            shapes,
-            reader(checkpoint, weights),
+        return convert(args)
+    except (ValueError, CheckpointError, OSError) as error:
+        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        return 1
+
+
+def convert(args: argparse.Namespace) -> int:
+    """What the command line says; returns the exit status."""
+    if args.dry_run:
+        return dry_run(args)
+    if args.out is None:
+        raise ValueError("There is no folder to write to; give one after the source, or --dry-run.")
+    source, out = opened(args), pathlib.Path(args.out)
+    weights = "ema_params" if args.averaged else "params"
+    about = pretrained.describe(source)
+    if about.vocabulary is None:
+        print(f"No tokenizer is written: {about.no_vocabulary}", file=sys.stderr)
+    if args.to == "jaxlm":
+        conversion.to_jaxlm(source, out)
+        print(f"{args.source} is in {out}, as a checkpoint of step 0.")
+    else:
+        family = conversion.to_hugging_face(
+            source,
+            out,
+            weights=weights,
             family=args.family,
             dtype=jnp.dtype(args.dtype),
             shard_bytes=int(args.shard_gb * 2**30),
         )
-    except (ValueError, CheckpointError, OSError) as error:
-        print(f"convert_checkpoint: {error}", file=sys.stderr)
-        return 1
-    print(f"Step {checkpoint.step:,} of {args.run} is in {args.out}, as a {family.architecture}.")
-    return 0
+        print(f"{source.folder} is in {out}, as a {family.architecture}.")
+    return verify(args, out) if args.verify else 0
 
 
-def open_run(run: pathlib.Path, step: int | None) -> stored.StoredCheckpoint:
-    """A verified checkpoint of a run.
-
-    Raises:
-      CheckpointError: there is none.
-    """
-    if step is not None:
-        return stored.open_checkpoint(run / "checkpoints", step)
-    found = stored.open_latest(run / "checkpoints", report=lambda line: print(line, file=sys.stderr))
-    if found is None:
-        raise CheckpointError(f"{run} has no checkpoint; give a run's folder.")
-    return found
+def opened(args: argparse.Namespace) -> Source:
+    """The source that the command line names."""
+    report = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    return open_source(args.source, args.step, report=report, allow_pickle=args.allow_pickle)
 
 
-def model_of(checkpoint: stored.StoredCheckpoint) -> LanguageModelConfig:
-    """The model by the configuration saved with its parameters.
+def verify(args: argparse.Namespace, out: pathlib.Path) -> int:
+    """Loads both sides and prints how their logits differ."""
+    from jaxlm.checkpoints.huggingface.verify import compare
 
-    Raises:
-      ValueError: it is no `LanguageModelConfig`.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        gin = pathlib.Path(scratch) / "config.gin"
-        gin.write_text(checkpoint.config)
-        model: ModelConfig = resolve_configuration(RunConfig, [f"--gin_file={gin}"]).model
-    if not isinstance(model, LanguageModelConfig):
-        raise ValueError(f"A {type(model).__name__} has no Hugging Face class here; export one of its parts by itself.")
-    return model
-
-
-def shapes_of(checkpoint: stored.StoredCheckpoint, weights: str) -> dict[str, Shape]:
-    """{path: shape} of the parameters, layers one by one.
-
-    Raises:
-      CheckpointError: it has no such weights.
-    """
-    shapes = {"/".join(path[1:]): leaf.shape for path, leaf in checkpoint.leaves.items() if path[0] == weights}
-    if not shapes:
-        raise CheckpointError(f"{checkpoint.folder} holds no {weights}; leave out --averaged.")
-    return shapes
+    text = __doc__ if args.verify_text is None else pathlib.Path(args.verify_text).read_text()
+    ours, theirs = (args.source, out) if args.to == "hf" else (out, pathlib.Path(args.source))
+    if not (theirs / folder.CONFIG).exists():
+        raise ValueError(f"{theirs} is no Hugging Face folder: there is nothing to compare with; leave out --verify.")
+    step, averaged = (args.step, args.averaged) if args.to == "hf" else (None, False)
+    model = pretrained.load(ours, step=step, averaged=averaged, compute="float32")
+    found = compare(model, theirs, text, jnp.dtype(args.dtype) if args.to == "hf" else None)
+    print("\n".join(map(str, found)))
+    return 0 if all(difference.small for difference in found) else 1
 
 
-def reader(checkpoint: stored.StoredCheckpoint, weights: str) -> Callable[[str], np.ndarray]:
-    """path -> the parameter, read when it is asked for."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-
-    def value(path: str) -> np.ndarray:
-        name = (weights, *path.split("/"))
-        leaf = checkpoint.leaves[name]
-        return np.asarray(checkpoint.read({name: stored.Request((name,), None, leaf.shape, leaf.dtype, here)})[name])
-
-    return value
-
-
-def table(model: LanguageModelConfig, shapes: dict[str, Shape], family: str | None) -> str:
-    """One line a tensor: name, shape, the parameters in it."""
-    adapter = families.by_model(model, family)
-    lines = [f"{adapter.architecture}:"]
-    for entry in resolve(adapter.table(model), shapes):
+def dry_run(args: argparse.Namespace) -> int:
+    """Prints one line a tensor, and what is missing on either side."""
+    path = pathlib.Path(args.source)
+    if (path / folder.CONFIG).exists():
+        found = folder.names_in(path, allow_pickle=args.allow_pickle)
+        adapter, shapes = found.family, found.shapes
+        table = resolve(found.table, shapes)
+        missing = [f"{path} {fault}" for fault in folder.mismatches(table, shapes, found.tensors.shapes)]
+    else:
+        source = opened(args)
+        config = pretrained.describe(source).config
+        shapes = conversion.parameters_of(source, "ema_params" if args.averaged else "params").shapes
+        adapter = families.by_model(config, args.family)
+        table, missing = resolve(adapter.table(config), shapes), []
+    print(f"{adapter.architecture}:")
+    for entry in table:
         row = "" if entry.row is None else f"[{entry.row}]"
-        lines.append(f"  {entry.name} {list(entry.shape(shapes))} <- {', '.join(p + row for p in entry.paths)}")
-    return "\n".join(lines)
+        print(f"  {entry.name} {list(entry.shape(shapes))} <-> {', '.join(path + row for path in entry.paths)}")
+    print("\n".join(missing) or f"Nothing is missing on either side: {len(table)} tensors, {len(shapes)} parameters.")
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Layers are unrolled, which decoding wants, and parameters have the type the mode
 import dataclasses
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,50 +19,78 @@ from flax import nnx
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.huggingface.files import read_json
-from jaxlm.checkpoints.huggingface.folder import HuggingFaceFolder
+from jaxlm.checkpoints.huggingface.folder import GENERATION_CONFIG, HuggingFaceFolder
 from jaxlm.checkpoints.huggingface.tokenizer import read_tokenizer
 from jaxlm.checkpoints.manifest import CheckpointError, Verify
 from jaxlm.checkpoints.sources import Source, open_source
 from jaxlm.checkpoints.t5.layout import T5Checkpoint
-from jaxlm.configuration import resolve as resolve_configuration
+from jaxlm.configuration import resolve_text
 from jaxlm.data import tasks
 from jaxlm.data.vocabularies import Vocabulary
 from jaxlm.layers.positions import LearnedPositions
 from jaxlm.layers.stack import Layers
 from jaxlm.models import build_model
-from jaxlm.models.config import ComputeType, LanguageModelConfig, ModelConfig
+from jaxlm.models.config import ComputeType, LanguageModelConfig
 from jaxlm.models.language_model import LanguageModel
 from jaxlm.parallel.parallelism import Parallelism
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pretrained:
-    """A trained model.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Description:
+    """What is known of a trained model without reading its parameters.
 
     Attributes:
-      model: the module, its parameters read.
-      config: what it was built from: the trained model's configuration with unrolled layers, in the architecture of
-        its last steps.
+      config: the model, in the architecture of its last steps.
       vocabulary: text to ids and back; None where there is none to be had, see `no_vocabulary`.
       no_vocabulary: one sentence why `vocabulary` is None, else None.
       start_id: the id that a decoder's input begins with, before the first token of a prompt or answer: pad_id for
         runs, whose inputs are targets shifted by one; of a Hugging Face folder, what its tokenizer puts before every
         text (a decoder) or its decoder_start_token_id (an encoder-decoder). None: inputs begin with the text, as in
         GPT-2; or the model is an encoder.
-      eos_ids: ids that end a text; () where none is known.
+      input_end_id: the id that ends a prompt, or the text that an encoder reads; None: nothing ends it.
+      eos_ids: ids that end what a decoder writes; () where none is known.
       context_length: tokens of the longest row that it was trained on, or says it was; None where nothing says. Learned
         positions go no further; others may.
-      source: the folder it was read from, for people.
     """
 
-    model: LanguageModel
     config: LanguageModelConfig
     vocabulary: Vocabulary | None
     no_vocabulary: str | None
     start_id: int | None
+    input_end_id: int | None
     eos_ids: tuple[int, ...]
     context_length: int | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Pretrained(Description):
+    """A trained model. Its `config` has unrolled layers.
+
+    Attributes:
+      model: the module, its parameters read.
+      source: the folder it was read from, for people.
+    """
+
+    model: LanguageModel
     source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportedModel:
+    """The configuration in a checkpoint that was converted, not trained. The tokenizer lies in the run's folder.
+
+    Attributes:
+      model: what it is.
+      origin: what it was converted from, for people.
+      start_id, input_end_id, eos_ids, context_length: see `Description`.
+    """
+
+    model: LanguageModelConfig
+    origin: str
+    start_id: int | None = None
+    input_end_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    context_length: int | None = None
 
 
 def load(
@@ -90,56 +117,29 @@ def load(
       FileNotFoundError: a file of a Hugging Face folder is missing.
     """
     source = open_source(path, step, Verify.DIGESTS, report=lambda line: print(line, file=sys.stderr))
-    if isinstance(source, HuggingFaceFolder):
-        if not isinstance(source.config, LanguageModelConfig):
-            raise ValueError(
-                f"{path} holds a {source.family.architecture}, which has no logits over a vocabulary; start a run from "
-                f"it (WarmStart.path)."
-            )
-        config, about = source.config, _about_folder(source)
-    elif isinstance(source, T5Checkpoint):
-        config, about = source.config, _about_t5(source)
-    else:
-        run = read_run(source)
-        config, about = language_model_of(run, source), _about_run(run, source)
+    about = describe(source)
+    config = unrolled(about.config)
     if compute is not None:
         config = dataclasses.replace(config, compute=ComputeType(compute))
-    config = unrolled(config)
     model = read_model(source, config, "ema_params" if averaged else "params", parallel)
-    return Pretrained(model=model, config=config, source=str(source.folder), **about)
+    said = {field.name: getattr(about, field.name) for field in dataclasses.fields(about)}
+    return Pretrained(**said | {"config": config}, model=model, source=str(source.folder))
 
 
-def read_run(checkpoint: stored.StoredCheckpoint) -> Any:
-    """The `jaxlm.run.RunConfig` that was saved with a checkpoint.
-
-    Raises:
-      ConfigError: this version cannot read it, or a module that it names is not there.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        gin = pathlib.Path(scratch) / "config.gin"
-        gin.write_text(checkpoint.config)
-        # Named, not imported: runs are built above checkpoints.
-        return resolve_configuration("@jaxlm.run.RunConfig()", [f"--gin_file={gin}"])
-
-
-def model_config_of(run: Any, step: int) -> ModelConfig:
-    """The model of a `RunConfig` as it was trained in the steps before `step`."""
-    return run.model_of(_phase(run, step))
-
-
-def language_model_of(run: Any, checkpoint: stored.StoredCheckpoint) -> LanguageModelConfig:
-    """The model of a run's checkpoint.
+def describe(source: Source) -> Description:
+    """What is known of a trained model.
 
     Raises:
-      ValueError: it is a replaced-token detector.
+      ValueError: a run's configuration cannot be read, or it trained a replaced-token detector.
     """
-    config = model_config_of(run, checkpoint.step)
-    if not isinstance(config, LanguageModelConfig):
-        raise ValueError(
-            f"{checkpoint.folder} holds a {type(config).__name__}, not a language model; start a run from its "
-            f"discriminator (a Rename among WarmStart.rules), or export one of its parts."
-        )
-    return config
+    if isinstance(source, HuggingFaceFolder):
+        return _describe_folder(source)
+    if isinstance(source, T5Checkpoint):
+        return _describe_t5(source)
+    run = resolve_text(source.config)
+    if isinstance(run, ImportedModel):
+        return _describe_imported(run, source)
+    return _describe_run(run, source)
 
 
 def unrolled(config: LanguageModelConfig) -> LanguageModelConfig:
@@ -209,29 +209,38 @@ def _check(source: Source, wanted: Mapping[naming.Path, tuple[int, ...]], weight
             )
 
 
-def _phase(run: Any, step: int) -> Any:
-    """The phase of a run that its step `step` ended or continued."""
-    return next((phase for phase in run.phases if phase.start < step <= phase.end), run.phases[0])
-
-
-def _about_run(run: Any, checkpoint: stored.StoredCheckpoint) -> dict[str, Any]:
-    """What `Pretrained` says of a run's model beside it."""
-    phase = _phase(run, checkpoint.step)
+def _describe_run(run: Any, checkpoint: stored.StoredCheckpoint) -> Description:
+    """Of a `jaxlm.run.RunConfig`, in the phase that the checkpoint's step ended or continued."""
+    phase = next((phase for phase in run.phases if phase.start < checkpoint.step <= phase.end), run.phases[0])
     model, data = run.model_of(phase), run.data_of(phase)
+    if not isinstance(model, LanguageModelConfig):
+        raise ValueError(
+            f"{checkpoint.folder} holds a {type(model).__name__}, not a language model; start a run from its "
+            f"discriminator (a Rename among WarmStart.rules)."
+        )
     vocabulary, problem = _tried(lambda: _vocabulary_of(data.mixture))
     info = None if vocabulary is None else vocabulary.info()
     lengths = tuple(dict(data.feature_lengths).values())
-    trained = {Architecture.ENCODER_DECODER: None, Architecture.ENCODER: max(lengths)}.get(
-        model.architecture, sum(lengths)
-    )
+    trained = {Architecture.ENCODER_DECODER: None, Architecture.ENCODER: max(lengths)}
     starts = info is not None and model.architecture is not Architecture.ENCODER
-    return {
-        "vocabulary": vocabulary,
-        "no_vocabulary": problem,
-        "start_id": info.pad_id if starts else None,
-        "eos_ids": () if info is None else (info.eos_id,),
-        "context_length": _learned(model) or trained,
-    }
+    return Description(
+        config=model,
+        vocabulary=vocabulary,
+        no_vocabulary=problem,
+        start_id=info.pad_id if starts else None,
+        input_end_id=info.eos_id if starts and phase.stage.objective.ends_inputs else None,
+        eos_ids=() if info is None else (info.eos_id,),
+        context_length=_learned(model) or trained.get(model.architecture, sum(lengths)),
+    )
+
+
+def _describe_imported(imported: ImportedModel, checkpoint: stored.StoredCheckpoint) -> Description:
+    folder = pathlib.Path(checkpoint.folder).parent.parent
+    tokenizer, problem = _tried(lambda: read_tokenizer(folder))
+    said = {field.name: getattr(imported, field.name) for field in dataclasses.fields(imported)}
+    del said["origin"]
+    vocabulary = None if tokenizer is None else tokenizer.vocabulary
+    return Description(**said | {"config": said.pop("model")}, vocabulary=vocabulary, no_vocabulary=problem)
 
 
 def _vocabulary_of(mixture: Any) -> Vocabulary:
@@ -243,42 +252,49 @@ def _vocabulary_of(mixture: Any) -> Vocabulary:
     return vocabulary
 
 
-def _about_folder(folder: HuggingFaceFolder) -> dict[str, Any]:
-    """What `Pretrained` says of a Hugging Face folder beside the model."""
-    generation = read_json(folder.folder / "generation_config.json")
+def _describe_folder(folder: HuggingFaceFolder) -> Description:
+    if not isinstance(folder.config, LanguageModelConfig):
+        raise ValueError(
+            f"{folder.folder} holds a {folder.family.architecture}, which has no logits over a vocabulary; start a run "
+            f"from it (WarmStart.path)."
+        )
+    generation = read_json(folder.folder / GENERATION_CONFIG)
     fields = {**folder.fields, **{name: value for name, value in generation.items() if value is not None}}
     tokenizer, problem = _tried(lambda: read_tokenizer(folder.folder))
-    info = None if tokenizer is None else tokenizer.vocabulary.info()
-    architecture, start = folder.config.architecture, None
+    architecture, start, end, said = folder.config.architecture, None, None, None
     if architecture is Architecture.ENCODER_DECODER:
         start = fields.get("decoder_start_token_id", fields.get("pad_token_id", 0))
-    elif architecture is not Architecture.ENCODER and tokenizer is not None:
-        start = tokenizer.start_id
+        end = None if tokenizer is None else tokenizer.end_id
+    elif tokenizer is not None and architecture is not Architecture.ENCODER:
+        start, end = tokenizer.start_id, tokenizer.end_id
+    if architecture is not Architecture.ENCODER_DECODER:  # T5's n_positions is of no consequence
+        lengths = (folder.fields.get(name) for name in ("max_position_embeddings", "n_positions"))
+        said = next(filter(None, lengths), None)
     ends = fields.get("eos_token_id")
-    if ends is None and info is not None:
-        ends = info.eos_id
-    lengths = ("max_position_embeddings", "n_positions")
-    said = next((folder.fields[name] for name in lengths if folder.fields.get(name)), None)
-    if architecture is Architecture.ENCODER_DECODER:
-        said = None  # T5's n_positions is of no consequence
-    return {
-        "vocabulary": None if tokenizer is None else tokenizer.vocabulary,
-        "no_vocabulary": problem,
-        "start_id": start,
-        "eos_ids": tuple(ends) if isinstance(ends, list) else (() if ends is None else (ends,)),
-        "context_length": _learned(folder.config) or said,
-    }
+    if ends is None and tokenizer is not None:
+        ends = tokenizer.vocabulary.info().eos_id
+    return Description(
+        config=folder.config,
+        vocabulary=None if tokenizer is None else tokenizer.vocabulary,
+        no_vocabulary=problem,
+        start_id=start,
+        input_end_id=end,
+        eos_ids=tuple(ends) if isinstance(ends, list) else (() if ends is None else (ends,)),
+        context_length=_learned(folder.config) or said,
+    )
 
 
-def _about_t5(checkpoint: T5Checkpoint) -> dict[str, Any]:
-    """What `Pretrained` says of a model of T5's own trainers: their conventions, since the checkpoint says nothing."""
-    return {
-        "vocabulary": None,
-        "no_vocabulary": f"{checkpoint.folder} is a checkpoint of T5's trainers, which hold no vocabulary.",
-        "start_id": 0,
-        "eos_ids": (1,),
-        "context_length": None,
-    }
+def _describe_t5(checkpoint: T5Checkpoint) -> Description:
+    """Of a model of T5's own trainers: their conventions, since the checkpoint says nothing."""
+    return Description(
+        config=checkpoint.config,
+        vocabulary=None,
+        no_vocabulary=f"{checkpoint.folder} is a checkpoint of T5's trainers, which hold no vocabulary.",
+        start_id=0,
+        input_end_id=1,
+        eos_ids=(1,),
+        context_length=None,
+    )
 
 
 def _learned(config: LanguageModelConfig) -> int | None:

@@ -3,12 +3,15 @@
 import dataclasses
 import enum
 import functools
+import pathlib
 import re
+import tempfile
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxlm.configuration import typed
+from jaxlm.configuration.command_line import resolve
 from jaxlm.configuration.errors import ConfigError
 from jaxlm.configuration.gin_files import qualified_name
 
@@ -28,6 +31,21 @@ def resolved_text(config: Any) -> str:
       ConfigError: it holds an object that is neither a literal nor a dataclass, enum, class or function.
     """
     return _Writer().write(config)
+
+
+def resolve_text(text: str) -> Any:
+    """What `resolved_text` wrote: the configuration that a text is of, whatever its class. Imports what it names.
+
+    Raises:
+      ConfigError: the text is none, or this version cannot read it.
+    """
+    root = re.search(r"^([\w.]+):$", text, re.MULTILINE)  # the first block, which alone has no scope
+    if root is None:
+        raise ConfigError("The text of a configuration has no block that says what it configures; it is not whole.")
+    with tempfile.TemporaryDirectory() as scratch:
+        gin = pathlib.Path(scratch) / "config.gin"
+        gin.write_text(text)
+        return resolve(f"@{root[1]}()", [f"--gin_file={gin}"])
 
 
 class _Writer:

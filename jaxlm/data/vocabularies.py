@@ -23,11 +23,15 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import override
+from typing import TYPE_CHECKING, override
 
 import numpy as np
 
+from jaxlm.data.protocol_buffers import field, fields
 from jaxlm.objectives.base import VocabularyInfo
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Names looked for in a tokenizer that has them already; `named_tokens` adds those (or others) that it lacks.
 KNOWN_NAMES = (
@@ -228,50 +232,11 @@ class ByteVocabulary(Vocabulary):
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def _field(number: int, body: bytes) -> bytes:
-    size, head = len(body), bytes([number << 3 | 2])
-    while size > 127:
-        head += bytes([size & 127 | 128])
-        size >>= 7
-    return head + bytes([size]) + body
-
-
-def _fields(data: bytes) -> Iterable[tuple[int, bytes | int]]:
-    """(field number, body) of a protocol buffer message, in order."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield number, value
-            continue
-        if wire == 2:
-            size, at = _varint(data, at)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
-        else:
-            raise ValueError("not a protocol buffer")
-        if at + size > len(data):
-            raise ValueError("not a whole protocol buffer")
-        yield number, data[at : at + size]
-        at += size
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Model:
     """A SentencePiece model with our special pieces: one processor that knows them as text, one that does not."""
 
+    file: bytes
     digest: str
     pieces: tuple[tuple[str, int], ...]
     special_ids: Mapping[str, int]
@@ -293,13 +258,13 @@ def _load_sentencepiece(path: str, named_tokens: tuple[str, ...], extra_ids: int
     wanted = [*named_tokens, *_sentinel_names(extra_ids)]
     pieces, piece_bodies, rest = [], [], b""
     try:
-        for number, body in _fields(data):
+        for number, body in fields(data):
             if number == 1:
-                fields = dict(_fields(body))
-                pieces.append((fields[1].decode(), fields.get(3, _NORMAL)))
+                piece = dict(fields(body))
+                pieces.append((piece[1].decode(), piece.get(3, _NORMAL)))
                 piece_bodies.append(body)
             else:
-                rest += _field(number, body)
+                rest += field(number, body)
         if not pieces:
             raise ValueError("no pieces")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
@@ -315,15 +280,16 @@ def _load_sentencepiece(path: str, named_tokens: tuple[str, ...], extra_ids: int
         if name not in special_ids:
             special_ids[name] = len(pieces)
             pieces.append((name, _USER_DEFINED))
-            piece_bodies.append(_field(1, name.encode()))
+            piece_bodies.append(field(1, name.encode()))
 
     def processor(kind: int):
         special = set(special_ids.values())
         bodies = (body + bytes([3 << 3, kind]) if i in special else body for i, body in enumerate(piece_bodies))
-        model = b"".join(_field(1, body) for body in bodies) + rest
+        model = b"".join(field(1, body) for body in bodies) + rest
         return sentencepiece.SentencePieceProcessor(model_proto=model)
 
     return _Model(
+        file=data,
         digest=_digest(data),
         pieces=tuple(pieces),
         special_ids=special_ids,
@@ -412,6 +378,14 @@ class SentencePieceVocabulary(Vocabulary):
 
         return tuple(data(i, piece, kind) for i, (piece, kind) in enumerate(self._model.pieces))
 
+    def model_file(self) -> bytes:
+        """The contents of the .model file."""
+        return self._model.file
+
+    def model_proto(self) -> bytes:
+        """The same with all special pieces in it, as user-defined ones."""
+        return self._model.with_specials.serialized_model_proto()
+
     @override
     def fingerprint(self) -> str:
         return _digest("sentencepiece", self._model.digest, self.extra_ids, self.named_tokens)
@@ -452,11 +426,11 @@ def _load_tokenizer(path: str, named_tokens: tuple[str, ...], extra_ids: int):
     return text, with_specials, json.loads(data), {name: text.token_to_id(name) for name in names}
 
 
-def _bytes_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes: {character: byte} (Radford et al. 2019, byte-level BPE)."""
+def byte_stand_ins() -> dict[int, str]:
+    """GPT-2's printable stand-ins for bytes: {byte: character} (Radford et al. 2019, byte-level BPE)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -528,6 +502,12 @@ class TokenizersVocabulary(Vocabulary):
         known = ([int(i)] if i < info.size else unk for i in ids if i not in hidden)
         return self._loaded[0].decode([i for part in known for i in part], skip_special_tokens=False)
 
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """A tokenizer of its own that parses special tokens."""
+        import tokenizers
+
+        return tokenizers.Tokenizer.from_str(self._loaded[1].to_str())
+
     @_once
     def _roles(self) -> dict[str, int | None]:
         tokenizer = self._loaded[0]
@@ -581,7 +561,7 @@ class TokenizersVocabulary(Vocabulary):
         """As the base class; exact for byte-level BPE. WordPiece has no spaces, so none are there."""
         special = set(self.info().special_ids.tolist()) | {i for i in self._roles().values() if i is not None}
         added = self._loaded[0].get_added_tokens_decoder()
-        decoders, stand_ins = self._decoders, _bytes_of_character()
+        decoders, stand_ins = self._decoders, frozenset(byte_stand_ins().values())
 
         def data(i: int, piece: str | None) -> bytes | None:
             if piece is None or i in special or (i in added and added[i].special):

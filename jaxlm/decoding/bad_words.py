@@ -11,6 +11,7 @@ import numpy as np
 from jaxlm.decoding.processor_config import Function, ProcessorConfig, check_ids
 from jaxlm.decoding.processors import Texts
 from jaxlm.decoding.sampling import NEVER
+from jaxlm.decoding.text_stream import spell
 
 _ANY = -2  # matches every token, and what `Texts.last` puts before the first
 
@@ -23,7 +24,7 @@ class BadWords(ProcessorConfig):
     allowed. `VocabularyFilter` and constraints speak of letters.
 
     Attributes:
-      words: texts; each is forbidden as it is written here, and with a space before it.
+      words: texts; each is forbidden as it is written here, anywhere in a text, and with a space before it.
       sequences: further sequences of ids.
     """
 
@@ -39,8 +40,14 @@ class BadWords(ProcessorConfig):
 
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
-        spelt = [vocabulary.encode(space + word) for word in self.words for space in ("", " ")]
-        sequences = list(dict.fromkeys(tuple(int(i) for i in ids) for ids in [*self.sequences, *spelt]))
+        spelt = [(space + word, spell(vocabulary, space + word)) for word in self.words for space in ("", " ")]
+        pieces = vocabulary.token_bytes()
+        for text, ids in spelt:
+            if b"".join(pieces[i] or b"" for i in ids) != text.encode():
+                raise ValueError(f"BadWords has {text!r}, which the vocabulary cannot write anyway; remove it.")
+        sequences = list(
+            dict.fromkeys(tuple(int(i) for i in ids) for ids in [*self.sequences, *(ids for _, ids in spelt)])
+        )
         for ids in sequences:
             check_ids("BadWords", ids, vocab_size)
         ends = [ids for ids in sequences if len(ids) == 1 and ids[0] in end_ids]

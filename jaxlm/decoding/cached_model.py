@@ -1,7 +1,7 @@
 """A model ready to continue texts: prompts into caches, a few tokens more, and the logits after them.
 
 What engine, beam search and speculative decoding are made of. Programs are compiled once for each shape, and shapes are
-powers of two; they are shared by all `CachedModel`s of one definition, so that changed parameters compile nothing.
+of few sizes; they are shared by all `CachedModel`s of one definition, so that changed parameters compile nothing.
 """
 
 import dataclasses
@@ -31,6 +31,12 @@ def bucket(count: int, most: int | None = None, least: int = LEAST) -> int:
     """The size, a power of two or `most`, that `count` things are given room for."""
     size = max(least, 1 << max(count - 1, 0).bit_length())
     return size if most is None else min(size, most)
+
+
+def _row_bucket(count: int) -> int:
+    """What `count` rows become: 1, 2, 3, 4, 6, 8, 12, ... rows. An empty one costs as much as a full one."""
+    size = bucket(count, least=1)
+    return 3 * size // 4 if size >= 4 and count <= 3 * size // 4 else size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +229,7 @@ class CachedModel:
 
 
 def pack(texts: Sequence[Sequence[int]], slots: int, longest: int | None) -> tuple[PackedTexts, dict[str, np.ndarray]]:
-    """Texts in as few rows as may be (Prepacking, arXiv 2404.09529), each row and their number a power of two.
+    """Texts in as few rows as may be (Prepacking, arXiv 2404.09529), their lengths and number of a few sizes.
 
     Args:
       texts: token ids, none empty.
@@ -238,7 +244,7 @@ def pack(texts: Sequence[Sequence[int]], slots: int, longest: int | None) -> tup
     bins = pack_window(sizes[:, None], (length,))
     where = np.zeros((3, slots), np.int32)
     features = {
-        name: np.zeros((bucket(len(bins), least=1), length), np.int32)
+        name: np.zeros((_row_bucket(len(bins)), length), np.int32)
         for name in ("input_tokens", "segment_ids", "positions")
     }
     for row, members in enumerate(bins):

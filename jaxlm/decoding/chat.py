@@ -1,6 +1,7 @@
 """A conversation with a model: in its tokenizer's chat template where it has one, else as one text that goes on."""
 
 import dataclasses
+import datetime
 import json
 import pathlib
 from collections.abc import Iterator
@@ -50,8 +51,12 @@ class ChatTemplate:
         Raises:
           ValueError: the template is no template, or refuses these messages.
         """
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        # What `transformers` gives templates besides.
         environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
             template = environment.from_string(self.source)
             return template.render(messages=messages, add_generation_prompt=True, **self.names)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, override
 import numpy as np
 
 from jaxlm.decoding.processors import Constraint
-from jaxlm.decoding.text_stream import pieces_of
+from jaxlm.decoding.text_stream import pieces_of, spell
 
 if TYPE_CHECKING:
     from jaxlm.data.vocabularies import Vocabulary
@@ -144,23 +144,11 @@ class _Tokens:
         self.tokens = [f"<|{i}|>".encode() if data is None else data for i, data in enumerate(found)]
         self.special_token_ids = [i for i, data in enumerate(found) if data is None]
         self.eos_token_id, self.bos_token_id = end_ids[0], None
-        self._encode = vocabulary.encode
-        self._ids = {data: i for i, data in enumerate(found) if data}
-        self._longest = max(map(len, self._ids))
+        self._vocabulary = vocabulary
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of a text that must come, wherever it comes: without the space that some put before a whole text."""
-        data, ids = text.encode(), self._encode(text).tolist()
-        if b"".join(self.tokens[i] for i in ids) == data:
-            return ids
-        ids, at = [], 0
-        while at < len(data):
-            piece = next((data[at:end] for end in range(at + self._longest, at, -1) if data[at:end] in self._ids), None)
-            if piece is None:
-                return ids  # the rest cannot be spelt, and llguidance goes on by the bytes
-            ids.append(self._ids[piece])
-            at += len(piece)
-        return ids
+        """The ids of a text that must come; where the rest cannot be spelt, llguidance goes on by the bytes."""
+        return spell(self._vocabulary, text)
 
 
 @functools.lru_cache(maxsize=4)

@@ -50,6 +50,33 @@ def _dropped_spaces(vocabulary: "Vocabulary", text: Sequence[bytes | None]) -> i
     return 1 if space is None or vocabulary.decode([space, space, word]).startswith(" ") else sys.maxsize
 
 
+def spell(vocabulary: "Vocabulary", text: str) -> list[int]:
+    """Ids whose bytes are those of a text that may stand anywhere; where none spell the rest, those before it.
+
+    `Vocabulary.encode` speaks of whole texts, before which some vocabularies put a space.
+    """
+    pieces, data = vocabulary.token_bytes(), text.encode()
+    ids = vocabulary.encode(text).tolist()
+    if b"".join(pieces[i] or b"" for i in ids) == data:
+        return ids
+    by_bytes, longest = _by_bytes(vocabulary)
+    ids, at = [], 0
+    while at < len(data):
+        piece = next((data[at:end] for end in range(at + longest, at, -1) if data[at:end] in by_bytes), None)
+        if piece is None:
+            break
+        ids.append(by_bytes[piece])
+        at += len(piece)
+    return ids
+
+
+@functools.lru_cache(maxsize=8)
+def _by_bytes(vocabulary: "Vocabulary") -> tuple[dict[bytes, int], int]:
+    """({bytes: id}, the most bytes of a piece)."""
+    ids = {data: i for i, data in enumerate(vocabulary.token_bytes()) if data}
+    return ids, max(map(len, ids))
+
+
 class TextStream:
     """The text of one slot.
 

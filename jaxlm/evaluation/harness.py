@@ -16,6 +16,7 @@ log-likelihoods as well, which we do not.
 """
 
 import json
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, override
@@ -31,6 +32,7 @@ except ImportError as error:
     ) from error
 
 from jaxlm.checkpoints import pretrained
+from jaxlm.decoding.chat import ChatTemplate
 from jaxlm.decoding.sampling import SamplingConfig
 from jaxlm.evaluation.scoring import Score, ScoringConfig
 from jaxlm.evaluation.text_model import TextFormat, TextModel
@@ -109,6 +111,28 @@ class HarnessModel(LM):
                 texts[index] = text
                 self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return texts
+
+    @override
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the model's chat template writes it.
+
+        Raises:
+          ValueError: the model has no chat template, or the conversation ends with what the model is to go on with.
+        """
+        if not add_generation_prompt:
+            raise ValueError("The model jaxlm does not go on with a message that is begun; leave out gen_prefix.")
+        return self._chat_template().text(chat_history)
+
+    @override
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's text, which the harness keeps with the results; None where it is not asked for."""
+        return self._chat_template().source if chat_template else None
+
+    def _chat_template(self) -> ChatTemplate:
+        template = ChatTemplate.of(pathlib.Path(self.pretrained.source))
+        if template is None:
+            raise ValueError(f"{self.pretrained.source} has no chat template; leave out --apply_chat_template.")
+        return template
 
     @property
     @override

@@ -179,9 +179,11 @@ class BlockConfig(BlockKind):
             raise ValueError(
                 "A parallel block has placement 'pre' and no cross-attention: its branches read norms of one input."
             )
-        if self.cross_attention is not None and self.cross_attention.position is not None:
+        cross = self.cross_attention
+        if cross is not None and (cross.position is not None or cross.window is not None):
             raise ValueError(
-                "BlockConfig.cross_attention.position must be None: positions of the two texts do not compare."
+                "BlockConfig.cross_attention.position and window must be None: positions of the two texts do not "
+                "compare."
             )
 
     @property

@@ -386,10 +386,6 @@ class Caches:
         """Whether `rewind` is possible."""
         return all(cache.rewindable for cache in _caches(self.blocks))
 
-    def empty(self, slots: int) -> "Caches":
-        """The same memory for `slots` slots that hold nothing; these may be shapes alone."""
-        return jax.tree.map(lambda x: jnp.zeros((slots, *x.shape[1:]), x.dtype), self)
-
     def insert(self, fresh: "Caches", slots: jax.Array) -> "Caches":
         """With the N slots of `fresh`, made by a prefill, in the places `slots` [N]; those beyond B are passed over."""
 

@@ -155,6 +155,8 @@ class Objective(abc.ABC):
     layout: ClassVar[Layout] = Layout.SEQUENCE
     # Whether `corrupt` accepts a row of several documents with "segments" that keep them apart.
     takes_segments: ClassVar[bool] = False
+    # Whether inputs end with EOS, so that a prompt must too.
+    ends_inputs: ClassVar[bool] = False
 
     @property
     def parts(self) -> tuple[str, ...]:

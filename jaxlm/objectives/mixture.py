@@ -92,6 +92,11 @@ class Mixture(Objective):
 
     @property
     @override
+    def ends_inputs(self) -> bool:
+        return all(member.ends_inputs for member in self.members)
+
+    @property
+    @override
     def parts(self) -> tuple[str, ...]:
         if self.names is not None:
             return self.names

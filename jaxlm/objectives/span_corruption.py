@@ -43,6 +43,7 @@ class SpanCorruption(Objective):
     """
 
     name: ClassVar[str] = "span_corruption"
+    ends_inputs: ClassVar[bool] = True
 
     noise_density: float = 0.15
     mean_span_length: float = 3.0

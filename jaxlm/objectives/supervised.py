@@ -40,6 +40,11 @@ class Supervised(Objective):
 
     eos: Eos = Eos.TARGETS
 
+    @property
+    @override
+    def ends_inputs(self) -> bool:
+        return self.eos is Eos.BOTH
+
     def pair_lengths(self, lengths: Mapping[str, int]) -> dict[str, int]:
         """The most tokens each text may have before `corrupt`, {"inputs": n, "targets": m}; loaders trim to it."""
         result = {

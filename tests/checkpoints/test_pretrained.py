@@ -1,9 +1,7 @@
 """A trained model is opened from a run's folder or a Hugging Face folder with all that is needed to use it."""
 
-import dataclasses
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,44 +14,18 @@ from jaxlm.checkpoints.huggingface.folder import export, parameter_shapes
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
 from jaxlm.checkpoints.pretrained import load
-from jaxlm.configuration import ConfigError, resolve, resolved_text
+from jaxlm.configuration import ConfigError, resolved_text
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.layers.positions import LearnedPositions
 from jaxlm.layers.stack import Layers
-from jaxlm.models import build_model
-from jaxlm.run import RunConfig
 from tests.checkpoints.huggingface.family_cases import CASES
 from tests.checkpoints.huggingface.test_folder import config_of, written
+from tests.checkpoints.saved_runs import save_run
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
     return Workshop(tmp_path_factory.mktemp("runs"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """A run's folder as training leaves it, without the training."""
-
-    folder: object
-    run: RunConfig
-    model: object
-    average: dict
-
-
-def save_run(workshop, name, *bindings, steps=(7,), text="", **options) -> Saved:
-    """Checkpoints of a model that was only initialised, and its average, which is twice as large."""
-    gin = workshop.gin(name, text, **options)
-    run = resolve(RunConfig, workshop.arguments(name, gin, *bindings))
-    model = build_model(run.model, key=jax.random.key(0))
-    params = nnx.to_pure_dict(nnx.state(model))
-    average = jax.tree.map(lambda x: 2 * x, params)
-    folder = workshop.folder / name
-    with CheckpointManager(folder / "checkpoints", CheckpointConfig(), model.layouts) as manager:
-        for step in steps:
-            state = {"params": params, "ema_params": average, "step": jnp.int32(step)}
-            manager.save(step, state, config=resolved_text(run))
-    return Saved(folder, run, model, average)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +159,11 @@ def test_bad_input_is_one_sentence(saved, workshop, tmp_path):
         params = nnx.to_pure_dict(nnx.state(saved.model))
         manager.save(1, {"params": params}, config=resolved_text(saved.run))
         manager.save(2, {"params": params["embedding"]}, config=resolved_text(saved.run))
-        manager.save(3, {"params": params}, config="from __gin__ import dynamic_registration\nimport jaxlm.gone\n")
+        manager.save(
+            3,
+            {"params": params},
+            config="from __gin__ import dynamic_registration\nimport jaxlm.gone\njaxlm.gone.Run:\n",
+        )
     with pytest.raises(CheckpointError, match="holds no ema_params: the run kept no average"):
         load(no_average, step=1, averaged=True)
     with pytest.raises(CheckpointError, match="lacks .*, by the configuration saved with it"):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxlm.configuration import ConfigError, diff_from_defaults, resolve, resolved_text
+from jaxlm.configuration import ConfigError, diff_from_defaults, resolve, resolve_text, resolved_text
 
 zoo = sys.modules["zoo"]
 
@@ -38,6 +38,7 @@ def test_text_makes_the_configuration_again(gin_file, name):
     again = resolve(type(config), [f"--gin_file={gin_file(text, header='')}"])
     assert repr(again) == repr(config)
     assert resolved_text(again) == text
+    assert repr(resolve_text(text)) == repr(config), "the text says of what class it is"
 
 
 def test_text_is_complete_and_readable():

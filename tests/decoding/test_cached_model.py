@@ -167,12 +167,14 @@ def test_packed_prefill_equals_padded_and_alone(config, build):
 def test_rows_hold_no_more_columns_than_padding_would():
     sizes = [8, 500, 60, 3, 300, 190, 12, 64]
     where, features = pack([[1] * size for size in sizes], 8, None)
-    assert features["input_tokens"].shape == (4, 512)  # of at most 1137 tokens; 8 rows padded
-    taken = np.zeros((4, 512), int)
+    assert features["input_tokens"].shape == (3, 512)  # 1,137 tokens; a row each would be 8 rows
+    taken = np.zeros((3, 512), int)
     for row, start, length in zip(where.rows, where.starts, where.lengths):
         taken[row, start : start + length] += 1
     assert taken.max() == 1 and taken.sum() == sum(sizes)
     assert np.array_equal(features["segment_ids"] > 0, taken > 0)
+    rows = [len(pack([[1] * 16] * count, count, 16)[1]["positions"]) for count in (1, 2, 3, 4, 5, 7, 9, 13, 17)]
+    assert rows == [1, 2, 3, 4, 6, 8, 12, 16, 24]
 
 
 def test_changed_parameters_compile_nothing(config, build):

@@ -282,6 +282,10 @@ def test_what_cannot_be_built_says_so():
 
 def test_bad_words_are_those_of_the_text_with_and_without_a_space():
     processor = build(BadWords(words=("ab",)), BYTES, BYTES.size)
+    python = PythonVocabulary()  # puts a space before every text, which a word has not
+    before, last = build(BadWords(words=("return",)), python, python.size).arguments
+    forbidden = [[i for i in (*row, end) if i >= 0] for row, end in zip(before.tolist(), last.tolist(), strict=True)]
+    assert [b"".join(python.token_bytes()[i] for i in ids) for ids in forbidden] == [b"return", b" return"]
     a, b, space = (int(BYTES.encode(c)[0]) for c in "ab ")
     texts = Texts(jnp.array([[space, a], [a, a], [a, b]]), jnp.full(3, 2), jnp.zeros(3, jnp.int32))
     never = np.asarray(applied([processor], jnp.zeros((3, BYTES.size)), texts) == NEVER)

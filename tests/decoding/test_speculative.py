@@ -20,6 +20,7 @@ from jaxlm.decoding.processors import Texts, prompts_as_texts, states_of
 from jaxlm.decoding.requests import Finish, Request
 from jaxlm.decoding.sampling import Sampling, SamplingConfig
 from jaxlm.decoding.speculative import STOP_IDS, SpeculativeConfig, State, begin, speculate, verify_once
+from jaxlm.layers import Mamba2Config, MambaBlockConfig, MambaConfig
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.block import BlockConfig
 from jaxlm.layers.cache import CacheConfig
@@ -84,7 +85,7 @@ def distribution(table, sampling, penalty):
     return found
 
 
-@pytest.mark.parametrize("kind", ["model", "stateful", "lookup"])
+@pytest.mark.parametrize("kind", [pytest.param("model", marks=pytest.mark.full), "stateful", "lookup"])
 def test_texts_have_the_distribution_of_the_model(kind):
     """Chi-squared over all texts of three tokens, of 10,000 texts: temperature, top-p and a processor included."""
     rng = np.random.default_rng(0)
@@ -142,11 +143,12 @@ def test_texts_have_the_distribution_of_the_model(kind):
 def test_lookups_find_what_followed_last():
     ids = [[7, 8, 9, 7, 8, 5, 7, 8, 0, 0], [1, 2, 3, 4, 5, 6, 7, 8, 9, 0], [4, 4, 4, 0, 0, 0, 0, 0, 0, 0]]
     texts = Texts(jnp.array(ids), jnp.array([8, 9, 3]), jnp.array([1, 1, 1]))
-    tokens, there = follow(texts, texts.last(2), 3)
+    run = jax.jit(lambda texts, size: follow(texts, texts.last(size), 3), static_argnums=1)
+    tokens, there = run(texts, 2)
     assert tokens[0].tolist() == [5, 7, 8] and there[0].all()  # the later of the two places
     assert not there[1].any()
     assert tokens[2, 0] == 4 and there[2].tolist() == [True, False, False]  # the text has no more to copy
-    assert not follow(texts, texts.last(10), 3)[1].any()
+    assert not run(texts, 10)[1].any()
 
 
 # Models ---------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ PROMPTS = [[5, 6, 7], [9], [11, 12, 11, 12, 11]]
 
 
 @pytest.mark.parametrize("architecture", [Architecture.CAUSAL_DECODER, Architecture.ENCODER_DECODER], ids=str)
-def test_greedy_texts_are_those_of_the_engine(architecture):
+def test_greedy_texts_are_those_of_the_engine(architecture, full):
     # Learned positions end with the longest text, and windows are shorter: drafts must do no harm in either.
     longest = 1 + len(PROMPTS[2]) + 12 - 1
     positions = LearnedPositions(longest) if architecture is Architecture.CAUSAL_DECODER else None
@@ -196,9 +198,9 @@ def test_greedy_texts_are_those_of_the_engine(architecture):
     requests[2] = Request(PROMPTS[2], sampling[0], stop_ids=(stop,))
     wanted = engine.generate(requests)
     assert wanted[2].finish is Finish.STOP
-    ways = [(SpeculativeConfig(K), draft), (SpeculativeConfig(K, lookup=NGramLookup()), None)]
-    if architecture is Architecture.CAUSAL_DECODER:
-        ways.append((SpeculativeConfig(K), model))
+    ways = [(SpeculativeConfig(K), draft), (SpeculativeConfig(K), model), (SpeculativeConfig(K, NGramLookup()), None)]
+    if not full:
+        ways = ways[1:2] if architecture is Architecture.CAUSAL_DECODER else ways[:1]
     for config, drafter in ways:
         found = speculate(model, requests, config, draft=drafter)
         for answer, expected in zip(found, wanted, strict=True):
@@ -209,6 +211,23 @@ def test_greedy_texts_are_those_of_the_engine(architecture):
         if drafter is model:  # its own drafts are all accepted: one token from the prompt, then K + 1 a pass
             assert [answer.passes for answer in found[:2]] == [-(-11 // (K + 1)), -(-4 // (K + 1))]
             assert found[0].acceptance_length == K + 1
+
+
+@pytest.mark.full
+def test_a_recurrent_state_goes_on_from_what_was_accepted(config, build):
+    """Mamba, Mamba-2 and attention within a window: greedy texts are those of the engine."""
+    norm, made = (
+        NormConfig(),
+        config(Architecture.CAUSAL_DECODER, AttentionConfig(2, 8, position=Rope(), window=(4, 0))),
+    )
+    mixers = (MambaConfig(24, 2, state=4), Mamba2Config(4, 6, state=5, groups=2))
+    blocks = (*(MambaBlockConfig(mixer, norm) for mixer in mixers), *made.decoder.blocks)
+    stack = dataclasses.replace(made.decoder, blocks=blocks, num_layers=3)
+    model = cached(build(dataclasses.replace(made, decoder=stack)))
+    requests = [Request(prompt, SamplingConfig(12, temperature=0.0)) for prompt in PROMPTS]
+    wanted = Engine(model, EngineConfig(slots=4)).generate(requests)
+    for found, answer in zip(speculate(model, requests, SpeculativeConfig(K, NGramLookup())), wanted, strict=True):
+        assert found.tokens.tolist() == answer.tokens.tolist()
 
 
 def test_texts_by_chance_are_functions_of_seed_and_request_alone():

@@ -7,6 +7,8 @@ from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.block import BlockConfig
 from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import FeedForwardConfig
+from jaxlm.layers.mamba import MambaConfig
+from jaxlm.layers.mamba_block import MambaBlockConfig
 from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig
 from jaxlm.layers.positions import RelativePositions, Rope
@@ -17,7 +19,7 @@ from jaxlm.models.language_model import LanguageModel
 ROPE = Rope()
 
 
-def make_model(architecture, *, position=ROPE, embedded=None, window=None, vocab_size=40, seed=0):
+def make_model(architecture, *, position=ROPE, embedded=None, window=None, recurrent=False, vocab_size=40, seed=0):
     """Two layers of width 16 whose random logits are far apart."""
     attention = AttentionConfig(num_heads=2, head_dim=8, position=None if embedded else position, window=window)
     cross = AttentionConfig(num_heads=2, head_dim=8)
@@ -25,6 +27,8 @@ def make_model(architecture, *, position=ROPE, embedded=None, window=None, vocab
 
     def stack(**crossing):
         block = BlockConfig(attention=attention, **crossing, **parts)
+        if recurrent:
+            block = MambaBlockConfig(mixer=MambaConfig(inner=32, step_rank=2, state=4), norm=NormConfig())
         return StackConfig(blocks=(block,), num_layers=2, final_norm=NormConfig())
 
     both = architecture is Architecture.ENCODER_DECODER

@@ -118,6 +118,20 @@ def test_a_task_from_local_data(both, folder):
             assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_chat_template(both, folder, monkeypatch):
+    """The harness' conversations are written as transformers writes them."""
+    ours, theirs = both
+    with pytest.raises(ValueError, match="has no chat template"):
+        ours.apply_chat_template([{"role": "user", "content": "Hi"}])
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template = turns + "{% if add_generation_prompt %}<bot>{% endif %}"
+    (folder / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr(theirs.tokenizer, "chat_template", template)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert ours.apply_chat_template(messages) == theirs.apply_chat_template(messages) != ""
+    assert ours.chat_template(True) == template and ours.chat_template(False) is None
+
+
 def test_unknown_arguments_are_refused(folder):
     from jaxlm.evaluation.harness import HarnessModel
 

@@ -82,6 +82,7 @@ MODELS = {
     "causal, learned positions": (CAUSAL, {"embedded": LearnedPositions(48)}, True),
     "causal, T5's table": (CAUSAL, {"position": T5_TABLE}, False),
     "causal, window": (CAUSAL, {"window": (4, 0)}, False),
+    "causal, recurrent": (CAUSAL, {"recurrent": True}, False),
     "prefix": (PREFIX, {}, True),
     "prefix, T5's table": (PREFIX, {"position": T5_TABLE}, False),
     "encoder-decoder": (BOTH, {"position": T5_TABLE}, True),

@@ -1,6 +1,7 @@
 """Tasks ask what they say, judge it right, and a bad row, prompt or split is told in a sentence."""
 
 import dataclasses
+import gzip
 import json
 import math
 
@@ -11,12 +12,14 @@ from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.data.prompts import Prompt
 from jaxlm.data.vocabularies import ByteVocabulary
+from jaxlm.evaluate import main
 from jaxlm.evaluation.intervals import estimate
 from jaxlm.evaluation.measures import Continuation, Generation, RankClassification, TextLikelihood, exact_match, f1
 from jaxlm.evaluation.scoring import ScoringConfig
 from jaxlm.evaluation.suite import EvaluationConfig, evaluate
 from jaxlm.evaluation.tasks import EvaluationTask, FewShot, TaskError, evaluate_task, rows_in
 from jaxlm.evaluation.text_model import TextFormat, TextModel
+from jaxlm.exit_status import ExitStatus
 from tests.evaluation.models import make_model
 
 VOCABULARY = ByteVocabulary(extra_ids=0)
@@ -228,3 +231,23 @@ def test_intervals_cover_what_they_should():
         hits += found.low <= 0.3 <= found.high
     assert 88 <= hits <= 100
     assert estimate(np.array([[2.0, 4.0]]), np.array([[1.0, 2.0]]), samples=0, seed=0).value == 2.0
+
+
+def test_the_command_line(trained, tmp_path, monkeypatch, capsys):
+    """A shipped suite is asked by name; what cannot be done is one sentence and a status."""
+    monkeypatch.setattr("jaxlm.checkpoints.pretrained.load", lambda path, **options: trained)
+    (tmp_path / "copa").mkdir()
+    row = {"query": "It rained, so", "choices": ["it was wet.", "it was dry."], "gold": 0}
+    for name in ("train", "validation"):
+        with gzip.open(tmp_path / "copa" / f"{name}.jsonl.gz", "wt") as file:
+            file.write(json.dumps(row) + "\n")
+    asked = ["--model=mine", "--gin_file=gin_configs/evaluation/zero_shot.gin", f"--gin.EVALUATION_DATA='{tmp_path}'"]
+    out = f"--output={tmp_path / 'out'}"
+    assert main([*asked, out, "--tasks=copa"]) == ExitStatus.FINISHED
+    assert "copa" in capsys.readouterr().out and (tmp_path / "out" / "results.json").is_file()
+    assert main([*asked, out, "--tasks=copa,piqa"]) == ExitStatus.FAILED  # piqa's rows are not there
+    assert set(json.loads((tmp_path / "out" / "results.json").read_text())["failures"]) == {"piqa"}
+    assert main([*asked, "--tasks=capo"]) == ExitStatus.FAILED
+    assert "There is no task 'capo' among" in capsys.readouterr().err
+    assert main(asked[1:]) == ExitStatus.CONFIGURATION
+    assert "Give --model=PATH" in capsys.readouterr().err

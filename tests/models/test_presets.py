@@ -47,6 +47,9 @@ PUBLISHED = {
 # arXiv 2204.05832 gives 4.8B and 11.0B; exactly, without norms and tables of relative positions:
 STUDY = {"architecture_study/decoder": 4_762_107_904, "architecture_study/encoder_decoder": 11_003_232_256}
 
+# Sizes of our own.
+OURS = {"architecture_study/small", "architecture_study/pruned", "architecture_study/full"}
+
 
 def preset(name, *bindings):
     return resolve("%MODEL", [f"--gin_file={FOLDER / name}.gin", *(f"--gin.{b}" for b in bindings)])
@@ -83,7 +86,7 @@ def test_the_studys_prefix_decoder_is_its_causal_decoder():
 def test_every_size_is_covered():
     """A new preset needs a published number here, or a place among the sizes that nobody published."""
     names = {str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.rglob("*.gin") if p.stem != "family"}
-    assert {n for n in names if not n.startswith("tiny/")} == {*PUBLISHED, *STUDY}
+    assert {n for n in names if not n.startswith("tiny/")} == {*PUBLISHED, *STUDY, *OURS}
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (FOLDER / "tiny").glob("*.gin") if p.stem != "family"))

@@ -171,7 +171,7 @@ def test_its_model_goes_to_hugging_face_and_back(run, workshop, same_arrays, los
     _, folder, _ = run
     out = str(tmp_path / "exported")
     assert convert_checkpoint.main([str(folder), out, "--dry-run"]) == 0
-    line = "model.layers.1.mlp.up_proj.weight [64, 32] <- decoder/layers/1/feed_forward/up/kernel"
+    line = "model.layers.1.mlp.up_proj.weight [64, 32] <-> decoder/layers/1/feed_forward/up/kernel"
     assert line in capsys.readouterr().out
     assert convert_checkpoint.main([str(folder), out]) == 0
     assert "as a LlamaForCausalLM" in capsys.readouterr().out

@@ -1,6 +1,8 @@
 """BERT, RoBERTa and ELECTRA: post-norm encoders with learned positions, and a masked-LM head or a verdict a token."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.huggingface.family import Family, Json, activation, activation_name, stack
@@ -118,6 +120,14 @@ class Roberta(Bert):
     head = ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
     unused_positions = 2
     transform = Activation.GELU
+
+    def check_ids(self, config: LanguageModelConfig, ids: Mapping[str, Any]) -> None:
+        """See `Family`: transformers counts positions from padding's id, and skips tokens with it."""
+        if (pad := ids.get("pad_token_id", 1)) != self.unused_positions - 1:
+            raise ValueError(
+                f"A RoBERTa pads with id {self.unused_positions - 1}, but this vocabulary with {pad}, from which "
+                f"transformers would count positions; export it as bert, with LearnedPositions.unused = 0."
+            )
 
 
 class ElectraGenerator(Bert):

@@ -15,6 +15,7 @@ from jaxlm.checkpoints.huggingface import (
     modernbert,
     olmo,
     openelm,
+    own,
     t5,
     t5gemma,
 )
@@ -47,6 +48,9 @@ FAMILIES: tuple[Family, ...] = (
     bert.ElectraDiscriminator(),
     deberta.DebertaV2(),
     modernbert.ModernBert(),
+    own.OwnDecoder(),
+    own.OwnEncoder(),
+    own.OwnEncoderDecoder(),
 )
 """In the order in which a model is offered to them for export."""
 
@@ -83,7 +87,9 @@ def by_model(config: ModelConfig, name: str | None = None) -> Family:
             return family
     if not reasons:
         raise ValueError(f"There is no family {name!r}; there are {sorted({f.model_type for f in FAMILIES})}.")
-    nearest = min(reasons, key=lambda family: (FOREIGN in reasons[family], len(reasons[family])))
+    # Ours computes whatever it covers: what it does not is the better reason, unless a class was asked for.
+    ours = [family for family in reasons if family.code and config.architecture in family.computes]
+    nearest = min(ours or reasons, key=lambda family: (FOREIGN in reasons[family], len(reasons[family])))
     raise ValueError(
         f"No Hugging Face class computes this model; the nearest is {nearest.architecture}, but "
         f"{'; '.join(reasons[nearest][:3])}."

@@ -40,6 +40,12 @@ class Family:
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
+    # A modelling file in this package that a folder of the family brings along; None: transformers has the class.
+    code: ClassVar[str | None] = None
+    # The architectures that such a file computes.
+    computes: ClassVar[tuple[Architecture, ...]] = ()
+    # What the family says in generation_config.json.
+    generation: ClassVar[Json] = {}
 
     def read(self, fields: Fields) -> ModelConfig:
         """The model that a `config.json` describes.
@@ -56,6 +62,9 @@ class Family:
     def table(self, config: ModelConfig) -> Table:
         """Which tensor holds which parameter, in the form that is written."""
         raise NotImplementedError
+
+    def check_ids(self, config: ModelConfig, ids: Mapping[str, Any]) -> None:
+        """Raises ValueError if transformers would read something into the special ids of `config.json`."""
 
     def table_of(self, config: ModelConfig, tensors: Collection[str]) -> Table:
         """The table of a checkpoint with these tensors, for families that are found in several forms."""

@@ -1,8 +1,8 @@
 """A Hugging Face model's folder as a jaxlm model, and the way back."""
 
 import dataclasses
-import json
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 
 import jax
@@ -12,13 +12,16 @@ from flax import nnx
 from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json
-from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, read_json, write_tensors
+from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, read_json, write_json, write_tensors
+from jaxlm.checkpoints.huggingface.pickled import PickledFolder
 from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
+from jaxlm.checkpoints.stored import some
 from jaxlm.checkpoints.tabulated import TabulatedCheckpoint
 from jaxlm.models import build_model
 from jaxlm.models.config import ModelConfig
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,28 +48,42 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def open_folder(path: pathlib.Path | str, *, ignore: tuple[str, ...] = ()) -> HuggingFaceFolder:
+def open_folder(
+    path: pathlib.Path | str, *, ignore: tuple[str, ...] = (), allow_pickle: bool = False
+) -> HuggingFaceFolder:
     """Reads a folder's configuration.
 
     Args:
       path: the folder.
       ignore: fields of `config.json` to pass over although no adapter knows them.
+      allow_pickle: read pickled tensors too, weights only.
 
     Raises:
       FileNotFoundError: no `config.json`, no tensors, or a file of them is missing.
       ValueError: a model that no adapter knows, or that differs from what its adapter knows; a tensor is missing, one
         too many or of another shape; a damaged file.
     """
+    found = names_in(path, ignore=ignore, allow_pickle=allow_pickle)
+    table = resolve(found.table, found.shapes)
+    if faults := mismatches(table, found.shapes, found.tensors.shapes):
+        raise ValueError(f"{path} {faults[0]}; its config.json describes another model.")
+    return dataclasses.replace(found, table=table)
+
+
+def names_in(
+    path: pathlib.Path | str, *, ignore: tuple[str, ...] = (), allow_pickle: bool = False
+) -> HuggingFaceFolder:
+    """As `open_folder`, whether or not the tensors are those of the model; its table is not resolved."""
     path = pathlib.Path(path)
     if not (path / CONFIG).exists():
         raise FileNotFoundError(f"{path} has no {CONFIG}; give a Hugging Face model's folder.")
     values = read_json(path / CONFIG)
     family = families.by_config(values)
-    tensors = TensorFolder(path)
+    pickled = not list(path.glob("*.safetensors")) and list(path.glob("*.bin"))
+    tensors = PickledFolder(path) if allow_pickle and pickled else TensorFolder(path)
     config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
     shapes = parameter_shapes(config)
-    table = resolve(family.table_of(config, tensors.shapes), shapes)
-    check(table, shapes, tensors.shapes, str(path))
+    table = family.table_of(config, tensors.shapes)
     return HuggingFaceFolder(path, config, tensors, table, shapes, family, values)
 
 
@@ -80,6 +97,7 @@ def export(
     dtype: np.dtype | None = None,
     special_ids: Mapping[str, int] | None = None,
     shard_bytes: int = 5 << 30,
+    beside: Callable[[pathlib.Path], None] = lambda folder: None,
 ) -> Family:
     """Writes a folder that `from_pretrained` loads.
 
@@ -92,6 +110,7 @@ def export(
       dtype: of the tensors; None is float32.
       special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
       shard_bytes: size of the files.
+      beside: writes what else belongs into the folder (tokenizer, card), before it appears.
 
     Returns:
       the family it is of.
@@ -115,28 +134,27 @@ def export(
         return whole[path][entry.row]
 
     def tensor(entry: Entry) -> Pending:
-        make = lambda: entry.form.join(tuple(held(entry, path) for path in entry.paths)).astype(dtype)  # noqa: E731
+        make = lambda: entry.form.join(tuple(held(entry, path) for path in entry.paths)).astype(dtype, copy=False)  # noqa: E731
         return Pending(entry.shape(shapes), dtype, make)
 
     fields = {"architectures": [adapter.architecture], "model_type": adapter.model_type, "dtype": dtype.name}
     with new_folder(pathlib.Path(folder)) as unfinished:
         write_tensors(unfinished, {entry.name: tensor(entry) for entry in table}, shard_bytes=shard_bytes)
-        text = json.dumps(fields | adapter.write(config) | dict(special_ids or {}), indent=2, sort_keys=True)
-        (unfinished / CONFIG).write_text(text + "\n")
+        write_json(unfinished / CONFIG, fields | adapter.write(config) | dict(special_ids or {}))
+        if adapter.code is not None:
+            shutil.copyfile(pathlib.Path(__file__).with_name(adapter.code), unfinished / adapter.code)
+        beside(unfinished)
     return adapter
 
 
-def check(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape], where: str) -> None:
-    """Raises ValueError unless the tensors are those of the table, in the right shapes."""
+def mismatches(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
+    """How the tensors found differ from those of a resolved table, a clause a kind of difference; [] if they do not."""
     wanted = {entry.name: entry.shape(shapes) for entry in table}
+    faults = []
     for names, fault in ((set(wanted) - set(found), "lacks"), (set(found) - set(wanted), "has in excess")):
         if names:
-            some, more = sorted(names)[:4], len(names) - 4
-            rest = f" and {more} more" if more > 0 else ""
-            raise ValueError(f"{where} {fault} {', '.join(some)}{rest}; its config.json describes another model.")
+            faults.append(f"{fault} {some(sorted(names))}")
     for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ValueError(
-                f"{where}: {name} has shape {list(found[name])}, but config.json describes {list(shape)}; one of "
-                f"the two is of another model."
-            )
+        if found.get(name, shape) != shape:
+            faults.append(f"has {name} of shape {list(found[name])}, not {list(shape)}")
+    return faults

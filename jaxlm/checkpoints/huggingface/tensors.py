@@ -79,7 +79,8 @@ class Linear(Form):
         return (rows, columns) if self.transposed else (columns, rows)
 
     def join(self, values: tuple[np.ndarray, ...]) -> np.ndarray:
-        whole = np.concatenate([value.reshape(self._matrix(value.shape)) for value in values], axis=1)
+        parts = [value.reshape(self._matrix(value.shape)) for value in values]
+        whole = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]  # which is no copy
         return whole if self.transposed else whole.T
 
     def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:

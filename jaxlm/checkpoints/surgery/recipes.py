@@ -17,6 +17,9 @@ from jaxlm.checkpoints.surgery.rules import (
     Drop,
     Fill,
     Fresh,
+    Join,
+    Keep,
+    Merge,
     PickLayers,
     Rename,
     Resize,
@@ -26,7 +29,8 @@ from jaxlm.checkpoints.surgery.rules import (
 
 # What the branches of a block write to the residual stream with.
 _BRANCH_END = re.compile(
-    r"(?:cross_)?attention/output/(?:kernel|bias)|feed_forward/(?:(?:shared/)?down/(?:kernel|bias)|experts/down)"
+    r"(?:attention|cross_attention|mixer)/output/(?:kernel|bias)"
+    r"|feed_forward/(?:(?:shared/)?down/(?:kernel|bias)|experts/down)"
 )
 
 
@@ -87,7 +91,7 @@ class UpscaleDepth(Rule):
         parts = [name.removeprefix(layer) for name in draft.leaves if name.startswith(layer)]
         ends = [part for part in parts if _BRANCH_END.fullmatch(part)]
         open_still = {part.split("/")[0] for part in parts} - {end.split("/")[0] for end in ends}
-        if unknown := sorted(branch for branch in open_still if not branch.endswith("_norms")):
+        if unknown := sorted(branch for branch in open_still if not re.search("norms?$", branch)):
             raise CheckpointError(
                 f"UpscaleDepth cannot close {layer}{unknown[0]}, whose last matrix it does not know; leave copies "
                 f"'open', or write a Scale by 0 for it after a PickLayers."
@@ -108,26 +112,36 @@ class CrossAttention(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderToEncoderDecoder(Recipe):
-    """The same decoder twice, as encoder and as decoder with cross-attention (T5Gemma, arXiv 2504.06225).
+    """A decoder as an encoder-decoder with cross-attention (T5Gemma, arXiv 2504.06225), its encoder a decoder too.
 
-    With a closed gate the decoder's logits are those of the decoder it comes from, whatever the encoder reads. To take
-    the encoder from another checkpoint, write the rules out: see docs/surgery.md. Tables of relative positions are
-    copied too, though a bidirectional encoder reads half of its buckets in another way.
+    With a closed gate the decoder's logits are those of the decoder it comes from, whatever the encoder reads. Tables
+    of relative positions are copied too, though a bidirectional encoder reads half of its buckets in another way.
 
     Attributes:
-      cross_attention: see `CrossAttention`.
+      cross_attention: see `CrossAttention`; fresh where the encoder has another width.
       gate: see `Gate`.
+      encoder_path: the checkpoint of another decoder, of another size perhaps, which becomes the encoder, with its own
+        embedding (`LanguageModelConfig.encoder_embedding`); None takes the same decoder twice.
     """
 
     cross_attention: CrossAttention = CrossAttention.SELF_ATTENTION
     gate: Gate = Gate.OPEN
+    encoder_path: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "cross_attention", CrossAttention(self.cross_attention))
         object.__setattr__(self, "gate", Gate(self.gate))
 
     def rules(self, draft: Draft) -> tuple[Rule, ...]:
-        rules: list[Rule] = [Copy("decoder/(.*)", r"encoder/\1")]
+        apart = any(name.startswith("encoder_embedding/") for name in draft.model)
+        rules: list[Rule] = []
+        if self.encoder_path is None:
+            rules.append(Copy("decoder/(.*)", r"encoder/\1"))
+            rules += [Copy("embedding/(.*)", r"encoder_embedding/\1")] * apart
+        else:
+            there = (Keep("(?:decoder|embedding)/.*"), Rename("decoder/(.*)", r"encoder/\1"))
+            there += (Rename("embedding/(.*)", r"encoder_embedding/\1") if apart else Drop("embedding/.*"),)
+            rules.append(Join(self.encoder_path, rules=there))
         if self.cross_attention is CrossAttention.FRESH:
             rules.append(Fresh(r"decoder/.*/cross_attention(?:_norms)?/.*"))
         else:
@@ -162,8 +176,25 @@ class EncoderDecoderToDecoder(Recipe):
 
     def rules(self, draft: Draft) -> tuple[Rule, ...]:
         if self.keep is Side.DECODER:
-            return Drop("encoder/.*"), Drop(r"decoder/.*/cross_attention(?:_norms)?/.*")
-        return Drop("decoder/.*"), Rename("encoder/(.*)", r"decoder/\1")
+            return Drop("encoder(?:_embedding)?/.*"), Drop(r"decoder/.*/cross_attention(?:_norms)?/.*")
+        rules: tuple[Rule, ...] = (Drop("decoder/.*"), Rename("encoder/(.*)", r"decoder/\1"))
+        if any(name.startswith("encoder_embedding/") for name in draft.leaves):
+            rules += (Drop("embedding/.*"), Rename("encoder_embedding/(.*)", r"embedding/\1"))
+        return rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Upcycle(Recipe):
+    """Dense feed-forward layers as mixtures of experts that are all the same (sparse upcycling, arXiv 2212.05055).
+
+    The function stays the same where the weights of a token's experts add up to 1 (`MixtureOfExpertsConfig.normalize`)
+    and no shared expert is added. Routers are initialised.
+    """
+
+    def rules(self, draft: Draft) -> tuple[Rule, ...]:
+        one = Merge((r"(.*/feed_forward)/(gate|up|down)/kernel",), r"\1/experts/\2", axis=0, stack=True)
+        many = Resize(r".*/feed_forward/experts/(?:gate|up|down)", axis=0, fill=Fill.REPEATED)
+        return one, many, Fresh(r".*/feed_forward/router")
 
 
 @dataclasses.dataclass(frozen=True)

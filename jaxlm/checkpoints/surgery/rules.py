@@ -583,7 +583,13 @@ class Merge(Rule):
                     f"Merge finds {first} without all of its other parts; its patterns {self.patterns} must match as "
                     f"many leaves each, with the same groups."
                 )
-            parts = tuple(draft.leaves.pop(part[groups][0]) for part in found)
+            names = [part[groups][0] for part in found]
+            if len(set(names)) < len(names):
+                raise CheckpointError(
+                    f"Merge finds {first} by two of its patterns {self.patterns}; a leaf is one part. To repeat it, "
+                    f"resize the merged axis."
+                )
+            parts = tuple(draft.leaves.pop(name) for name in names)
             whole = self._merged(first, parts)
             draft.put(self, {_named(self, match, self.name): whole})
 

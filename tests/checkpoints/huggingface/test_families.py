@@ -73,7 +73,7 @@ def test_what_no_class_computes_is_refused_by_name(both, tmp_path):
     config = both(BY_NAME["mistral"]).folder.config
     prefix = dataclasses.replace(config, architecture=Architecture.PREFIX_DECODER)
     with pytest.raises(ValueError, match="architecture is 'prefix_decoder', in a .* 'causal_decoder'"):
-        export(tmp_path / "no", prefix, {}, lambda path: None)
+        export(tmp_path / "no", prefix, {}, lambda path: None, family="mistral")
     assert not (tmp_path / "no").exists()
 
 

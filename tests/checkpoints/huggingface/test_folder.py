@@ -145,7 +145,7 @@ def edited(folder, **changes):
         ({"partial_attention": 3}, "has partial_attention = 3, which the adapter does not know"),
         ({"hidden_size": ...}, "lacks 'hidden_size'"),
         ({"hidden_act": "gelu_fast"}, "activation 'gelu_fast' is not among"),
-        ({"intermediate_size": 47}, r"mlp\..* has shape .*, but config.json describes"),
+        ({"intermediate_size": 47}, r"has .*mlp\..* of shape \[48, 32\], not \[47, 32\]"),
         ({"num_hidden_layers": 3}, r"has in excess model\.layers\.3\."),
         ({"num_hidden_layers": 5}, r"lacks model\.layers\.4\."),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE scaling of type 'longrope'"),

@@ -21,6 +21,7 @@ from jaxlm.checkpoints.surgery import (
     Rename,
     Resize,
     Side,
+    Upcycle,
     UpscaleDepth,
     WidenFeedForward,
     WidenResidual,
@@ -34,6 +35,7 @@ from jaxlm.layers import (
     FeedForwardConfig,
     InitConfig,
     LearnedPositions,
+    MixtureOfExpertsConfig,
     NormConfig,
     NormKind,
     Rope,
@@ -176,9 +178,24 @@ def test_depth_upscaling(clinic):
 def test_branches_whose_end_is_unknown_are_not_left_open(clinic):
     """Closing copies of a layer with a branch of another kind: refused, not half done."""
     path, definition, params = clinic.donor("llama", LLAMA)
-    mixer = Rename(r"decoder/layers/1/attention/(.*)", r"decoder/layers/1/mixer/\1")
-    with pytest.raises(CheckpointError, match="cannot close decoder/layers/3/mixer, whose last matrix it does not"):
-        clinic.operated(path, deeper(LLAMA, 6), mixer, UpscaleDepth(((0, 3), (1, 4)), Gate.CLOSED))
+    other = Rename(r"decoder/layers/1/attention/(.*)", r"decoder/layers/1/adapter/\1")
+    with pytest.raises(CheckpointError, match="cannot close decoder/layers/3/adapter, whose last matrix it does not"):
+        clinic.operated(path, deeper(LLAMA, 6), other, UpscaleDepth(((0, 3), (1, 4)), Gate.CLOSED))
+
+
+def test_a_dense_model_becomes_experts_and_those_deeper(clinic):
+    """Experts alike compute what the dense layer did, whatever the router says; their closed copies add nothing."""
+    path, definition, params = clinic.donor("llama", LLAMA)
+    expected, (block,) = clinic.logits(LLAMA, definition, params), LLAMA.decoder.blocks
+    fed = MixtureOfExpertsConfig(block.feed_forward.hidden, num_experts=3)
+    stack = dataclasses.replace(LLAMA.decoder, blocks=(dataclasses.replace(block, feed_forward=fed),))
+    sparse = dataclasses.replace(LLAMA, decoder=stack)
+    started = clinic.operated(path, sparse, Upcycle())
+    found = clinic.logits(sparse, *started)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    grown = clinic.saved("sparse", *started)
+    deep = clinic.operated(grown, deeper(sparse, 5), UpscaleDepth(((0, 3), (2, 4)), Gate.CLOSED))
+    same(clinic.logits(deeper(sparse, 5), *deep), found)
 
 
 def test_a_student_of_some_layers(clinic):
@@ -226,6 +243,26 @@ def test_a_decoder_becomes_an_encoder_decoder_and_comes_back(clinic, cross):
     for keep in Side:  # the encoder, under a causal mask, is the decoder it was
         again = clinic.operated(saved, LLAMA, EncoderDecoderToDecoder(keep))
         jax.tree.map(np.testing.assert_array_equal, again[1], params)
+
+
+def test_an_encoder_of_another_size(clinic):
+    """Unbalanced: a wider, shallower decoder with an embedding of its own becomes the encoder, and comes back."""
+    path, definition, params = clinic.donor("llama", LLAMA)
+    expected = clinic.logits(LLAMA, definition, params)
+    wide = dataclasses.replace(deeper(LLAMA, 2), width=24)
+    other, wide_definition, wide_params = clinic.donor("wide", wide)
+    both = dataclasses.replace(
+        encoder_decoder(LLAMA), encoder=wide.decoder, encoder_width=24, encoder_embedding=EmbeddingConfig()
+    )
+    closed = clinic.operated(path, both, DecoderToEncoderDecoder("fresh", Gate.CLOSED, encoder_path=other))
+    same(clinic.logits(both, *closed), expected)
+    saved = clinic.saved("unbalanced", *closed)
+    for keep, config, whole in ((Side.DECODER, LLAMA, params), (Side.ENCODER, wide, wide_params)):
+        again = clinic.operated(saved, config, EncoderDecoderToDecoder(keep))
+        jax.tree.map(np.testing.assert_array_equal, again[1], whole)
+    message = r"attention/key/kernel of .* has shape \[16, 1, 8\], but this model wants .*cross_attention"
+    with pytest.raises(CheckpointError, match=message):
+        clinic.operated(path, both, DecoderToEncoderDecoder(encoder_path=other))
 
 
 @pytest.mark.parametrize(("name", "config"), [("llama", LLAMA), ("gpt", GPT)])

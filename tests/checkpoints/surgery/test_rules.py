@@ -202,6 +202,7 @@ def test_a_shorter_axis_keeps_the_first_entries(runs):
         ),
         ([Merge(("decoder/norm", "embedding"), "x")], r"Merge cannot join decoder/norm .* \[6\] and \[10, 6\]"),
         ([Merge((r"decoder/layers/(\d)/kernel", r"decoder/layers/([01])/scale"), "x")], "without all of its other"),
+        ([Merge(("embedding", "embed.*"), "x")], "Merge finds embedding by two of its patterns"),
         ([Reshape("embedding", (7, -1))], r"Reshape cannot make \[7, -1\] of embedding, .* \[10, 6\]"),
         ([Transpose("embedding", (0, 0))], r"Transpose.axes = \(0, 0\) do not permute"),
         ([Slice("embedding", 0, 5, 5)], "Slice leaves nothing of axis 0 of embedding"),
