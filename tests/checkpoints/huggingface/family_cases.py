@@ -312,7 +312,7 @@ CASES = (
         "t5_v1_1",
         "T5ForConditionalGeneration",
         T5 | dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
-        {"activation": feed_forward(activation=Activation.GELU)},
+        {"activation": feed_forward(activation=Activation.RELU)},
         scale=0.5,
     ),
     Case(
