@@ -24,8 +24,8 @@ class EvaluationConfig:
 
     Attributes:
       tasks: in the order of the table; names differ.
-      format: how texts are put to the model.
-      scoring: rows and batches.
+      format: how texts are put to the model; None: as `TextFormat` has it.
+      scoring: rows and batches; None: as `ScoringConfig` has it.
       context_length: tokens that the model reads; None is what it says of itself.
       samples: bootstrap resamplings for intervals; 0 gives none.
       seed: of these.
@@ -34,8 +34,8 @@ class EvaluationConfig:
     """
 
     tasks: tuple[EvaluationTask, ...]
-    format: TextFormat = TextFormat()
-    scoring: ScoringConfig = ScoringConfig()
+    format: TextFormat | None = None
+    scoring: ScoringConfig | None = None
     context_length: int | None = None
     samples: int = 1000
     seed: int = 0
@@ -117,8 +117,8 @@ def evaluate(
     """
     model = TextModel(
         pretrained,
-        format=config.format,
-        scoring=config.scoring,
+        format=config.format or TextFormat(),
+        scoring=config.scoring or ScoringConfig(),
         context_length=config.context_length,
         parallel=config.parallel.on() if config.parallel else None,
     )

@@ -18,8 +18,6 @@ from jaxlm.layers.step_sizes import StepSizes, refuse_scaling
 from pallas_kernels.residuals import ATTENTION_OUT
 from pallas_kernels.selective_scan import SELECTIVE_SCAN, selective_scan_step
 
-STEPS = StepSizes()
-
 _AXES = (("mlp", None), (None, "mlp"))  # of the state and of the convolution's window
 
 
@@ -35,7 +33,7 @@ class MambaConfig:
       convolution_bias: bias of the convolution.
       bias: biases of the projections into and out of the mixer.
       activation: after the convolution; the gate's is always SILU.
-      steps: where step sizes start.
+      steps: where step sizes start; None: as `StepSizes` has it.
       backend: who computes the scan, a name in `pallas_kernels.selective_scan`, or "auto": the fastest that can.
     """
 
@@ -46,7 +44,7 @@ class MambaConfig:
     convolution_bias: bool = True
     bias: bool = False
     activation: Activation = Activation.SILU
-    steps: StepSizes = STEPS
+    steps: StepSizes | None = None
     backend: str = "auto"
 
     def __post_init__(self):
@@ -101,7 +99,9 @@ class Mamba(nnx.Module):
         # The paper's code draws uniformly from +- 1 / sqrt(R).
         std = 1.0 / math.sqrt(3 * config.step_rank)
         self.step_up = linear("step_up", rank, inner, std=std, dtype=jnp.float32)
-        self.step_bias = make.vector_of(config.steps.biases(key.at("step_bias"), (config.inner,)), inner)
+        self.step_bias = make.vector_of(
+            (config.steps or StepSizes()).biases(key.at("step_bias"), (config.inner,)), inner
+        )
         # S4D-real: A = -1, -2, ..., -N in every channel (3.6).
         decays = jnp.log(jnp.arange(1, config.state + 1, dtype=jnp.float32))
         self.log_decay = make.vector_of(jnp.broadcast_to(decays, (config.inner, config.state)), inner + entries)

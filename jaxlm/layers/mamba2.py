@@ -11,7 +11,6 @@ from flax import nnx
 from jaxlm.layers.cache import PackedTexts, RecurrentCache, run_steps
 from jaxlm.layers.context import Context
 from jaxlm.layers.feed_forward import Activation
-from jaxlm.layers.mamba import STEPS
 from jaxlm.layers.parameters import Linear, ParameterMaker, PathKey
 from jaxlm.layers.remat import name_activation
 from jaxlm.layers.short_convolution import ShortConvolution
@@ -36,7 +35,7 @@ class Mamba2Config:
       convolution_bias: bias of the convolution.
       bias: biases of the projections into and out of the mixer.
       activation: after the convolution; the gate's is always SILU.
-      steps: where step sizes start.
+      steps: where step sizes start; None: as `StepSizes` has it.
       step_limit: (least, most) that step sizes are kept between; None leaves them, as a most of None does on that side.
       epsilon: of the norm before the output.
       backend: who computes it, a name in `pallas_kernels.linear_attention`, or "auto": the fastest that can.
@@ -50,7 +49,7 @@ class Mamba2Config:
     convolution_bias: bool = True
     bias: bool = False
     activation: Activation = Activation.SILU
-    steps: StepSizes = STEPS
+    steps: StepSizes | None = None
     step_limit: tuple[float, float | None] | None = None
     epsilon: float = 1e-5
     backend: str = "auto"
@@ -127,7 +126,9 @@ class Mamba2(nnx.Module):
         self.value_convolution = convolution("value", inner)
         self.write_convolution = convolution("write", shared)
         self.read_convolution = convolution("read", shared)
-        self.step_bias = make.vector_of(config.steps.biases(key.at("step_bias"), (config.num_heads,)), heads)
+        self.step_bias = make.vector_of(
+            (config.steps or StepSizes()).biases(key.at("step_bias"), (config.num_heads,)), heads
+        )
         # A uniform between -1 and -16, as in the paper's code.
         decays = jax.random.uniform(key.at("log_decay").key, (config.num_heads,), minval=1.0, maxval=16.0)
         self.log_decay = make.vector_of(jnp.log(decays), heads)

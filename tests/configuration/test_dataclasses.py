@@ -19,8 +19,12 @@ LEFT_OUT = {
     "jaxlm.configuration.__main__",
 }
 
-# Made by models, never by a file.
-NOT_CONFIGURED = {"jaxlm.layers.stacking.StackLayout", "jaxlm.parallel.pipeline.StackedLayers"}
+# Made by models and programs, never by a file.
+NOT_CONFIGURED = {
+    "jaxlm.decoding.requests.Request",
+    "jaxlm.layers.stacking.StackLayout",
+    "jaxlm.parallel.pipeline.StackedLayers",
+}
 
 
 def frozen_dataclasses() -> dict[str, type]:
