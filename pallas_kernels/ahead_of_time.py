@@ -352,6 +352,8 @@ def writing_no_cache() -> Iterator[None]:
 def _load_cuda_plugin(folder: pathlib.Path) -> None:
     """Does for a plugin outside of the environment what jax, which has looked for plugins already, did not."""
     sys.path.append(str(folder))
+    # Libraries that only a device needs are not looked for.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     importlib.import_module("jax_plugins.xla_cuda13").initialize()
     os.environ["MOSAIC_GPU_RUNTIME_LIB_PATH"] = str(folder / "jax_cuda13_plugin" / "libmosaic_gpu_runtime.so")
 
