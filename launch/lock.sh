@@ -14,6 +14,9 @@ compile() {
 # The base set is resolved under the full set's pins, so that both name the same versions.
 compile --extra=seqio --extra=constraints --extra=dev --output-file=requirements/test.lock.txt "$@"
 compile --constraint=requirements/test.lock.txt --output-file=requirements/base.lock.txt "$@"
+# The tests' set with what models are compared with: torch (gigabytes), transformers, lm-evaluation-harness.
+compile --constraint=requirements/test.lock.txt --extra=seqio --extra=constraints --extra=dev --extra=torch \
+  --extra=harness --output-file=requirements/torch.lock.txt "$@"
 # What accelerators need besides has pins of its own.
 compile --constraint=requirements/base.lock.txt --extra=tpu --output-file=requirements/tpu.lock.txt "$@"
 compile --constraint=requirements/base.lock.txt --extra=cuda --output-file=requirements/cuda.lock.txt "$@"

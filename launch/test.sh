@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# Installs what the tests need, then runs them: ./launch/test.sh [--full] [pytest arguments]
+# Installs what the tests need, then runs them: ./launch/test.sh [--torch] [--full] [pytest arguments]
+# --torch also installs torch, transformers and lm-evaluation-harness (gigabytes) and compares with them.
 # Without --full the tests must end within 25 minutes on two cores. JAXLM_TEST_WORKERS (2) sets pytest's processes.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 limit=25m
+packages="test"
+arguments=()
 for argument in "$@"; do
-  if [[ "$argument" == --full ]]; then limit=0; fi # 0: no limit
+  case "$argument" in
+    --torch) packages="torch" ;;
+    --full) limit=0; arguments+=(--full) ;; # 0: no limit
+    *) arguments+=("$argument") ;;
+  esac
 done
 
-ensure_environment "$root/requirements/test.lock.txt"
+ensure_environment "$root/requirements/$packages.lock.txt"
 use_compilation_cache
 cd "$root"
 "$venv/bin/python" -m ruff check .
@@ -18,7 +25,7 @@ cd "$root"
 
 status=0
 timeout --kill-after=30s "$limit" \
-  "$venv/bin/python" -m pytest -n "${JAXLM_TEST_WORKERS:-2}" --dist=worksteal --durations=20 "$@" || status=$?
+  "$venv/bin/python" -m pytest -n "${JAXLM_TEST_WORKERS:-2}" --dist=worksteal --durations=20 "${arguments[@]}" || status=$?
 if [[ $status == 124 || $status == 137 ]]; then
   die "the tests took longer than $limit; make the slowest of them faster, or mark them 'full'."
 fi
