@@ -26,6 +26,7 @@ A line has prompt, sample, text, tokens, log_probabilities (of each token under 
 have a score) and finish: stop, length or complete; with drafts acceptance_length, the tokens that a pass yields.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -122,10 +123,10 @@ def _generate(config: Any, flags: dict[str, str], prompts: list[str]) -> None:
         config = dataclasses.replace(config, method=method)
     if "stop" in flags:
         config = dataclasses.replace(config, stop=(*config.stop, flags["stop"]))
-    generator, folder = _open(config, flags)
+    generator, model = _open(config, flags)
     seed = int(flags.get("seed", 0))
     if "chat" in flags:
-        template = ChatTemplate.of(folder)
+        template = ChatTemplate.of(pathlib.Path(model.source))
         note = (
             "in the model's chat template" if template else "without a chat template: the model goes on with the text"
         )
@@ -133,16 +134,16 @@ def _generate(config: Any, flags: dict[str, str], prompts: list[str]) -> None:
         _talk(Chat(generator, template, seed=seed), sys.stdin)
         return
     texts = iter(prompts) if prompts else _read(flags.get("file"))
-    while together := [text for text, _ in zip(texts, range(_TOGETHER * config.slots))]:
-        ids = [_encode(generator, text, "specials" in flags) for text in together]
+    for together in itertools.batched(texts, _TOGETHER * config.slots):
+        ids = [_encode(model, text, "specials" in flags) for text in together]
         answers = generator.generate(ids, seed=seed, samples=int(flags.get("samples", 1)))
         for text, found in zip(together, answers, strict=True):
             for sample, answer in enumerate(found):
                 print(json.dumps(_line(text, sample, answer), ensure_ascii=False), flush=True)
 
 
-def _open(config: Any, flags: dict[str, str]) -> tuple[Any, pathlib.Path]:
-    """(the generator, the folder of its model)."""
+def _open(config: Any, flags: dict[str, str]) -> tuple[Any, Any]:
+    """(the `Generator`, the `Pretrained` that it runs)."""
     from jaxlm.checkpoints import pretrained
     from jaxlm.decoding.cached_model import CachedModel
     from jaxlm.decoding.generation import Generator
@@ -170,7 +171,7 @@ def _open(config: Any, flags: dict[str, str]) -> tuple[Any, pathlib.Path]:
         )
     draft = opened(flags["draft"])[0] if "draft" in flags else None
     generator = Generator(model, found.vocabulary, config, end_ids=found.eos_ids, draft=draft)
-    return generator, pathlib.Path(found.source)
+    return generator, found
 
 
 def _mesh(text: str) -> Any:
@@ -202,12 +203,11 @@ def _read(file: str | None) -> Iterator[str]:
                 raise ValueError(f'{file}, line {number}: not an object with a "prompt" ({error}).') from error
 
 
-def _encode(generator: Any, text: str, specials: bool) -> list[int]:
-    """The ids of a prompt; an encoder-decoder's ends with EOS, as the inputs that it was trained on do."""
-    vocabulary = generator.vocabulary
+def _encode(model: Any, text: str, specials: bool) -> list[int]:
+    """The ids of a prompt, ending as the model's inputs did in training (`Pretrained.input_end_id`)."""
+    vocabulary = model.vocabulary
     ids = (vocabulary.encode_with_specials(text) if specials else vocabulary.encode(text)).tolist()
-    eos = vocabulary.info().eos_id
-    return [*ids, eos] if generator.model.crosses and eos is not None else ids
+    return ids if model.input_end_id is None else [*ids, model.input_end_id]
 
 
 def _line(prompt: str, sample: int, answer: Any) -> dict[str, Any]:

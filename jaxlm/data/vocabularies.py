@@ -561,7 +561,7 @@ class TokenizersVocabulary(Vocabulary):
         """As the base class; exact for byte-level BPE. WordPiece has no spaces, so none are there."""
         special = set(self.info().special_ids.tolist()) | {i for i in self._roles().values() if i is not None}
         added = self._loaded[0].get_added_tokens_decoder()
-        decoders, stand_ins = self._decoders, frozenset(byte_stand_ins().values())
+        decoders, stand_ins = self._decoders, {character: byte for byte, character in byte_stand_ins().items()}
 
         def data(i: int, piece: str | None) -> bytes | None:
             if piece is None or i in special or (i in added and added[i].special):

@@ -37,7 +37,17 @@ RANK = Prompt(context="{{ q }}", choices="options", gold="label")
 @pytest.fixture(scope="module")
 def trained():
     module = make_model(Architecture.CAUSAL_DECODER, vocab_size=VOCABULARY.size)
-    return Pretrained(module, module.config, VOCABULARY, None, 0, (1,), 64, "a model")
+    return Pretrained(
+        model=module,
+        config=module.config,
+        vocabulary=VOCABULARY,
+        no_vocabulary=None,
+        start_id=0,
+        input_end_id=None,
+        eos_ids=(1,),
+        context_length=64,
+        source="a model",
+    )
 
 
 @pytest.fixture(scope="module")

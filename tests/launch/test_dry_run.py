@@ -22,7 +22,7 @@ SCRIPTS = ["local", "train", "gpu_node", "tpu_vm", "tpu_queued", "gke", "slurm"]
 STAND_IN = """#!/bin/bash
 said="$(basename "$0") $(printf '%q ' "$@")"
 if [[ "$(basename "$0")" == kubectl ]]; then said+="$(cat)"; fi
-printf '%s\\n=====\\n' "$said" >> "$CALLS"
+{ flock 9; printf '%s\\n=====\\n' "$said" >&9; } 9>> "$CALLS"  # some are called side by side
 case "$*" in
   *describe*) echo ACTIVE ;;
   "--version") echo "Python 3.12.99" ;;

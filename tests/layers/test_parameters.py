@@ -28,7 +28,7 @@ def deviation(parameter):
 
 
 def test_fixed_and_fan_in():
-    fixed = ParameterMaker(GPT2, Parametrization(), 256, depth=8)
+    fixed = ParameterMaker(GPT2, Parametrization(), 256, depth=8, branches=16)
     assert deviation(fixed.matrix(KEY, IN, OUT)) == pytest.approx(0.02, rel=0.02)
     assert fixed.residual_gain == 1 / math.sqrt(16)
     t5 = ParameterMaker(T5, Parametrization(), 256, depth=8)
