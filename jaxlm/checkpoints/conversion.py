@@ -3,14 +3,12 @@
 import dataclasses
 import math
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 
-import jax
 import numpy as np
 
 from jaxlm.architecture import Architecture
-from jaxlm.checkpoints import naming, stored
+from jaxlm.checkpoints import naming, pending, stored
 from jaxlm.checkpoints.huggingface import card, families
 from jaxlm.checkpoints.huggingface.family import Family, Json
 from jaxlm.checkpoints.huggingface.files import new_folder, write_json
@@ -57,36 +55,8 @@ def parameters_of(source: Source, weights: str = "params") -> Parameters:
     leaves = {path: leaf for path, leaf in source.leaves.items() if path[0] == weights}
     if not leaves:
         raise CheckpointError(f"{source.folder} holds no {weights}; leave out --averaged.")
-    foreign = not isinstance(source, stored.StoredCheckpoint)
-    read = (lambda name: source.array((weights, *name.split("/")))) if foreign else _reader(source, weights)
-    return Parameters({naming.show(path[1:]): leaf.shape for path, leaf in leaves.items()}, read)
-
-
-def _reader(checkpoint: stored.StoredCheckpoint, weights: str) -> Callable[[str], np.ndarray]:
-    """path -> the parameter. A layer's are read together: opening a checkpoint takes longer than a small array."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    together: dict[str, list[naming.Path]] = {}
-    for path in checkpoint.leaves:
-        if path[0] == weights:
-            together.setdefault(_layer(naming.show(path[1:])), []).append(path)
-    found: dict[naming.Path, jax.Array] = {}
-
-    def value(name: str) -> np.ndarray:
-        path = (weights, *name.split("/"))
-        if path not in found:
-            found.clear()
-            leaves = {path: checkpoint.leaves[path] for path in together[_layer(name)]}
-            requests = {p: stored.Request((p,), None, leaf.shape, leaf.dtype, here) for p, leaf in leaves.items()}
-            found.update(checkpoint.read(requests))
-        return np.asarray(found[path])
-
-    return value
-
-
-def _layer(name: str) -> str:
-    """The layer that a parameter belongs to, or its own name."""
-    layer = re.match(r".*?\b(?:layers|prologue|future)/\d+/", name)
-    return layer[0] if layer else name
+    shapes = {naming.show(path[1:]): leaf.shape for path, leaf in leaves.items()}
+    return Parameters(shapes, lambda name: source.array((weights, *name.split("/"))))
 
 
 def to_hugging_face(
@@ -145,8 +115,6 @@ def to_hugging_face(
 def to_jaxlm(source: Source, out: pathlib.Path, *, origin: str | None = None) -> None:
     """Writes a folder like a run's, with one checkpoint, step 0: `WarmStart.path`, `load` and `generate` take it.
 
-    All parameters are in memory at once, and Orbax's copies of them: nearly three times the model.
-
     Args:
       source: what to convert.
       out: must not exist; it appears when everything is written.
@@ -156,7 +124,7 @@ def to_jaxlm(source: Source, out: pathlib.Path, *, origin: str | None = None) ->
       ValueError: the source is of no known kind.
       FileExistsError: `out` exists.
     """
-    about, parameters = describe(source), parameters_of(source)
+    about = describe(source)
     imported = ImportedModel(
         model=about.config,
         origin=origin or str(source.folder),
@@ -167,9 +135,15 @@ def to_jaxlm(source: Source, out: pathlib.Path, *, origin: str | None = None) ->
     )
     with new_folder(out) as folder:
         write_tokenizer_beside(folder, about)
-        params = naming.nest({tuple(path.split("/")): parameters.value(path) for path in parameters.shapes})
-        with CheckpointManager(folder / "checkpoints", CheckpointConfig(writing=Writing.SYNCHRONOUS)) as manager:
-            manager.save(0, {"params": params}, config=resolved_text(imported))
+        params = {path: _pending(source, path) for path in source.leaves if path[0] == "params"}
+        config = CheckpointConfig(writing=Writing.SYNCHRONOUS)
+        with CheckpointManager(folder / "checkpoints", config, handler=pending.handler()) as manager:
+            manager.save(0, naming.nest(params), config=resolved_text(imported))
+
+
+def _pending(source: Source, path: naming.Path) -> pending.Pending:
+    leaf = source.leaves[path]
+    return pending.Pending(leaf.shape, leaf.dtype, lambda: source.array(path))
 
 
 def write_tokenizer_beside(folder: pathlib.Path, about: Description) -> None:

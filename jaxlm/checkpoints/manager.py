@@ -118,6 +118,7 @@ class CheckpointManager:
       config: when to save and what to keep.
       layouts: the model's scanned stacks (`LanguageModel.layouts`); () for an unrolled model.
       report: is told, in one sentence each, what the user should know (a damaged step that was skipped).
+      handler: what writes the state; None writes arrays. `pending.handler()` writes `Pending` ones.
     """
 
     def __init__(
@@ -126,6 +127,7 @@ class CheckpointManager:
         config: CheckpointConfig,
         layouts: tuple[StackLayout, ...] = (),
         report: Callable[[str], None] = print,
+        handler: ocp.PyTreeCheckpointHandler | None = None,
     ):
         self.folder = epath.Path(folder).resolve()
         self.config = config
@@ -136,6 +138,7 @@ class CheckpointManager:
         best = config.best
         self._orbax = ocp.CheckpointManager(
             self.folder,
+            item_handlers=None if handler is None else {"state": handler, "meta": ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_preservation(config),
                 best_fn=None if best is None else _metric_of(best),  # makes Orbax store the metric

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -85,14 +86,16 @@ class StoredCheckpoint:
 
     def array(self, path: naming.Path) -> np.ndarray:
         """One array, whole, in this process's memory."""
-        item = naming.nest({path: self.leaves[path]})
-        arguments = naming.nest({path: ocp.RestoreArgs(restore_type=np.ndarray)})
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.restore(
-                self.folder / "state",
-                args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
-            )
-        return naming.flatten(tree)[path]
+        # Not by Orbax's restore, which reads the whole index again for each array, and has it in memory twice.
+        folder, name = self.folder / "state", ".".join(path)
+        info = ocp.type_handlers.ParamInfo(name=name, path=folder / name, parent_dir=folder, ts_context=self._context)
+        spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
+        return tensorstore.open(spec, open=True, context=self._context).result().read().result()
+
+    @functools.cached_property
+    def _context(self) -> tensorstore.Context:
+        """What arrays that are read one by one share: threads, and the index of this checkpoint."""
+        return ocp.type_handlers.get_ts_context(use_ocdbt=True)
 
     def _compare(self, requests: Mapping[naming.Path, "Request"]) -> None:
         """Raises if the leaves on disk are not exactly those asked for; says which differ, a few of each kind."""

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, and damage is never taken for a checkpoint."""
 
+import hashlib
 import json
 
 import jax
@@ -339,6 +340,23 @@ def test_manifest_lists_every_file(tmp_path):
     listed = set(json.loads((tmp_path / "1" / "manifest.json").read_text())["files"])
     found = {str(path.relative_to(tmp_path / "1")) for path in files_of(tmp_path / "1")}
     assert found - listed == {"_CHECKPOINT_METADATA", "manifest.json", "commit_success.txt"}
+
+
+def test_manifests_of_older_checkpoints(tmp_path):
+    """Their digests are still checked; one that no version made is refused by name."""
+    saved_twice(tmp_path)
+    path = tmp_path / "2" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, entry in manifest["files"].items():
+        entry["digest"] = hashlib.blake2b((tmp_path / "2" / name).read_bytes(), digest_size=16).hexdigest()
+    path.write_text(json.dumps({**manifest, "algorithm": "blake2b-128"}))
+    assert stored.open_checkpoint(tmp_path, 2).step == 2
+    flip_bit(tmp_path / "2" / "state" / "_METADATA", 0.5)
+    with pytest.raises(CheckpointError, match="_METADATA was altered"):
+        stored.open_checkpoint(tmp_path, 2)
+    path.write_text(json.dumps({**manifest, "algorithm": "md5"}))
+    with pytest.raises(CheckpointError, match="uses digests 'md5', this version knows crc32, blake2b-128"):
+        stored.open_checkpoint(tmp_path, 2)
 
 
 def test_when_to_save_by_time(tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from flax import nnx
 from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json
-from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, new_folder, read_json, write_json, write_tensors
+from jaxlm.checkpoints.huggingface.files import TensorFolder, new_folder, read_json, write_json, write_tensors
 from jaxlm.checkpoints.huggingface.pickled import PickledFolder
 from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
+from jaxlm.checkpoints.pending import Pending
 from jaxlm.checkpoints.stored import some
 from jaxlm.checkpoints.tabulated import TabulatedCheckpoint
 from jaxlm.models import build_model

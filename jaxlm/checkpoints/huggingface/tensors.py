@@ -84,9 +84,15 @@ class Linear(Form):
         return whole if self.transposed else whole.T
 
     def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
-        whole = tensor if self.transposed else tensor.T
-        parts = np.split(whole, _borders(shapes, self.inputs), axis=1)
-        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes))
+        parts = np.split(tensor, _borders(shapes, self.inputs), axis=1 if self.transposed else 0)
+        return tuple(self._kernel(part, shape) for part, shape in zip(parts, shapes))
+
+    def _kernel(self, part: np.ndarray, shape: Shape) -> np.ndarray:
+        if self.transposed:
+            return part.reshape(shape)
+        outputs = len(shape) - self.inputs
+        turned = part.reshape(*shape[self.inputs :], *shape[: self.inputs])  # no copy, as that of `part.T` would be
+        return turned.transpose(*range(outputs, len(shape)), *range(outputs))
 
     def _matrix(self, shape: Shape) -> Shape:
         return _size(shape[: self.inputs]), _size(shape[self.inputs :])

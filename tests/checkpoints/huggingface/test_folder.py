@@ -10,8 +10,9 @@ import pytest
 
 from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
-from jaxlm.checkpoints.huggingface.files import Pending, TensorFolder, write_tensors
+from jaxlm.checkpoints.huggingface.files import TensorFolder, write_tensors
 from jaxlm.checkpoints.huggingface.folder import export, open_folder, parameter_shapes
+from jaxlm.checkpoints.pending import Pending
 from jaxlm.checkpoints.surgery import Fresh
 from jaxlm.checkpoints.warm_start import WarmStart, warm_start
 from jaxlm.models import build_model
@@ -94,6 +95,18 @@ def test_shards_hold_what_one_file_holds(tmp_path):
             assert tensors.dtype(tensor) == x.dtype and tensors.shapes[tensor] == x.shape
             np.testing.assert_array_equal(tensors.read(tensor), x)
     assert len(list((tmp_path / "three").glob("*.safetensors"))) == 3
+
+
+def test_tensors_lie_in_their_order_whatever_views_they_are(tmp_path):
+    """Transposed ones are put in order in tiles: whole tiles and rests of them, one piece and several."""
+    rng = np.random.default_rng(0)
+    views = [rng.normal(size=shape).astype(np.float32).T for shape in ((1,), (3, 1), (64, 130), (5000, 700))]
+    views += [np.swapaxes(rng.normal(size=shape).astype(np.float32), 1, 2) for shape in ((3, 5, 7), (2, 600, 700))]
+    views += [views[-1].astype(ml_dtypes.bfloat16), np.arange(12)[::-2], rng.normal(size=(7, 6, 5)).T[:, ::2]]
+    write_tensors(tmp_path, {str(i): Pending(x.shape, x.dtype, lambda x=x: x) for i, x in enumerate(views)})
+    tensors = TensorFolder(tmp_path)
+    for i, x in enumerate(views):
+        np.testing.assert_array_equal(tensors.read(str(i)), x)
 
 
 def test_a_run_may_start_from_it(folder):
