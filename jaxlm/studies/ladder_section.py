@@ -15,6 +15,7 @@ from jaxlm.studies.results import Run
 from jaxlm.training.progress import human
 
 _BEYOND = 10.0  # a next run of so many times the largest run's FLOPs, where no budget is given
+_LEAST_EXPONENT = 0.01  # an interval that reaches below does not tell the exponent from 0
 _ROWS = 6  # of the table of the frontier
 
 
@@ -60,24 +61,37 @@ def _group(ladder: Ladder, levels: str, points: Points, figures: pathlib.Path) -
     cost = points.flops_per_parameter_and_token
     largest = float(points.flops.max())
     budget = _BEYOND * largest if ladder.budget is None else ladder.budget
+    silent = [
+        name
+        for name, exponent in (("size", lambda law: law.alpha), ("tokens", lambda law: law.beta))
+        if not fitted.estimate(exponent).low > _LEAST_EXPONENT
+    ]
     picture = re.sub(r"\W+", "_", f"{ladder.leg}_ladder_{levels}").strip("_") + ".png"
-    _draw(figures / picture, points, fitted.law, budget, ladder.metric)
+    _draw(figures / picture, points, fitted.law, None if silent else budget, ladder.metric)
+    if silent:
+        advice = [
+            f"How the loss falls with {' and '.join(silent)} cannot be told from these runs (the exponent may be 0), "
+            f"so neither can a best use of FLOPs: run longer, more seeds, or sizes further apart."
+        ]
+    else:
+        advice = [
+            _next(fitted, budget, budget / largest, cost),
+            "",
+            *_budgets(fitted, np.geomspace(points.flops.min(), budget, _ROWS), cost),
+        ]
     return [
         *_law(fitted, len(points)),
         "",
-        *_held_out(ladder, points, largest),
+        *_held_out(points, largest),
         *_frontier(ladder, points),
         "",
-        _next(fitted, budget, budget / largest, cost),
+        *advice,
         "",
-        *_budgets(fitted, np.geomspace(points.flops.min(), budget, _ROWS), cost),
-        "",
-        f"![losses, the fitted law and its frontier](figures/{picture})",
+        f"![losses and the fitted law](figures/{picture})",
     ]
 
 
 def _law(fitted: Fitted[LossSurface], count: int) -> list[str]:
-    law = fitted.law
     numbers = {
         "E": lambda law: law.E,
         "A": lambda law: law.A,
@@ -91,14 +105,10 @@ def _law(fitted: Fitted[LossSurface], count: int) -> list[str]:
         found = fitted.estimate(number)
         rows.append((name, f"{found.value:.4g}", _bounds(found)))
     lines = table(("number", "fit", "95% interval"), rows)
-    lines += ["", f"Over {count} runs the law is off by {fitted.error:.2%} (root mean square)."]
-    for name, exponent in (("size", law.alpha), ("tokens", law.beta)):
-        if exponent <= 0:
-            lines.append(f"The losses do not fall with {name}: there is no best use of FLOPs to tell from them.")
-    return lines
+    return [*lines, "", f"Over {count} runs the law is off by {fitted.error:.2%} (root mean square)."]
 
 
-def _held_out(ladder: Ladder, points: Points, largest: float) -> list[str]:
+def _held_out(points: Points, largest: float) -> list[str]:
     """How well the law of the other runs says the loss of the largest one."""
     out = points.flops == largest
     try:
@@ -130,8 +140,6 @@ def _frontier(ladder: Ladder, points: Points) -> list[str]:
 
 def _next(fitted: Fitted[LossSurface], budget: float, times: float, cost: float) -> str:
     best = fitted.law.optimum(budget, cost)
-    if math.isnan(best.loss):
-        return ""
     loss = fitted.estimate(lambda law: law.optimum(budget, cost).loss)
     return (
         f"**Next.** {human(budget)}FLOPs, {times:.3g} times the largest run's, go best to "
@@ -144,8 +152,6 @@ def _budgets(fitted: Fitted[LossSurface], budgets: np.ndarray, cost: float) -> l
     rows = []
     for budget in budgets.tolist():
         best = fitted.law.optimum(budget, cost)
-        if math.isnan(best.loss):
-            return []
         sizes = fitted.estimate(lambda law: law.optimum(budget, cost).parameters)  # noqa: B023
         rows.append(
             (
@@ -164,10 +170,9 @@ def _bounds(found: Estimate) -> str:
     return "not bounded" if math.isnan(found.low) else f"{found.low:.4g} to {found.high:.4g}"
 
 
-def _draw(path: pathlib.Path, points: Points, law: LossSurface, budget: float, metric: str) -> None:
-    """Left: loss over tokens, a curve a size. Right: loss over FLOPs, and the frontier up to the next run."""
+def _draw(path: pathlib.Path, points: Points, law: LossSurface, budget: float | None, metric: str) -> None:
+    """Left: loss over tokens, a curve a size. Right: loss over FLOPs, and the frontier up to the next run, if known."""
     figure, (by_tokens, by_flops) = figure_of(10.5, 4.4, panels=2)
-    cost = points.flops_per_parameter_and_token
     for i, size in enumerate(np.unique(points.parameters)):
         of = points[points.parameters == size]
         tokens = np.geomspace(of.tokens.min(), of.tokens.max(), 50)
@@ -175,10 +180,11 @@ def _draw(path: pathlib.Path, points: Points, law: LossSurface, budget: float, m
         by_tokens.plot(of.tokens, of.loss, "o", color=colour, label=label)
         by_tokens.plot(tokens, law(size, tokens), color=colour, linewidth=1)
         by_flops.plot(of.flops, of.loss, "o", color=colour, label=label)
-    budgets = np.geomspace(points.flops.min(), budget, 50)
-    best = [law.optimum(c, cost) for c in budgets]
-    by_flops.plot(budgets, [of.loss for of in best], "k--", linewidth=1, label="best use of FLOPs")
-    by_flops.plot([budget], [best[-1].loss], "k*", markersize=11, label="next")
+    if budget is not None:
+        budgets = np.geomspace(points.flops.min(), budget, 50)
+        best = [law.optimum(c, points.flops_per_parameter_and_token) for c in budgets]
+        by_flops.plot(budgets, [of.loss for of in best], "k--", linewidth=1, label="best use of FLOPs")
+        by_flops.plot([budget], [best[-1].loss], "k*", markersize=11, label="next")
     by_tokens.set(xscale="log", yscale="log", xlabel="tokens", ylabel=metric)
     by_flops.set(xscale="log", yscale="log", xlabel="FLOPs", ylabel=metric)
     for axes in (by_tokens, by_flops):

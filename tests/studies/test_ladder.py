@@ -1,5 +1,7 @@
 """Scaling laws: known ones are recovered from synthetic runs, and what cannot be fitted is said."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -117,6 +119,17 @@ def test_the_report_has_the_law_the_frontier_and_the_next_run(shipped, tmp_path)
     assert f"expected loss {best.loss:.4f}" in text and "10 times the largest run's" in text
     assert "Fitted without the run of most FLOPs" in text and "+0.00%" in text.replace("-0.00%", "+0.00%")
     assert (tmp_path / "pretrain_ladder.png").stat().st_size > 5000
+
+
+def test_losses_that_size_does_not_change_give_no_next_size(shipped, tmp_path):
+    study, runs, _ = shipped
+    law = LossSurface(E=1.0, A=1e-9, alpha=0.3, B=60.0, beta=0.3)
+    runs = [
+        dataclasses.replace(run, curves={METRIC: Curve(np.array([1]), np.array([law(1.0, run.job.size.tokens)]))})
+        for run in runs
+    ]
+    text = ladder_section(study.ladder, runs, tmp_path)
+    assert "How the loss falls with size cannot be told from these runs" in text and "**Next.**" not in text
 
 
 def test_fits_of_their_own_and_too_few_runs(shipped, tmp_path):
