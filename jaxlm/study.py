@@ -4,6 +4,7 @@ python -m jaxlm.study --gin_file=gin_configs/studies/quickstart.gin
 python -m jaxlm.study --gin_file=... --plan          # every cell's parameters, FLOPs and expected time; runs nothing
 python -m jaxlm.study --gin_file=... --report        # the report of what is finished by now
 python -m jaxlm.study --gin_file=... --commands      # a command a cell, for a cluster's queue
+python -m jaxlm.study --ladder                       # sizes x tokens under muP: gin_configs/studies/ladder.gin
 
 --workers=N               processes on this machine (1); more may be started anywhere that sees the folder
 --cell="NAME, ..."        works on this cell alone, in this process (what --commands prints)
@@ -15,6 +16,7 @@ Started again, a study runs what is missing; what failed is tried again. Exits w
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -35,6 +37,7 @@ from jaxlm.training import machine
 from jaxlm.training.loop import Outcome
 from jaxlm.training.progress import duration, human, make_console
 
+_LADDER = "--gin_file=gin_configs/studies/ladder.gin"
 _REFRESH = 2.0  # seconds between looks at the workers
 _EFFICIENCY = 0.5  # as in reporting.make_plan
 
@@ -44,8 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
-    switches = ("plan", "report", "commands", "worker")
+    switches = ("plan", "report", "commands", "worker", "ladder")
     flags, rest = take_flags(arguments, ("workers", "cell"), switches=switches)
+    if "ladder" in flags:
+        rest = [_LADDER, *rest]
     study = resolve_or_exit(StudyConfig, rest)
     store = Store(pathlib.Path(study.study_dir).expanduser().resolve())
     try:
@@ -137,6 +142,7 @@ def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: i
     store.forget_failures()
     console = make_console()
     processes = [_start_worker(store, arguments, i) for i in range(workers)]
+    signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])  # they keep what they have
     try:
         with Live(console=console, refresh_per_second=1, transient=not console.is_terminal) as live:
             while any(process.poll() is None for process in processes):

@@ -168,15 +168,16 @@ def pictures() -> dict[str, list[Row]]:
     }
 
 
-def draw(rows: list[Row], path: pathlib.Path) -> None:
-    """Draws rows of cells; special tokens are bold."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def figure_of_rows(rows: list[Row]):
+    """A figure of rows of cells; special tokens are bold."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     width, label_width = max(len(row) for _, row in rows), 2.4
-    figure, axes = plt.subplots(figsize=(0.62 * (width + label_width), 0.42 * len(rows) + 0.1), dpi=110)
+    figure = Figure(figsize=(0.62 * (width + label_width), 0.42 * len(rows) + 0.1), dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     special = {NAMES[i] for i in NAMES if i < FIRST}
     for y, (label, row) in enumerate(rows):
         axes.text(-0.15, y + 0.5, label, ha="right", va="center", fontsize=9, color="#444444")
@@ -184,9 +185,7 @@ def draw(rows: list[Row], path: pathlib.Path) -> None:
             if not word and role is Role.TEXT:
                 continue
             axes.add_patch(
-                plt.Rectangle(
-                    (x + 0.03, y + 0.08), 0.94, 0.84, facecolor=role.value, edgecolor="#777777", linewidth=0.7
-                )
+                Rectangle((x + 0.03, y + 0.08), 0.94, 0.84, facecolor=role.value, edgecolor="#777777", linewidth=0.7)
             )
             weight = "bold" if word in special else "normal"
             axes.text(x + 0.5, y + 0.5, word, ha="center", va="center", fontsize=8.5, weight=weight)
@@ -194,8 +193,7 @@ def draw(rows: list[Row], path: pathlib.Path) -> None:
     axes.set_ylim(len(rows), 0)
     axes.axis("off")
     figure.subplots_adjust(0, 0, 1, 1)
-    figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
+    return figure
 
 
 def table() -> str:
@@ -230,5 +228,5 @@ def with_table(document: str) -> str:
 
 if __name__ == "__main__":
     for name, rows in pictures().items():
-        draw(rows, FIGURES / f"objective_{name}.png")
+        figure_of_rows(rows).savefig(FIGURES / f"objective_{name}.png", metadata={"Software": None})
     DOCUMENT.write_text(with_table(DOCUMENT.read_text()))

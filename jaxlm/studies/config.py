@@ -263,6 +263,33 @@ class Match:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ladder:
+    """Fits a scaling law to the runs of a leg, over their sizes and tokens, and says what to train next.
+
+    See `jaxlm.studies.ladder` for the law and its source.
+
+    Attributes:
+      leg: whose runs are fitted. One that goes on from another's state counts what came before.
+      budget: FLOPs of the run to plan; None is ten times the largest run's.
+      apart: factors whose levels have a fit of their own, say ('objective',).
+      metric: of the last evaluation.
+      resamples: of the bootstrap over runs.
+    """
+
+    leg: str
+    budget: float | None = None
+    apart: tuple[str, ...] = ()
+    metric: str = "validation/cross_entropy"
+    resamples: int = 200
+
+    def __post_init__(self):
+        if (self.budget is not None and self.budget <= 0) or self.resamples < 2:
+            raise ValueError(
+                f"Ladder needs a budget above 0 and at least 2 resamples; got {self.budget}, {self.resamples}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class StudyConfig:
     """A study, from an empty folder to its report.
 
@@ -276,6 +303,7 @@ class StudyConfig:
       seeds: one run each: a seed is both the run's (`RunConfig.seed`) and the data's (`DataConfig.seed`).
       measures: metrics of the last evaluation while training that the report compares; lower is better.
       matches: comparisons of learning curves by tokens.
+      ladder: a scaling law over the runs' sizes and tokens; None fits none.
     """
 
     study_dir: str
@@ -287,6 +315,7 @@ class StudyConfig:
     seeds: tuple[int, ...] = (0,)
     measures: tuple[str, ...] = ("validation/cross_entropy",)
     matches: tuple[Match, ...] = ()
+    ladder: Ladder | None = None
 
     def __post_init__(self):
         names = [leg.name for leg in self.legs]
@@ -311,9 +340,23 @@ class StudyConfig:
                     if factor != "leg":
                         self._check_factor(factor, f"Match {match.name!r}")
                         self._check_levels(factor, (level,), f"Match {match.name!r}")
+        if self.ladder is not None:
+            self._check_ladder(self.ladder)
         for cell in self.cells:
             for factor, level in cell.items():
                 self._check_levels(factor, (level,), "The design")
+
+    def _check_ladder(self, ladder: Ladder) -> None:
+        legs = {leg.name: leg for leg in self.legs}
+        if ladder.leg not in legs:
+            raise ValueError(f"Ladder.leg is {ladder.leg!r}, which is none of the study's legs {list(legs)}.")
+        if legs[ladder.leg].after is not None and legs[ladder.leg].start is Start.PARAMETERS:
+            raise ValueError(
+                f"Ladder.leg {ladder.leg!r} starts from another leg's parameters, so that its own tokens do not "
+                f"tell its loss; name a leg that starts afresh or goes on from a state."
+            )
+        for factor in ladder.apart:
+            self._check_factor(factor, "Ladder.apart")
 
     def _check_factor(self, factor: str, who: str) -> None:
         if factor not in self.factors:

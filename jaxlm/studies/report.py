@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxlm.studies.config import Leg, StudyConfig
 from jaxlm.studies.jobs import Job, Plan, best_trial
+from jaxlm.studies.ladder_section import ladder_section
+from jaxlm.studies.page import figure_of, table
 from jaxlm.studies.results import (
     Account,
     Interval,
@@ -43,6 +45,8 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
         sections += _tuning(plan, store, figures)
     if study.matches:
         sections.append(_matches([(match.name, matched(match, runs)) for match in study.matches]))
+    if study.ladder is not None:
+        sections.append(ladder_section(study.ladder, runs, figures))
     sections.append(_failures(plan, store))
     sections.append(_time(account(plan, store)))
     path = store.path / "report.md"
@@ -59,7 +63,7 @@ def _head(study: StudyConfig, plan: Plan, store: Store, runs: Sequence[Run]) -> 
         f"{', '.join(leg.name for leg in study.legs)}: {len(runs)} of {count} runs are finished. A mean over seeds has "
         f"its 95% interval by Student's t; where two intervals overlap, their order means nothing.",
         "",
-        *_table(
+        *table(
             ("leg", "cells", "runs that differ", "parameters", "tokens a run", "FLOPs a run"),
             [_leg_row(leg, plan) for leg in study.legs],
         ),
@@ -101,7 +105,7 @@ def _measure(study: StudyConfig, metric: str, runs: Sequence[Run], figures: path
         name = re.sub(r"\W+", "_", f"{leg.name}_{metric}")
         order = sorted(values, key=lambda cell: values[cell].mean)
         lines = [f"## {metric} after {leg.name}", ""]
-        lines += _table(
+        lines += table(
             ("cell", "mean", "95% interval", "seeds"),
             [
                 (
@@ -141,7 +145,7 @@ def _evaluation(leg: Leg, runs: Sequence[Run], figures: pathlib.Path) -> str:
     picture = f"{leg.name}_tasks.png"
     _bars(figures / picture, found, {task: of["chance"] for task, of in scores.items()}, cells)
     head = f"## Tasks after {leg.name}\n\nMeans over seeds, ± half of the 95% interval.\n\n"
-    return head + "\n".join([*_table(("task", "chance", *cells), rows), "", f"![tasks](figures/{picture})"])
+    return head + "\n".join([*table(("task", "chance", *cells), rows), "", f"![tasks](figures/{picture})"])
 
 
 def _tuning(plan: Plan, store: Store, figures: pathlib.Path) -> list[str]:
@@ -161,7 +165,7 @@ def _tuning(plan: Plan, store: Store, figures: pathlib.Path) -> list[str]:
             rows.append((cell_name(cell), *shown, "" if best is None else f"{best:g}{edge}"))
             curves[cell_name(cell)] = known
         lines = [f"## {tune.binding} for {leg.name}", "", f"{tune.metric} of a trial with one seed.", ""]
-        lines += _table(("cell", *(f"{value:g}" for value in tune.values), "chosen"), rows)
+        lines += table(("cell", *(f"{value:g}" for value in tune.values), "chosen"), rows)
         picture = f"{leg.name}_tuning.png"
         _tuning_curves(figures / picture, curves, tune.binding, tune.metric)
         sections.append("\n".join([*lines, "", f"![trials](figures/{picture})"]))
@@ -183,7 +187,7 @@ def _matches(found: Sequence[tuple[str, Matched | None]]) -> str:
     return (
         head
         + "loss; above 1 the adaptation is cheaper.\n\n"
-        + "\n".join(_table(("comparison", "ratio (95% interval)", "loss"), rows))
+        + "\n".join(table(("comparison", "ratio (95% interval)", "loss"), rows))
     )
 
 
@@ -201,7 +205,7 @@ def _failures(plan: Plan, store: Store) -> str:
     ]
     if not rows:
         return ""
-    return "## Failed\n\n" + "\n".join(_table(("cell", "leg", "seed", "why"), list(dict.fromkeys(rows))))
+    return "## Failed\n\n" + "\n".join(table(("cell", "leg", "seed", "why"), list(dict.fromkeys(rows))))
 
 
 def _time(spent: Account) -> str:
@@ -210,7 +214,7 @@ def _time(spent: Account) -> str:
     rows = [
         (activity.value.replace("_", " "), duration(seconds)) for activity, seconds in spent.runs.items() if seconds
     ]
-    lines = _table(("of all runs", "time"), rows)
+    lines = table(("of all runs", "time"), rows)
     return "\n".join(
         [
             "## Time",
@@ -255,11 +259,6 @@ def _state(job: Job, states: Sequence[str], store: Store) -> str:
     return "to do" if not done else f"{done}/{len(states)}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-
-
 def _heat_map(path: pathlib.Path, study: StudyConfig, values: Mapping[str, Interval], title: str) -> None:
     (first, second), cells = study.factors, study.cells
     rows, columns = (list(dict.fromkeys(cell[factor] for cell in cells)) for factor in (first, second))
@@ -267,7 +266,7 @@ def _heat_map(path: pathlib.Path, study: StudyConfig, values: Mapping[str, Inter
     for cell in cells:
         if cell_name(cell) in values:
             grid[rows.index(cell[first]), columns.index(cell[second])] = values[cell_name(cell)].mean
-    figure, axes = _figure(1.6 + 1.5 * len(columns), 1.4 + 0.6 * len(rows))
+    figure, axes = figure_of(1.6 + 1.5 * len(columns), 1.4 + 0.6 * len(rows))
     image = axes.imshow(np.ma.masked_invalid(grid), cmap="viridis_r", aspect="auto")
     middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
     for i, j in np.argwhere(np.isfinite(grid)):
@@ -281,7 +280,7 @@ def _heat_map(path: pathlib.Path, study: StudyConfig, values: Mapping[str, Inter
 
 
 def _learning_curves(path: pathlib.Path, runs: Sequence[Run], metric: str) -> None:
-    figure, axes = _figure(6.4, 4.4)
+    figure, axes = figure_of(6.4, 4.4)
     by_cell: dict[str, list[Run]] = {}
     for run in runs:
         if metric in run.curves:
@@ -305,7 +304,7 @@ def _bars(
     cells: Sequence[str],
 ) -> None:
     """A bar a cell and task with its interval, and chance as a line."""
-    figure, axes = _figure(2.0 + 0.25 * len(found) * (len(cells) + 1), 4.4)
+    figure, axes = figure_of(2.0 + 0.25 * len(found) * (len(cells) + 1), 4.4)
     width = 1.0 / (len(cells) + 1)
     for i, cell in enumerate(cells):
         places = [k for k, values in enumerate(found.values()) if cell in values]
@@ -321,7 +320,7 @@ def _bars(
 
 
 def _tuning_curves(path: pathlib.Path, curves: Mapping[str, Mapping[float, float]], binding: str, metric: str) -> None:
-    figure, axes = _figure(6.4, 4.4)
+    figure, axes = figure_of(6.4, 4.4)
     for cell, losses in curves.items():
         axes.plot(list(losses), list(losses.values()), marker="o", markersize=4, label=cell)
     axes.set(xlabel=binding, ylabel=metric, xscale="log")
@@ -329,13 +328,3 @@ def _tuning_curves(path: pathlib.Path, curves: Mapping[str, Mapping[float, float
     if curves:
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-
-
-def _figure(width: float, height: float):
-    # Imported here: it costs a second. Without pyplot: that keeps global state.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
