@@ -45,7 +45,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.11.2"],
         "tokamax": ["tokamax==0.0.17"],
         "harness": ["lm-eval>=0.4.9", "rouge-score>=0.1.2", "sacrebleu>=2.4"],
-        "torch": ["torch>=2.6", "transformers>=4.50"],
+        "torch": ["accelerate>=1.0", "torch>=2.6", "transformers>=4.50"],  # the first: the harness' own models want it
         "dev": [
             "hypothesis>=6.130",
             "ipykernel>=6.29",
