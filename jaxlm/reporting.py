@@ -25,9 +25,6 @@ from jaxlm.training.run_folder import RunFolder
 from jaxlm.training.state import TrainState
 from jaxlm.training.writers import Writers
 
-_EFFICIENCY = 0.5
-"""Share of the speed of large matrix products that a training step of a small model reaches, for the expected time."""
-
 
 def make_plan(run: RunConfig, parts: Parts, parallel: Parallelism, step: int) -> Plan:
     """What is going to happen from `step` on. Times this machine's matrix products for a moment."""
@@ -40,7 +37,7 @@ def make_plan(run: RunConfig, parts: Parts, parallel: Parallelism, step: int) ->
     flops = parts.flops_per_token * parts.row_tokens  # a row
     # Devices of a CPU share its cores; accelerators do not.
     devices = 1 if jax.default_backend() == "cpu" else parallel.mesh.size
-    speed = machine.matmul_flops_per_second() * devices * _EFFICIENCY
+    speed = machine.matmul_flops_per_second() * devices * machine.EFFICIENCY
     loader = parts.loader
     facts = {
         "model": f"{parts.model.architecture.value}, trained by {loader.objective.name}",

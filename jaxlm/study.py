@@ -39,7 +39,6 @@ from jaxlm.training.progress import duration, human, make_console
 
 _LADDER = "--gin_file=gin_configs/studies/ladder.gin"
 _REFRESH = 2.0  # seconds between looks at the workers
-_EFFICIENCY = 0.5  # as in reporting.make_plan
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +86,7 @@ def show_plan(study: StudyConfig, store: Store) -> int:
     """Prints what the study comes to, by cell and leg; starts nothing."""
 
     plan = expand(study, store)
-    speed = machine.matmul_flops_per_second() * _EFFICIENCY
+    speed = machine.matmul_flops_per_second() * machine.EFFICIENCY
     table = Table("cell", "leg", "parameters", "steps", "tokens", "FLOPs", "time", box=None)
 
     def row(cell: str, leg: str, jobs: list[Job]) -> None:
@@ -111,7 +110,7 @@ def show_plan(study: StudyConfig, store: Store) -> int:
     later = f", and {waiting} legs of cells that wait for trials" if waiting else ""
     console.print(
         f"{len(runs)} runs that differ, {len(left)} of them to do{later}: {human(flops).strip()} FLOPs, about "
-        f"{duration(flops / speed)} at half of this machine's {human(speed / _EFFICIENCY).strip()}FLOP/s."
+        f"{duration(flops / speed)} at half of this machine's {human(speed / machine.EFFICIENCY).strip()}FLOP/s."
     )
     return ExitStatus.FINISHED
 

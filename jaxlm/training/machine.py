@@ -13,6 +13,9 @@ from jaxlm.parallel import xla_flags
 
 _PACKAGES = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
+EFFICIENCY = 0.5
+"""Share of the speed of large matrix products that a training step of a small model reaches, for expected times."""
+
 
 def facts() -> dict[str, str]:
     """Versions and devices, for `run.json`, reports and benchmark results. Holds no name or path of the machine."""

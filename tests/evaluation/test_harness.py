@@ -1,15 +1,14 @@
 """lm-evaluation-harness gets from us what it gets from its own model on the same weights, on a task from local data."""
 
 import gzip
-import importlib.util
 import json
 import os
 
 import pytest
 
-transformers = pytest.importorskip("transformers", reason="compares with transformers")
-pytest.importorskip("lm_eval", reason="tests the model for lm-evaluation-harness")
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="transformers needs torch")
+pytest.importorskip("torch", reason="needs the torch extra: pip install 'jaxlm[torch]'")
+transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'jaxlm[torch]'")
+pytest.importorskip("lm_eval", reason="needs the harness extra: pip install 'jaxlm[harness]'")
 
 TASK = """
 task: local_choices

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.huggingface.family import Family, Json, activation, activation_name, stack
 from jaxlm.checkpoints.huggingface.fields import Fields
-from jaxlm.checkpoints.huggingface.tensors import Convolution, Same, Table, Vector, entry, layers, linear, norm
+from jaxlm.checkpoints.huggingface.tensors import Reversed, Same, Table, Vector, entry, layers, linear, norm
 from jaxlm.layers.block import BlockConfig, Placement
 from jaxlm.layers.convolved_block import ConvolvedBlockConfig
 from jaxlm.layers.disentangled_attention import DisentangledAttentionConfig, RelativeEmbeddings
@@ -150,7 +150,7 @@ class DebertaV2(Family):
             *norm(f"{embeddings}.LayerNorm", "embedding/norm"),
             entry("deberta.encoder.rel_embeddings.weight", "encoder/relative/table", form=Same()),
             *norm("deberta.encoder.LayerNorm", "encoder/relative/norm"),
-            entry("deberta.encoder.conv.conv.weight", "encoder/layers/0/convolution/kernel", form=Convolution()),
+            entry("deberta.encoder.conv.conv.weight", "encoder/layers/0/convolution/kernel", form=Reversed()),
             entry("deberta.encoder.conv.conv.bias", "encoder/layers/0/convolution/bias", form=Vector()),
             *norm("deberta.encoder.conv.LayerNorm", "encoder/layers/0/convolution_norm"),
             *layers(BLOCK, config.encoder.depth, "deberta.encoder.layer", "encoder/layers"),

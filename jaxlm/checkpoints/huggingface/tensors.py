@@ -149,8 +149,8 @@ class Experts(Form):
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution(Form):
-    """A kernel [taps, inputs, outputs] as PyTorch's Conv1d [outputs, inputs, taps]."""
+class Reversed(Form):
+    """Axes in the reverse order: a kernel [taps, inputs, outputs] as PyTorch's Conv1d, or a transposed matrix."""
 
     def shape(self, shapes: tuple[Shape, ...]) -> Shape:
         (shape,) = shapes

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.huggingface.folder import parameter_shapes
-from jaxlm.checkpoints.huggingface.tensors import Entry, Form, Shape, resolve
+from jaxlm.checkpoints.huggingface.tensors import Entry, Form, Reversed, Shape, resolve
 from jaxlm.checkpoints.stored import some
 from jaxlm.checkpoints.t5 import t5x
 from jaxlm.checkpoints.t5.bundle import Bundle
@@ -60,22 +60,6 @@ class InOrder(Form):
     def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
         (shape,) = shapes
         return (tensor.reshape(shape),)
-
-
-@dataclasses.dataclass(frozen=True)
-class Transposed(Form):
-    """A matrix the other way round: T5's tables of relative positions are [heads, buckets]."""
-
-    def shape(self, shapes: tuple[Shape, ...]) -> Shape:
-        (shape,) = shapes
-        return shape[::-1]
-
-    def join(self, values: tuple[np.ndarray, ...]) -> np.ndarray:
-        (value,) = values
-        return value.T
-
-    def split(self, tensor: np.ndarray, shapes: tuple[Shape, ...]) -> tuple[np.ndarray, ...]:
-        return (tensor.T,)
 
 
 # Our name of each of T5X's inside a layer, and of those outside; those of tables of relative positions aside.
@@ -193,7 +177,7 @@ def open_t5(path: pathlib.Path) -> T5Checkpoint:
     names = _our_names(tensors.shapes, path)
     config = _config(tensors.shapes, names, _activation(path, tensors.shapes))
     table = tuple(
-        Entry(name, (ours,), Transposed() if re.search(_TABLE, name) else InOrder(tensors.shapes[name]))
+        Entry(name, (ours,), Reversed() if re.search(_TABLE, name) else InOrder(tensors.shapes[name]))
         for name, ours in names.items()
     )
     shapes = parameter_shapes(config)
