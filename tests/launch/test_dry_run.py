@@ -22,7 +22,7 @@ SCRIPTS = ["local", "train", "gpu_node", "tpu_vm", "tpu_queued", "gke", "slurm"]
 STAND_IN = """#!/bin/bash
 said="$(basename "$0") $(printf '%q ' "$@")"
 if [[ "$(basename "$0")" == kubectl ]]; then said+="$(cat)"; fi
-{ flock 9; printf '%s\\n=====\\n' "$said" >&9; } 9>> "$CALLS"  # some are called side by side
+printf '%s\\n=====\\n' "$said" >> "$CALLS/$$"  # a file a process: some are called side by side
 case "$*" in
   *describe*) echo ACTIVE ;;
   "--version") echo "Python 3.12.99" ;;
@@ -43,6 +43,7 @@ class Machine:
         shutil.copy(ROOT / ".python-version", self.clone)
         self.bin.mkdir(parents=True)
         (folder / "tmp").mkdir()
+        self.calls.mkdir()
         for tool in ("bash", "basename", "cat", "cp", "dirname", "env", "grep", "mkdir", "sed", "sleep"):
             (self.bin / tool).symlink_to(shutil.which(tool))
         for name in ("gcloud", "kubectl", "sbatch", "git", "python3.12"):
@@ -58,8 +59,10 @@ class Machine:
 
     def called(self) -> list[str]:
         """What the stand-ins were called with since the last time; what ran side by side in no order."""
-        calls = self.calls.read_text() if self.calls.exists() else ""
-        self.calls.unlink(missing_ok=True)
+        calls = ""
+        for file in self.calls.iterdir():
+            calls += file.read_text()
+            file.unlink()
         # The scripts look before they leap: at Python's version, and at what is not committed.
         questions = re.compile(r"python\S* (-c|--version) |git -C \S+ status")
         return sorted(call for call in calls.split("=====\n")[:-1] if not questions.match(call))
