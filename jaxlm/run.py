@@ -29,7 +29,7 @@ from jaxlm.training.optimizers import Optimizer, OptimizerConfig, build_optimize
 from jaxlm.training.parameters import ModelDefinition, Tree, flatten
 from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
-from jaxlm.training.stages import Phase, Stage, phases
+from jaxlm.training.stages import Phase, Stage, phases, with_steps
 from jaxlm.training.state import TrainState, abstract_model
 from jaxlm.training.step import StepConfig, TrainStep, layer_names, make_train_step
 from jaxlm.training.watchdog import WatchdogConfig
@@ -71,7 +71,7 @@ class RunConfig:
       evaluation: on held-out data; None evaluates nothing.
       samples: texts the model writes now and then; None writes none.
       stages: what changes on the way, see `jaxlm.training.stages`; () is one stage of train_steps. Their steps add up
-        to train_steps.
+        to train_steps; one that gives none has the rest.
       warm_start: parameters to begin with; None initialises afresh.
       branch: another run's whole state to go on from, counting its steps; None begins at step 0.
       wandb: also log to Weights & Biases.
@@ -111,11 +111,6 @@ class RunConfig:
                 raise ValueError(f"RunConfig.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.warm_start is not None and self.branch is not None:
             raise ValueError("RunConfig.warm_start and branch are two ways to begin; set one of them to None.")
-        if self.stages and sum(stage.steps for stage in self.stages) != self.train_steps:
-            raise ValueError(
-                f"The stages have {' + '.join(str(stage.steps) for stage in self.stages)} steps, which do not add up "
-                f"to train_steps = {self.train_steps}."
-            )
         for phase in self.phases:
             objective, model = phase.stage.objective, self.model_of(phase)
             if refusal := objective.refuses(model.architecture) or objective.refuses_model(model):
@@ -132,12 +127,13 @@ class RunConfig:
         own = Stage(self.train_steps, self.objective, self.model.architecture, self.data, batch_size=self.batch_size)
         if not self.stages:
             return phases((own,), batch_size=self.batch_size)
+        stages = with_steps(self.stages, self.train_steps)
         first = {
             field: getattr(own, field)
             for field in ("objective", "architecture", "data", "batch_size")
-            if getattr(self.stages[0], field) is None
+            if getattr(stages[0], field) is None
         }
-        stages = (dataclasses.replace(self.stages[0], **first), *self.stages[1:])
+        stages = (dataclasses.replace(stages[0], **first), *stages[1:])
         return phases(stages, batch_size=self.batch_size)
 
     def model_of(self, phase: Phase) -> ModelConfig:
