@@ -43,11 +43,13 @@ class EvaluationConfig:
     Attributes:
       split: of the data.
       data: another data configuration (a validation mixture, say); None takes the run's own.
+      objective: what is predicted; None is what is trained. Another one lets runs with different objectives compare.
       max_batches: stop after this many; None takes the whole split.
     """
 
     split: str = "validation"
     data: DataConfig | None = None
+    objective: Objective | None = None
     max_batches: int | None = None
 
 
@@ -112,9 +114,10 @@ class RunConfig:
         if self.warm_start is not None and self.branch is not None:
             raise ValueError("RunConfig.warm_start and branch are two ways to begin; set one of them to None.")
         for phase in self.phases:
-            objective, model = phase.stage.objective, self.model_of(phase)
-            if refusal := objective.refuses(model.architecture) or objective.refuses_model(model):
-                raise ValueError(refusal)
+            model = self.model_of(phase)
+            for objective in filter(None, (phase.stage.objective, self.evaluation and self.evaluation.objective)):
+                if refusal := objective.refuses(model.architecture) or objective.refuses_model(model):
+                    raise ValueError(refusal)
             if phase.batch_size % self.step.microbatches:
                 raise ValueError(
                     f"A batch of {phase.batch_size} rows cannot be cut into {self.step.microbatches} equal "
@@ -450,10 +453,12 @@ def _evaluator(
     def make_loader() -> Loader:
         data = config.data or run.data_of(phase)
         rows = parallel.host_rows(phase.batch_size)
-        return open_loader(run, phase, config=data, split=config.split, one_pass=True, rows=rows)
+        objective = config.objective or phase.stage.objective
+        options = {"config": data, "objective": objective, "split": config.split, "one_pass": True, "rows": rows}
+        return open_loader(run, phase, **options)
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
-    names = dataclasses.replace(names, datasets=loader.dataset_names)
+    names = dataclasses.replace(names, datasets=loader.dataset_names, objectives=loader.objective.parts)
     # Cross-entropy alone, so that runs with different losses compare.
     loss = dataclasses.replace(run.loss, z_loss=0.0, label_smoothing=0.0, num_datasets=len(loader.dataset_names))
 

@@ -75,9 +75,7 @@ class Job:
         parent_folder = None if self.parent is None else folder_of(self.parent)
         named = [f"{binding} = {str(folder_of(job))!r}" for binding, job in self.beside.items()]
         run = resolved((*self.settings, *named)) if named else self.run
-        run = dataclasses.replace(
-            run, model_dir=str(folder), seed=seed, data=dataclasses.replace(run.data, seed=seed)
-        )
+        run = dataclasses.replace(run, model_dir=str(folder), seed=seed, data=dataclasses.replace(run.data, seed=seed))
         if parent_folder is None:
             return run
         if self._goes_on:
