@@ -9,17 +9,16 @@ import functools
 import hashlib
 import math
 import pathlib
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from jaxlm.checkpoints.branch import Branch
 from jaxlm.checkpoints.warm_start import WarmStart
-from jaxlm.configuration import ConfigError, resolve, resolved_text
-from jaxlm.evaluation.suite import EvaluationConfig
+from jaxlm.configuration import ConfigError, resolved_text
 from jaxlm.models.accounting import count_parameters, flops_per_token
 from jaxlm.run import RunConfig, expected_layout
 from jaxlm.studies.config import Budget, Cell, Leg, Settings, Start, StudyConfig, Tune
+from jaxlm.studies.settings import resolved, resolved_evaluation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,9 +55,9 @@ class Job:
         return size_of(self.run, self.parent.run.train_steps if self._goes_on else 0)
 
     @property
-    def evaluation(self) -> EvaluationConfig | None:
-        """What its models are asked."""
-        return None if self.trial is not None else self.leg.evaluation
+    def evaluations(self) -> Mapping[str, Settings]:
+        """What its models are asked, by name."""
+        return {} if self.trial is not None else self.leg.evaluations
 
     @property
     def needs(self) -> tuple["Job", ...]:
@@ -69,11 +68,11 @@ class Job:
     def _goes_on(self) -> bool:
         return self.parent is not None and self.leg.start is Start.STATE
 
-    def configuration(self, seed: int, folder_of: Callable[["Job"], pathlib.Path]) -> RunConfig:
-        """The whole configuration of a run, with the folders of this seed's runs."""
-        folder = folder_of(self)
-        parent_folder = None if self.parent is None else folder_of(self.parent)
-        named = [f"{binding} = {str(folder_of(job))!r}" for binding, job in self.beside.items()]
+    def configuration(self, seed: int, folders: Mapping[str, pathlib.Path]) -> RunConfig:
+        """The whole configuration of a run, with the folders of this seed's runs by their jobs' addresses."""
+        folder = folders[self.address]
+        parent_folder = None if self.parent is None else folders[self.parent.address]
+        named = [f"{binding} = {str(folders[job.address])!r}" for binding, job in self.beside.items()]
         run = resolved((*self.settings, *named)) if named else self.run
         run = dataclasses.replace(run, model_dir=str(folder), seed=seed, data=dataclasses.replace(run.data, seed=seed))
         if parent_folder is None:
@@ -132,9 +131,15 @@ def expand(study: StudyConfig, results: Results) -> Plan:
     """The study's jobs.
 
     Raises:
-      ConfigError: a cell's settings do not resolve; the message begins with the cell and leg.
+      ConfigError: settings of a cell or an evaluation do not resolve; the message begins with the cell and leg.
       ValueError: a cell is illegal, say by its objective and architecture; likewise.
     """
+    for leg in study.legs:
+        for name, settings in leg.evaluations.items():
+            try:
+                resolved_evaluation(settings)
+            except (ConfigError, ValueError) as error:
+                raise type(error)(f"leg {leg.name}, evaluation {name!r}: {error}") from None
     plan = Plan({}, [], [])
     for cell in study.cells:
         jobs: dict[str, Job | None] = {}
@@ -233,28 +238,6 @@ def _make(
 
 ENDLESS = "RunConfig.train_steps = 1000000000"
 """Settings of a run whose length is not known yet: longer than any stage that has a number of steps."""
-
-
-@functools.lru_cache(maxsize=4096)
-def resolved(settings: Settings) -> RunConfig:
-    """The run that settings describe, without a folder.
-
-    Raises:
-      ConfigError: they do not resolve.
-    """
-    files = [setting for setting in settings if setting.endswith(".gin")]
-    bindings = [setting for setting in settings if not setting.endswith(".gin")]
-    arguments = []
-    for binding in (*bindings, "RunConfig.model_dir = 'unset'"):
-        name, equals, value = binding.partition("=")
-        if not equals:
-            raise ConfigError(f"the setting {binding!r} is neither a .gin file nor NAME = value.")
-        arguments.append(f"--gin.{name.strip()}={value.strip()}")
-    # Included in one file: what a later one replaces may then remain unused.
-    with tempfile.TemporaryDirectory() as scratch:
-        together = pathlib.Path(scratch) / "settings.gin"
-        together.write_text("".join(f"include '{file}'\n" for file in files))
-        return resolve(RunConfig, [f"--gin_file={together}", *arguments], warn=False)
 
 
 def steps_for(run: RunConfig, budget: Budget) -> int:

@@ -11,6 +11,7 @@ from jaxlm.evaluation.suite import evaluate
 from jaxlm.run import Programs
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, Plan, expand, label_of
+from jaxlm.studies.settings import resolved_evaluation
 from jaxlm.studies.store import Store
 from jaxlm.training.loop import Outcome, TrainingDiverged
 
@@ -95,9 +96,9 @@ def _run(job: Job, store: Store, train: Train, programs: Programs, report: Calla
         folder, outcome = store.run_folder(job, seed), Outcome.FINISHED
         try:
             if not store.run_is_trained(job, seed):
-                run = job.configuration(seed, lambda of: store.run_folder(of, seed).path)
+                run = job.configuration(seed, {of.address: store.run_folder(of, seed).path for of in (job, *job.needs)})
                 outcome = train(run, programs=programs)
-            if outcome is Outcome.FINISHED and job.evaluation is not None:
+            if outcome is Outcome.FINISHED:
                 _evaluate(job, seed, store, report)
         except (ValueError, CheckpointError, TrainingDiverged, OSError) as error:
             report(f"{job.address}, seed {seed}, failed: {error}")
@@ -113,18 +114,23 @@ def _run(job: Job, store: Store, train: Train, programs: Programs, report: Calla
 
 
 def _evaluate(job: Job, seed: int, store: Store, report: Callable[[str], None]) -> None:
-    """Asks a trained model what its leg wants to know.
+    """Asks a trained model what its leg wants to know and it has not answered yet.
 
     Raises:
       ValueError: a task could not be asked.
     """
+    left = store.evaluations_left(job, seed)
+    if not left:
+        return
     began = time.time()
     model = pretrained.load(store.run_folder(job, seed).path)
-    result = evaluate(job.evaluation, model, folder=store.evaluation_folder(job, seed), report=report)
+    for name in left:
+        folder = store.evaluation_folder(job, seed, name)
+        result = evaluate(resolved_evaluation(job.evaluations[name]), model, folder=folder, report=report)
+        if result.failures:
+            (folder / "results.json").unlink()
+            raise ValueError(" ".join(result.failures.values()))
     store.note_evaluation(time.time() - began)
-    if result.failures:
-        (store.evaluation_folder(job, seed) / "results.json").unlink()
-        raise ValueError(" ".join(result.failures.values()))
 
 
 def _trial(job: Job) -> str:

@@ -41,7 +41,7 @@ MODULES = ("layers", "models", "checkpoints.surgery", "checkpoints.warm_start", 
 
 @pytest.fixture(scope="module")
 def unbalanced(workshop):
-    """Two decoders of two sizes, and a run that makes one model of them: cross-attention alone for two of four steps."""
+    """Decoders of two sizes, and a run that makes one model of them: cross-attention alone for two of four steps."""
     gin = workshop.gin("donor", EACH_STEP, imports=IMPORTS)
 
     def donor(name, *bindings):
