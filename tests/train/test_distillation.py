@@ -1,4 +1,4 @@
-"""Runs that learn from a teacher: a student moves towards it, goes on after a stop, and what cannot teach is refused."""
+"""Runs with a teacher: the student moves towards it and goes on after a stop; what cannot teach is refused."""
 
 import pytest
 
