@@ -29,7 +29,7 @@ from jaxlm.training.optimizers import Optimizer, OptimizerConfig, build_optimize
 from jaxlm.training.parameters import ModelDefinition, Tree, flatten
 from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
-from jaxlm.training.stages import Phase, Stage, phases
+from jaxlm.training.stages import Phase, Stage, phases, with_steps
 from jaxlm.training.state import TrainState, abstract_model
 from jaxlm.training.step import StepConfig, TrainStep, layer_names, make_train_step
 from jaxlm.training.watchdog import WatchdogConfig
@@ -43,11 +43,13 @@ class EvaluationConfig:
     Attributes:
       split: of the data.
       data: another data configuration (a validation mixture, say); None takes the run's own.
+      objective: what is predicted; None is what is trained. Another one lets runs with different objectives compare.
       max_batches: stop after this many; None takes the whole split.
     """
 
     split: str = "validation"
     data: DataConfig | None = None
+    objective: Objective | None = None
     max_batches: int | None = None
 
 
@@ -71,7 +73,7 @@ class RunConfig:
       evaluation: on held-out data; None evaluates nothing.
       samples: texts the model writes now and then; None writes none.
       stages: what changes on the way, see `jaxlm.training.stages`; () is one stage of train_steps. Their steps add up
-        to train_steps.
+        to train_steps; one that gives none has the rest.
       warm_start: parameters to begin with; None initialises afresh.
       branch: another run's whole state to go on from, counting its steps; None begins at step 0.
       wandb: also log to Weights & Biases.
@@ -111,15 +113,11 @@ class RunConfig:
                 raise ValueError(f"RunConfig.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.warm_start is not None and self.branch is not None:
             raise ValueError("RunConfig.warm_start and branch are two ways to begin; set one of them to None.")
-        if self.stages and sum(stage.steps for stage in self.stages) != self.train_steps:
-            raise ValueError(
-                f"The stages have {' + '.join(str(stage.steps) for stage in self.stages)} steps, which do not add up "
-                f"to train_steps = {self.train_steps}."
-            )
         for phase in self.phases:
-            objective, model = phase.stage.objective, self.model_of(phase)
-            if refusal := objective.refuses(model.architecture) or objective.refuses_model(model):
-                raise ValueError(refusal)
+            model = self.model_of(phase)
+            for objective in filter(None, (phase.stage.objective, self.evaluation and self.evaluation.objective)):
+                if refusal := objective.refuses(model.architecture) or objective.refuses_model(model):
+                    raise ValueError(refusal)
             if phase.batch_size % self.step.microbatches:
                 raise ValueError(
                     f"A batch of {phase.batch_size} rows cannot be cut into {self.step.microbatches} equal "
@@ -132,12 +130,13 @@ class RunConfig:
         own = Stage(self.train_steps, self.objective, self.model.architecture, self.data, batch_size=self.batch_size)
         if not self.stages:
             return phases((own,), batch_size=self.batch_size)
+        stages = with_steps(self.stages, self.train_steps)
         first = {
             field: getattr(own, field)
             for field in ("objective", "architecture", "data", "batch_size")
-            if getattr(self.stages[0], field) is None
+            if getattr(stages[0], field) is None
         }
-        stages = (dataclasses.replace(self.stages[0], **first), *self.stages[1:])
+        stages = (dataclasses.replace(stages[0], **first), *stages[1:])
         return phases(stages, batch_size=self.batch_size)
 
     def model_of(self, phase: Phase) -> ModelConfig:
@@ -454,10 +453,12 @@ def _evaluator(
     def make_loader() -> Loader:
         data = config.data or run.data_of(phase)
         rows = parallel.host_rows(phase.batch_size)
-        return open_loader(run, phase, config=data, split=config.split, one_pass=True, rows=rows)
+        objective = config.objective or phase.stage.objective
+        options = {"config": data, "objective": objective, "split": config.split, "one_pass": True, "rows": rows}
+        return open_loader(run, phase, **options)
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
-    names = dataclasses.replace(names, datasets=loader.dataset_names)
+    names = dataclasses.replace(names, datasets=loader.dataset_names, objectives=loader.objective.parts)
     # Cross-entropy alone, so that runs with different losses compare.
     loss = dataclasses.replace(run.loss, z_loss=0.0, label_smoothing=0.0, num_datasets=len(loader.dataset_names))
 

@@ -203,6 +203,8 @@ class Leg:
       after: the leg it starts from; None starts afresh.
       start: what it takes from there.
       step: of that leg's checkpoint; None is its last.
+      beside: {binding: leg}, names that are bound to the folder of another leg's run of the same cell and seed, say
+        {"TEACHER": "pretrain"}. In cells that skip that leg they are not bound.
       only: {factor: levels} that go through it; others skip it, and what comes after starts from the leg before it.
       budget: None leaves TRAIN_STEPS to the settings.
       tune: chooses a number for each cell; None binds nothing.
@@ -216,6 +218,7 @@ class Leg:
     after: str | None = None
     start: Start = Start.PARAMETERS
     step: int | None = None
+    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
     only: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     budget: Budget | None = None
     tune: Tune | None = None
@@ -345,6 +348,11 @@ class StudyConfig:
         for i, leg in enumerate(self.legs):
             if leg.after is not None and leg.after not in names[:i]:
                 raise ValueError(f"Leg {leg.name!r} starts from {leg.after!r}, which is no leg before it in {names}.")
+            for binding, other in leg.beside.items():
+                if other not in names[:i]:
+                    raise ValueError(
+                        f"Leg {leg.name!r} binds {binding} to {other!r}, which is no leg before it in {names}."
+                    )
             for factor in (*(leg.factors or ()), *leg.only):
                 self._check_factor(factor, f"Leg {leg.name!r}")
             for factor, levels in leg.only.items():

@@ -78,10 +78,6 @@ class Store:
         """The folder of one run."""
         return RunFolder(self.job_folder(job) / f"seed{seed}")
 
-    def start_folder(self, job: Job, seed: int) -> pathlib.Path | None:
-        """The folder of the run that a run starts from; None: afresh."""
-        return None if job.parent is None else self.run_folder(job.parent, seed).path
-
     def run_is_trained(self, job: Job, seed: int) -> bool:
         """Whether a run's training ended as planned."""
         folder = self.run_folder(job, seed)

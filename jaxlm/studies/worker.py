@@ -50,7 +50,7 @@ def work(
             left = unfinished(expand(study, store), store, only)
             if not left:
                 return Outcome.FINISHED
-            ready = [job for job in left if job.parent is None or store.is_finished(job.parent)]
+            ready = [job for job in left if all(map(store.is_finished, job.needs))]
             if not ready and not any(store.is_claimed(job) for job in left):
                 return Outcome.FINISHED  # what is left starts from what has failed
             for job in ready:
@@ -81,9 +81,10 @@ def _jobs_of(plan: Plan, label: str) -> list[Job]:
     own = [job for cell, _, job in plan.of_cells if label_of(cell) == label and job is not None]
     own += [job for cell, _, jobs in plan.trials if label_of(cell) == label for job in jobs]
     found: dict[str, Job] = {}
-    for job in own:
-        while job is not None:
-            found[job.address], job = job, job.parent
+    while own:
+        job = own.pop()
+        found[job.address] = job
+        own += job.needs
     return [job for job in plan.jobs.values() if job.address in found]
 
 
@@ -95,7 +96,7 @@ def _run(job: Job, store: Store, train: Train, programs: Programs, report: Calla
         folder, outcome = store.run_folder(job, seed), Outcome.FINISHED
         try:
             if not store.run_is_trained(job, seed):
-                run = job.configuration(seed, folder.path, store.start_folder(job, seed))
+                run = job.configuration(seed, {of.address: store.run_folder(of, seed).path for of in (job, *job.needs)})
                 outcome = train(run, programs=programs)
             if outcome is Outcome.FINISHED:
                 _evaluate(job, seed, store, report)

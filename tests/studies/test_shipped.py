@@ -8,7 +8,7 @@ from jaxlm.architecture import Architecture
 from jaxlm.configuration import resolve
 from jaxlm.layers.parameters import Scaling
 from jaxlm.studies.config import StudyConfig
-from jaxlm.studies.jobs import label_of, resolved, size_of, steps_for
+from jaxlm.studies.jobs import ENDLESS, label_of, resolved, size_of, steps_for
 
 STUDIES = sorted((pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "studies").glob("*.gin"))
 WITH_BUDGETS = [path for path in STUDIES if path.stem != "ladder"]  # a ladder's tokens are one of its factors
@@ -20,7 +20,7 @@ def test_budgets_match_over_all_cells(file):
     rows = {}
     for cell in study.cells:
         for leg in study.legs_of(cell):
-            settings = (*study.settings_of(cell, leg), "RunConfig.train_steps = 1")
+            settings = (*study.settings_of(cell, leg), ENDLESS)
             if leg.tune is not None:
                 settings = (*settings, f"{leg.tune.binding} = {leg.tune.values[0]}")
             run = resolved(settings)
