@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError
+from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError, row_name
 from jaxlm.data.sources import Source, TextFiles
 from jaxlm.evaluation.intervals import Estimate, estimate
 from jaxlm.evaluation.measures import Judged, Measure
@@ -258,14 +258,14 @@ class _Asking:
             except TemplateError as error:
                 failed += 1
                 if self.failed + failed <= _FAILURES_SHOWN:
-                    self._report(f"{self._task.name}: row {index} left out, {error}")
+                    self._report(f"{self._task.name}: {row_name(index, row)} left out, {error}")
                 continue
             if question is None:
                 self.not_applicable += 1
             elif reason := self._task.measure.refuses(question):
                 raise TaskError(
-                    f"Task {self._task.name} cannot be judged: row {index} by prompt {template.name!r} gives a "
-                    f"question, but {reason}; use a split with gold answers, or correct the prompt."
+                    f"Task {self._task.name} cannot be judged: {row_name(index, row)} by prompt {template.name!r} "
+                    f"gives a question, but {reason}; use a split with gold answers, or correct the prompt."
                 )
             else:
                 found[index] = question

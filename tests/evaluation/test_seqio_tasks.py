@@ -120,7 +120,9 @@ def test_generation_is_judged_by_its_predictions(make_task):
     assert found["f1"] == pytest.approx((1 + 0 + 2 / 3) / 3)
 
 
-@pytest.fixture(scope="module", params=[Architecture.ENCODER_DECODER, Architecture.PREFIX_DECODER], ids=lambda a: a.value)
+@pytest.fixture(
+    scope="module", params=[Architecture.ENCODER_DECODER, Architecture.PREFIX_DECODER], ids=lambda a: a.value
+)
 def model(request):
     """A small model with random parameters, asked as supervised finetuning had its texts."""
     module = make_model(request.param, vocab_size=VOCABULARY.size, position=T5_TABLE)
