@@ -26,6 +26,12 @@ class TemplateError(ValueError):
     """A template does not render on a row, or renders what no measure can use."""
 
 
+def row_name(number: int, row: Row) -> str:
+    """What messages call a row: its number, and its own id where it has one."""
+    own = next((row[name] for name in ("id", "idx", "ind") if isinstance(row.get(name), str | int)), None)
+    return f"row {number}" if own is None else f"row {number} (id {own!r:.40})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     """What a model is asked about one row.
