@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.evaluation.intervals import student
 from jaxlm.studies.config import Cell, Leg, Match, StudyConfig
 from jaxlm.studies.jobs import Job, Plan
 from jaxlm.studies.store import Store
@@ -38,18 +39,10 @@ class Interval:
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The mean over seeds.
-
-    With so few runs the percentile bootstrap is too narrow (of three values it cannot leave their range); Student's t
-    takes the values to be normally distributed.
-    """
-    from scipy import stats  # takes a second to import
-
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return Interval(mean, math.nan, math.nan, tuple(values))
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Interval(mean, mean - half, mean + half, tuple(values))
+    """The mean over seeds, see `jaxlm.evaluation.intervals.student`."""
+    found = student(values)
+    bounds = (math.nan, math.nan) if found.low is None else (found.low, found.high)
+    return Interval(found.value, *bounds, tuple(values))
 
 
 @dataclasses.dataclass(frozen=True)
