@@ -19,6 +19,8 @@ from typing import Any, override
 import jinja2
 import jinja2.sandbox
 
+from jaxlm.data.fingerprint import fingerprint
+
 Row = Mapping[str, Any]
 
 
@@ -185,6 +187,13 @@ class PromptsourceTemplates(Prompts):
                 f"{self._path} has no template with choices for the original task; name some of {sorted(found)}."
             )
         return tuple(_Promptsource(name, found[name]["jinja"], found[name].get("answer_choices")) for name in wanted)
+
+    def fingerprint(self) -> str:
+        """A digest of the templates themselves, for caches: it changes when they are edited, not when they move."""
+        found = self._found()
+        return fingerprint(
+            [(t.name, found[t.name]["jinja"], found[t.name].get("answer_choices")) for t in self.templates()]
+        )
 
     def all_names(self) -> tuple[str, ...]:
         """Names of all templates of the data set, for other tasks than its own too.

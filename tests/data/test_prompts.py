@@ -2,6 +2,8 @@
 
 import pytest
 
+from jaxlm.data import prompts
+from jaxlm.data.fingerprint import fingerprint
 from jaxlm.data.prompts import Prompt, PromptsourceTemplates, Question, TemplateError
 
 COPA = {"premise": "It rained.", "choice1": "Wet.", "choice2": "Dry.", "question": "effect", "label": 0}
@@ -113,6 +115,18 @@ def test_promptsource_templates_as_they_are(templates):
         templates("mine").templates()
     with pytest.raises(ValueError, match="There are no promptsource templates at"):
         PromptsourceTemplates(str(templates().folder), "nothing").templates()
+
+
+def test_edited_templates_make_other_caches(templates):
+    before = fingerprint(templates("rhyme"))
+    path = f"{templates().folder}/super_glue/copa/templates.yaml"
+    with open(path) as file:
+        text = file.read()
+    assert fingerprint(templates("rhyme")) == before != fingerprint(templates("so"))
+    with open(path, "w") as file:
+        file.write(text.replace("Rhyme:", "A rhyme:"))
+    prompts._read_yaml.cache_clear()  # a process reads a file once
+    assert fingerprint(templates("rhyme")) != before
 
 
 def test_the_real_templates(shared_data, tmp_path, full):
