@@ -1,4 +1,4 @@
-"""Says of each layer of a model how much it changes, and what standing twice does to the loss: which layers to duplicate.
+"""Says of a model's layers how much each changes, and what standing twice does to the loss: which to duplicate.
 
 python -m tools.layer_similarity runs/quickstart                  # on the run's own held-out text
 python -m tools.layer_similarity runs/quickstart --span=2         # two layers at a time

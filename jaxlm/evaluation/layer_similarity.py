@@ -1,8 +1,8 @@
 """How much each layer changes the residual stream, and what standing twice does to the loss: where to deepen a model.
 
-Depth up-scaling duplicates layers whose output is close to their input (Yi, arXiv 2403.04652, "depth upscaling": the 16
-middle layers of 32, by cosine). The cosine is cheap; the loss is what counts. Both are here, so that one can see whether
-the first foretells the second.
+Depth up-scaling duplicates layers whose output is close to their input (Yi, arXiv 2403.04652, on depth upscaling: the
+16 middle layers of 32, by cosine). The cosine is cheap, the loss is what counts; both are here, so that one can see
+whether the first foretells the second.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.evaluation.intervals import Estimate
 from jaxlm.evaluation.label_metrics import METRICS
-from jaxlm.evaluation.labelled import SPLITS, Labelled, LabelKind
+from jaxlm.evaluation.labelled import SPLITS, LabelKind, Labelled
 from jaxlm.evaluation.subject import Subject
 from jaxlm.evaluation.tasks import TaskError
 from jaxlm.evaluation.text_rows import TextRows, text_rows

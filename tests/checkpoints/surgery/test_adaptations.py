@@ -52,4 +52,4 @@ def test_adaptation_fits(file, runs):
     account = warm_start(params, config.warm_start, definition.layouts, report=lambda _: None).account
     fresh = {"mixture_of_experts": "/router", "unbalanced_encoder_decoder": "/cross_attention"}.get(file.stem)
     assert bool(account.new) == bool(fresh) and all(fresh in name for name in account.new)
-    assert bool(account.dropped) == (file.stem in ("student", "decoder_of_encoder_decoder"))
+    assert bool(account.dropped) == (file.stem in ("student", "distilled_student", "decoder_of_encoder_decoder"))
