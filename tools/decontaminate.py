@@ -5,8 +5,8 @@ python -m tools.decontaminate 'books/*.jsonl.gz' --against 'eval/*/*.jsonl.gz' -
 python -m tools.decontaminate pairs.jsonl --against copa=eval/copa/validation.jsonl piqa=eval/piqa/*.jsonl --out clean
 
 Without --out nothing is written but the account. A record that is hit goes as a whole; with --windows it loses 200
-characters either side of each hit, and its pieces become records (GPT-3's way, arXiv 2005.14165, appendix C). In training
-`jaxlm.data.decontamination.Decontaminate` does the same as a preprocessor.
+characters either side of each hit, and its pieces become records (GPT-3's way, arXiv 2005.14165, appendix C). In
+training `jaxlm.data.decontamination.Decontaminate` does the same as a preprocessor.
 """
 
 import argparse
@@ -48,18 +48,17 @@ def decontaminate(data: TextFiles, step: Decontaminate, out: pathlib.Path | None
     Args:
       data: training data.
       step: what is compared with.
-      out: folder for a file of JSON lines for each shard; None writes nothing.
+      out: folder for files of JSON lines; None writes nothing.
       title: field that names a record in the account; None numbers them.
     """
     overlaps: list[Overlap] = []
     hits, records, characters = [], 0, 0
-    for shard in data.shards("train"):
+    for number, shard in enumerate(data.shards("train")):
         with contextlib.ExitStack() as stack:
             file = None
             if out is not None:
-                path = out / (pathlib.Path(shard.name.split(",")[0].split(" ")[0]).name.split(".")[0] + ".jsonl.gz")
-                file = stack.enter_context(_written(path))
-            for record, (kept, overlap) in zip(data.read(shard), step.examine(data.read(shard)), strict=True):
+                file = stack.enter_context(_written(out / f"part-{number:05}.jsonl.gz"))
+            for record, kept, overlap in step.examine(data.read(shard)):
                 records += 1
                 characters += sum(len(value) for value in record.values() if isinstance(value, str))
                 if file is not None:
@@ -79,6 +78,7 @@ def decontaminate(data: TextFiles, step: Decontaminate, out: pathlib.Path | None
         "summary": summary(overlaps, records) if overlaps else f"None of {records} records shares an N-gram.",
         "records_hit_by": dict(collections.Counter(n for o in overlaps for n in o.shared).most_common()),
         "ngrams_shared_with": dict(shared.most_common()),
+        "evaluation_rows_hit": step.rows_of(overlaps) if overlaps else {},
         "characters_gone": sum(o.characters - o.kept for o in overlaps),
         "hits": hits,
     }
@@ -105,7 +105,7 @@ def print_account(account: Mapping[str, Any], shown: int) -> None:
     for hit in account["hits"][:shown]:
         shared = ", ".join(f"{name} {count}" for name, count in hit["shared"].items())
         numbers = (f"{hit[name]:,}" for name in ("characters", "kept", "pieces"))
-        table.add_row(str(hit["title"]), shared, *numbers, hit["example"])
+        table.add_row(str(hit["title"]), shared, *numbers, hit["ngrams"][0])
     console.print(table)
     if (more := len(account["hits"]) - shown) > 0:
         console.print(f"and {more} more; --account=FILE has them all.")

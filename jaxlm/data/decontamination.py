@@ -69,7 +69,7 @@ class Overlap:
     Attributes:
       record: its number.
       shared: {evaluation data: number of N-grams}.
-      example: the first of them.
+      ngrams: these, each once, in their order.
       characters: of the record's texts.
       kept: characters that remain.
       pieces: into which they fall.
@@ -77,7 +77,7 @@ class Overlap:
 
     record: int
     shared: dict[str, int]
-    example: str
+    ngrams: tuple[str, ...]
     characters: int
     kept: int
     pieces: int
@@ -114,38 +114,42 @@ class Decontaminate:
         """The records, or pieces of records, that share no N-gram."""
         found: list[Overlap] = []
         count = 0
-        for kept, overlap in self.examine(records):
+        for _, kept, overlap in self.examine(records):
             count += 1
             yield from kept
             if overlap is not None:
                 found.append(overlap)
                 if len(found) <= _SHOWN:
                     names = ", ".join(overlap.shared)
-                    log.warning("Record %d shares %r with %s.", overlap.record, overlap.example, names)
+                    log.warning("Record %d shares %r with %s.", overlap.record, overlap.ngrams[0], names)
         if found:
             log.warning("Decontamination: %s", summary(found, count))
 
-    def examine(self, records: Iterable[Record]) -> Iterator[tuple[list[Record], Overlap | None]]:
-        """What remains of each record, and what it shares.
+    def examine(self, records: Iterable[Record]) -> Iterator[tuple[Record, list[Record], Overlap | None]]:
+        """Each record, what remains of it, and what it shares.
 
         Raises:
           ValueError: a record lacks the field of `windows`.
         """
         for number, record in enumerate(records):
             texts = list(texts_of(record))
-            owners, example = collections.Counter(), None
+            owners, shared = collections.Counter(), {}
             for text in texts:
                 grams = Grams.of(text, self.n)
                 for i in self._shared(grams.keys):
-                    example = example or grams.words(i)
+                    shared[int(grams.keys[i])] = grams.words(i)
                     owners.update(self._owners(grams.keys[i]))
-            if example is None:
-                yield [record], None
+            if not shared:
+                yield record, [record], None
                 continue
             kept = self._remains(record)
             field = self.windows.field if self.windows else None
             left = sum(len(piece[field]) for piece in kept)
-            yield kept, Overlap(number, dict(owners), example, sum(map(len, texts)), left, len(kept))
+            yield (
+                record,
+                kept,
+                Overlap(number, dict(owners), tuple(shared.values()), sum(map(len, texts)), left, len(kept)),
+            )
 
     def _remains(self, record: Record) -> list[Record]:
         if self.windows is None:
@@ -171,8 +175,10 @@ class Decontaminate:
     def _owners(self, key: np.uint64) -> tuple[str, ...]:
         return self._known.owners[self._known.owner[np.searchsorted(self._known.keys, key)]]
 
-    def rows_of(self, keys: np.ndarray) -> dict[str, int]:
-        """{evaluation data: number of its rows that have one of these N-grams}."""
+    def rows_of(self, overlaps: Iterable[Overlap]) -> dict[str, int]:
+        """{evaluation data: number of its rows that share something with these records}."""
+        ngrams = {ngram for overlap in overlaps for ngram in overlap.ngrams}
+        keys = np.array([Grams.of(ngram, self.n).keys[0] for ngram in ngrams], np.uint64)
         rows = collections.Counter()
         for name, row_keys in self._rows():
             rows[name] += bool(np.isin(row_keys, keys).any())

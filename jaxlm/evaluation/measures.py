@@ -251,11 +251,15 @@ def f1(text: str, answer: str) -> float:
 Similarity = Callable[[str, str], float]
 
 
+def _missing(name: str, package: str) -> ValueError:
+    return ValueError(f"The metric {name} needs the package {package}: pip install 'jaxlm[evaluation]'.")
+
+
 def _rouge(name: str) -> Similarity:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ValueError(f"The metric {name} needs the package rouge-score: pip install 'jaxlm[harness]'.") from error
+        raise _missing(name, "rouge-score") from error
     scorer = RougeScorer([name], use_stemmer=True)
     return lambda text, answer: scorer.score(answer, text)[name].fmeasure
 
@@ -264,7 +268,7 @@ def _sacrebleu(name: str) -> Similarity:
     try:
         import sacrebleu
     except ImportError as error:
-        raise ValueError(f"The metric {name} needs the package sacrebleu: pip install 'jaxlm[harness]'.") from error
+        raise _missing(name, "sacrebleu") from error
     score = getattr(sacrebleu, f"sentence_{name}")
     return lambda text, answer: score(text, [answer]).score
 

@@ -6,7 +6,6 @@ and again, with what is known by then.
 
 import dataclasses
 import functools
-import hashlib
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from typing import Protocol
 
 from jaxlm.checkpoints.branch import Branch
 from jaxlm.checkpoints.warm_start import WarmStart
-from jaxlm.configuration import ConfigError, resolved_text
+from jaxlm.configuration import ConfigError, digest
 from jaxlm.models.accounting import count_parameters, flops_per_token
 from jaxlm.run import RunConfig, expected_layout
 from jaxlm.studies.config import Budget, Cell, Leg, Settings, Start, StudyConfig, Tune
@@ -232,8 +231,7 @@ def _make(
         )
     seeds = study.seeds if seeds is None else seeds
     origin = "" if parent is None else f"{parent.address} {leg.start.value} {leg.step}"
-    digest = hashlib.sha256(f"{resolved_text(run)}\n{origin}".encode()).hexdigest()[:12]
-    return Job(f"{leg.name}-{digest}", leg, label, run, settings, seeds, parent, beside, trial, tuned)
+    return Job(f"{leg.name}-{digest(run, origin)}", leg, label, run, settings, seeds, parent, beside, trial, tuned)
 
 
 ENDLESS = "RunConfig.train_steps = 1000000000"

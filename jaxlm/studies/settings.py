@@ -1,11 +1,10 @@
 """From settings, gin files and bindings, to the configuration that they describe."""
 
 import functools
-import hashlib
 import pathlib
 import tempfile
 
-from jaxlm.configuration import ConfigError, resolve, resolved_text
+from jaxlm.configuration import ConfigError, digest, resolve
 from jaxlm.evaluation.suite import EvaluationConfig
 from jaxlm.run import RunConfig
 from jaxlm.studies.config import Settings
@@ -33,8 +32,8 @@ def resolved_evaluation(settings: Settings) -> EvaluationConfig:
 
 @functools.lru_cache(maxsize=64)
 def evaluation_digest(settings: Settings) -> str:
-    """Twelve letters that are the same for the same questions."""
-    return hashlib.sha256(resolved_text(resolved_evaluation(settings)).encode()).hexdigest()[:12]
+    """The same for the same questions."""
+    return digest(resolved_evaluation(settings))
 
 
 def _resolve[T](of: type[T], settings: Settings) -> T:

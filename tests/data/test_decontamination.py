@@ -56,9 +56,12 @@ def test_records_that_share_thirteen_words_are_left_out(caplog):
 def test_all_evaluation_data_that_have_it_are_named():
     other = InMemory((" ".join(WORDS), "one two three " * 5))
     step = Decontaminate({"questions": EVALUATION, "other": other, "none": InMemory(("x",))}, split="train")
-    ((kept, overlap),) = step.examine([{"a": SHARED, "b": ["one two three " * 5]}])
+    ((_, kept, overlap),) = step.examine([{"a": SHARED, "b": ["one two three " * 5]}])
     assert kept == [] and overlap.shared == {"questions": 1, "other": 4}
-    assert step.rows_of(Grams.of(SHARED, 13).keys) == {"questions": 1, "other": 1}
+    assert len(overlap.ngrams) == 1 + 3, "the fifteen words repeat themselves after three"
+    assert step.rows_of([overlap]) == {"questions": 1, "other": 2}
+    ((_, _, overlap),) = step.examine([{"a": SHARED}])
+    assert step.rows_of([overlap]) == {"questions": 1, "other": 1}
 
 
 def test_windows_take_the_text_around_a_hit_out():
@@ -66,18 +69,18 @@ def test_windows_take_the_text_around_a_hit_out():
     step = Decontaminate({"q": EVALUATION}, split="train", windows=Windows(around=20, shortest=30))
     before, middle, after = "b" * 99 + ".", ", " + "m" * 96 + ", ", ", " + "a" * 98
     record = {"title": "T", "text": f"{before}{SHARED}{middle}{SHARED}{after}"}
-    ((kept, overlap),) = step.examine([record])
+    ((_, kept, overlap),) = step.examine([record])
     assert [piece["text"] for piece in kept] == [before[:-20], middle[20:-20], after[20:]]
     assert {piece["title"] for piece in kept} == {"T"} and overlap.pieces == 3
     assert overlap.kept == 80 + 60 + 80 and overlap.characters == len(record["text"]) + len("T")
     short = Decontaminate({"q": EVALUATION}, split="train", windows=Windows(around=20, shortest=70))
-    ((kept, _),) = short.examine([record])
+    ((_, kept, _),) = short.examine([record])
     assert [piece["text"] for piece in kept] == [before[:-20], after[20:]]
     # The fourteen words are two hits beside each other, and one hole.
-    ((kept, _),) = step.examine([{"text": f"{before}{' '.join(WORDS)}{after}"}])
+    ((_, kept, _),) = step.examine([{"text": f"{before}{' '.join(WORDS)}{after}"}])
     assert [len(piece["text"]) for piece in kept] == [80, 80]
     few = Decontaminate({"q": EVALUATION}, split="train", windows=Windows(around=20, shortest=30, most_pieces=2))
-    assert [kept for kept, _ in few.examine([record])] == [[]]
+    assert [kept for _, kept, _ in few.examine([record])] == [[]]
 
 
 def test_nothing_that_is_left_shares_anything():
