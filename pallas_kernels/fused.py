@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.biases import AlibiBias, Bias, DenseBias, DiagonalBias, RelativeBias
+from pallas_kernels.biases import AlibiBias, Bias, DenseBias, DiagonalBias, PlacedBias, RelativeBias
 from pallas_kernels.masks import And, BlockSparse, Full, IntervalMask, Mask
 from pallas_kernels.plans import Rows
 from pallas_kernels.requests import Origin, Request
@@ -95,7 +95,7 @@ def inputs_of(request: Request) -> Inputs:
         block_sparse=request.mask.block_sparse,
         slopes=jnp.asarray(bias.slopes, jnp.float32) if isinstance(bias, AlibiBias) else None,
         diagonals=_diagonals(bias, tq, tk),
-        dense_bias=bias.values if isinstance(bias, DenseBias) else None,
+        dense_bias=_dense(bias, tq, tk),
         seed=request.dropout_seed,
         origin=request.origin,
         scale=request.scale,
@@ -113,6 +113,16 @@ def _diagonals(bias: Bias | None, tq: int, tk: int) -> jax.Array | None:
             return bias.by_offset(np.arange(1 - tq, tk))
         case DiagonalBias():
             return jnp.asarray(bias.values, jnp.float32)
+        case _:
+            return None
+
+
+def _dense(bias: Bias | None, tq: int, tk: int) -> jax.Array | None:
+    match bias:
+        case DenseBias():
+            return bias.values
+        case PlacedBias():
+            return bias.dense(tq, tk)
         case _:
             return None
 

@@ -13,7 +13,7 @@ import functools
 import pathlib
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, override
 
 import jinja2
@@ -214,6 +214,39 @@ class PromptsourceTemplates(Prompts):
                 f"There are no promptsource templates at {self._path}; give the folder that holds the data sets'."
             )
         return {template["name"]: template for template in _read_yaml(self._path)["templates"].values()}
+
+
+def text_of(template: str) -> Callable[[Row], str]:
+    """A Jinja template as a function of a row, which raises `TemplateError` where it does not render.
+
+    Raises:
+      ValueError: it is not Jinja.
+    """
+    try:
+        parsed = _environment(jinja2.StrictUndefined).from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"The template {template!r} is not Jinja: {error.message}.") from error
+    return lambda row: _rendered(template, lambda: parsed.render(**row))
+
+
+def value_of(expression: str) -> Callable[[Row], Any]:
+    """A Jinja expression as a function of a row, which raises `TemplateError` where it has no value.
+
+    Raises:
+      ValueError: it is not Jinja.
+    """
+    try:
+        parsed = _environment(jinja2.StrictUndefined).compile_expression(expression, undefined_to_none=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"The expression {expression!r} is not Jinja: {error.message}.") from error
+
+    def value(row: Row) -> Any:
+        found = _rendered(expression, lambda: parsed(**row))
+        if isinstance(found, jinja2.Undefined):
+            raise TemplateError(f"{expression!r} is not defined by the row, which has {sorted(row)}")
+        return found
+
+    return value
 
 
 _SEPARATOR = "|||"

@@ -119,8 +119,10 @@ class RankClassification(Measure):
             ranked["accuracy_calibrated"] = [t - alone[c] for t, c in zip(totals, question.choices)]
         chosen = {name: max(range(len(values)), key=values.__getitem__) for name, values in ranked.items()}
         metrics = {name: (float(index == question.gold), 1.0) for name, index in chosen.items()}
-        # Of the right choice, in nats; smoother than an accuracy where that is near chance.
+        # Of the right choice; smoother than an accuracy where that is near chance.
         metrics["gold_nll"] = (-totals[question.gold], 1.0)
+        size = max(len(question.choices[question.gold].encode()), 1)
+        metrics["gold_bits_per_byte"] = (-totals[question.gold] / math.log(2.0), size)
         details = {"log_likelihoods": totals, "gold": question.gold, "chosen": chosen[self.primary]}
         if alone:
             details["unconditional"] = [alone[choice] for choice in question.choices]

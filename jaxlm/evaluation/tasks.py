@@ -24,6 +24,7 @@ from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, Templat
 from jaxlm.data.sources import Source, TextFiles
 from jaxlm.evaluation.intervals import Estimate, estimate
 from jaxlm.evaluation.measures import Judged, Measure
+from jaxlm.evaluation.subject import Subject
 from jaxlm.evaluation.text_model import TextModel
 
 _FAILING_SHARE = 0.01
@@ -83,6 +84,12 @@ class EvaluationTask:
         if not self.prompts:
             raise ValueError(f"EvaluationTask {self.name!r} has no prompts; give at least one.")
 
+    def evaluate(
+        self, subject: Subject, *, samples: int = 1000, seed: int = 0, report: Callable[[str], None] = print
+    ) -> tuple["TaskResult", Iterator[dict[str, Any]]]:
+        """`evaluate_task` of a model as the suite has it."""
+        return evaluate_task(self, subject.text_model, samples=samples, seed=seed, report=report)
+
 
 def rows_in(folder: str, validation: str, train: str | None = None) -> TextFiles:
     """Rows of JSON-lines or parquet files in a folder.
@@ -126,6 +133,15 @@ class TaskResult:
     not_applicable: int
     failed: int
     truncated: int
+
+    @property
+    def notes(self) -> tuple[str, str, str, str]:
+        """For a table: prompts, their spread, questions, what was left out."""
+        values = [metrics[self.primary] for metrics in self.prompts.values()]
+        spread = "" if len(values) == 1 else f"{min(values):.4f} to {max(values):.4f}"
+        counts = {"left out": self.failed, "not applicable": self.not_applicable, "truncated": self.truncated}
+        left = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+        return str(len(values)), spread, str(self.questions), left
 
 
 def evaluate_task(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dropout, platforms
-from pallas_kernels.biases import Bias, DenseBias
+from pallas_kernels.biases import Bias, DenseBias, PlacedBias
 from pallas_kernels.diagonals import diagonal_sums
 from pallas_kernels.fused import Inputs, fused_attention, fused_gradients, inputs_of
 from pallas_kernels.plans import HIDDEN, plan_of_rows
@@ -36,7 +36,7 @@ class XlaBlocksBackend(Backend):
         reasons = []
         if request.mask.intervals is None:
             reasons.append(f"the mask {request.mask} is not made of key intervals")
-        if isinstance(request.bias, DenseBias):
+        if isinstance(request.bias, DenseBias | PlacedBias):
             reasons.append("a dense bias")
         (batch, tq, heads, _), tk, (bq, bk) = request.q_shape, request.k_shape[1], _block(request)
         if batch * heads * -(-tq // bq) * -(-tk // bk) >= 2**31:
