@@ -1,6 +1,6 @@
 """Labelled data as data: a text's class, the classes of its words, how similar two texts are.
 
-    SequenceClassification(LabelledRows("data", train="rotten/train.jsonl", test="rotten/test.jsonl"), text="{{ text }}")
+    SequenceClassification(LabelledRows("data", train="train.jsonl", test="test.jsonl"), text="{{ text }}")
     TokenClassification(LabelledRows(...), words="tokens", labels="tags")
     SentenceSimilarity(LabelledRows(...), first="{{ sentence1 }}", second="{{ sentence2 }}", score="score")
 

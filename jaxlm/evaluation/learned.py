@@ -1,7 +1,7 @@
 """Tasks that are learnt before they are judged: what finetuning sweeps and linear probes share.
 
-A `LearnedTask` is opened on a trained model (`opened`): its body, its rows laid out, its examples by split. Trials differ
-in one number, a learning rate or a strength; the validation split chooses it, the test split judges what was chosen.
+A `LearnedTask` is opened on a trained model (`opened`): its body, how rows are laid out, its examples by split. Trials
+differ in one number, a learning rate or a strength; the validation split chooses it, the test split judges the choice.
 """
 
 import abc
@@ -17,7 +17,7 @@ from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.evaluation.intervals import Estimate
 from jaxlm.evaluation.label_metrics import METRICS
-from jaxlm.evaluation.labelled import SPLITS, Labelled, LabelKind
+from jaxlm.evaluation.labelled import SPLITS, LabelKind, Labelled
 from jaxlm.evaluation.subject import Subject
 from jaxlm.evaluation.tasks import TaskError
 from jaxlm.evaluation.text_rows import TextRows, text_rows

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.evaluation.intervals import Estimate
-from jaxlm.evaluation.scoring import ScoringConfig
 from jaxlm.evaluation.learned import LearnedResult, LearnedTask
+from jaxlm.evaluation.scoring import ScoringConfig
 from jaxlm.evaluation.subject import Subject
 from jaxlm.evaluation.tasks import EvaluationTask, TaskError, TaskResult
 from jaxlm.evaluation.text_model import TextFormat
