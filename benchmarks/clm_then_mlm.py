@@ -5,8 +5,9 @@
 DATA holds pretrain/books_pd and finetune/banking77. The study's own sizes: two layers, 600 steps, three seeds. What its
 models are asked is made here of real text, small enough for two cores:
 
-  punctuation   which mark follows each word of a book (comma, full stop, another, none), read lower-case without marks:
-                a linear probe and a finetuning sweep of word classification
+  punctuation   which mark followed a word of a book (comma, full stop, another, none), read lower-case without marks: a
+                linear probe and a finetuning sweep of word classification; of words without a mark one in seven is
+                asked, so that guessing the commonest class is of little use
   intents       BANKING77: a linear probe of 77 classes
   same_intent   whether two of its requests mean the same: a linear probe of sentence pairs
 
@@ -37,7 +38,7 @@ from jaxlm.studies.results import answered, finished_runs, interval
 from jaxlm.studies.store import Store
 from jaxlm.training import machine
 
-STEPS = (50, 100, 150, 300, 450)
+STEPS = (50, 100, 150, 300)
 MARKS = {",": "comma", ".": "stop", ";": "other", ":": "other", "?": "other", "!": "other"}
 WORDS = 24  # of a row of punctuation
 
@@ -50,7 +51,8 @@ from jaxlm.evaluation import probing
 include 'gin_configs/studies/clm_then_mlm.gin'
 
 STUDY_DIR = '{work}/study'
-CORPUS = "CORPUS_FILES = '{books}/train-*.jsonl.gz'"
+CORPUS = "CORPUS_FILES = '{books}/train-00000-of-00007.jsonl.gz'"
+HELD_OUT = "CORPUS_VALIDATION_FILES = '{books}/validation.jsonl.gz'"
 EVALUATION_DATA = '{work}/tasks'
 TASKS = [
     @punctuation/finetuning.FinetuningSweep(),
@@ -63,7 +65,7 @@ EPOCHS = 2.0
 probing.LinearProbe.strengths = (1e-3, 1e-2, 1e-1)
 
 punctuation/finetuning.FinetuningSweep.name = 'punctuation'
-punctuation/finetuning.FinetuningSweep.limit = 600
+punctuation/finetuning.FinetuningSweep.limit = 400
 punctuation/finetuning.FinetuningSweep.labels = @punctuation/labelled.TokenClassification()
 punctuation/probing.LinearProbe.name = 'punctuation_probe'
 punctuation/probing.LinearProbe.labels = @punctuation/labelled.TokenClassification()
@@ -71,17 +73,18 @@ punctuation/labelled.TokenClassification.rows = @punctuation/labelled.LabelledRo
 punctuation/labelled.TokenClassification.words = 'words'
 punctuation/labelled.TokenClassification.labels = 'marks'
 punctuation/labelled.TokenClassification.separator = ' '
-punctuation/labelled.TokenClassification.primary = 'macro_f1'
+punctuation/labelled.TokenClassification.primary = 'accuracy'
 punctuation/labelled.LabelledRows.train = 'punctuation/train.jsonl'
 punctuation/labelled.LabelledRows.validation = 'punctuation/validation.jsonl'
 punctuation/labelled.LabelledRows.test = 'punctuation/test.jsonl'
 
-intents/probing.LinearProbe.limit = 2000
+intents/probing.LinearProbe.limit = 1200
 intents/labelled.LabelledRows.train = 'banking77/train.jsonl.gz'
 intents/labelled.LabelledRows.test = 'banking77/test.jsonl.gz'
 
 same_intent/probing.LinearProbe.name = 'same_intent_probe'
 same_intent/probing.LinearProbe.labels = @same_intent/labelled.SentenceSimilarity()
+same_intent/probing.LinearProbe.limit = 600
 same_intent/labelled.SentenceSimilarity.rows = @same_intent/labelled.LabelledRows()
 same_intent/labelled.SentenceSimilarity.first = '{{{{ first }}}}'
 same_intent/labelled.SentenceSimilarity.second = '{{{{ second }}}}'
@@ -125,7 +128,8 @@ def write_tasks(data: pathlib.Path, folder: pathlib.Path) -> None:
 def punctuated(text: str) -> list[dict]:
     """Rows of words without their marks, and which mark followed each."""
     found = re.findall(r"([A-Za-z']+)([,.;:?!]?)", text)
-    words, marks = [word.lower() for word, _ in found], [MARKS.get(mark, "none") for _, mark in found]
+    words = [word.lower() for word, _ in found]
+    marks = [MARKS[mark] if mark else ("none" if i % 7 == 0 else None) for i, (_, mark) in enumerate(found)]
     cuts = range(0, len(words) - WORDS, WORDS)
     return [{"words": words[i : i + WORDS], "marks": marks[i : i + WORDS]} for i in cuts]
 
@@ -204,6 +208,9 @@ def main() -> None:
     assert runner.main([f"--gin_file={gin}", "--worker"]) == 0
     study = resolve(StudyConfig, [f"--gin_file={gin}"])
     store = Store(pathlib.Path(study.study_dir))
+    for job in expand(study, store).jobs.values():
+        if not store.is_finished(job):
+            raise SystemExit(f"{job.address} is not finished: {store.failure(job)}")
     early = early_probes(study, store, args.work / "early.json")
     assert runner.main([f"--gin_file={gin}", "--report"]) == 0
     runs = finished_runs(expand(study, store), store)

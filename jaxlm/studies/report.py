@@ -10,6 +10,7 @@ import numpy as np
 from jaxlm.studies.config import Leg, StudyConfig
 from jaxlm.studies.jobs import Job, Plan, best_trial
 from jaxlm.studies.ladder_section import ladder_section
+from jaxlm.studies.learned_section import learned_section
 from jaxlm.studies.page import figure_of, table
 from jaxlm.studies.results import (
     Account,
@@ -41,6 +42,7 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
         sections += _measure(study, metric, runs, figures)
     for leg in study.legs:
         sections.append(_evaluation(leg, runs, figures))
+        sections.append(learned_section(leg.name, runs, figures))
     if plan.trials:
         sections += _tuning(plan, store, figures)
     if study.matches:
