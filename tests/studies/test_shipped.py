@@ -8,7 +8,7 @@ from jaxlm.architecture import Architecture
 from jaxlm.configuration import resolve, resolved_text
 from jaxlm.layers.parameters import Scaling
 from jaxlm.studies.config import StudyConfig
-from jaxlm.studies.jobs import label_of, resolved, size_of, steps_for
+from jaxlm.studies.jobs import expand, label_of, resolved, size_of, steps_for
 
 STUDIES = sorted((pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "studies").glob("*.gin"))
 # A ladder's tokens are one of its factors, and clm_then_mlm's legs share a number of steps.
@@ -127,6 +127,10 @@ def test_clm_then_mlm_spends_the_same_on_every_cell():
     assert found["0%"] == [(600, encoder, "masked_lm")] and found["100%"] == [(600, decoder, "full_lm")]
     assert found["25%"] == [(150, decoder, "full_lm"), (450, encoder, "masked_lm")]
     assert causal == {"0%": 0, "25%": 150, "50%": 300, "75%": 450, "100%": 600}
+    jobs = {(cell["causal"], leg.name): job for cell, leg, job in expand(study, None).of_cells}  # nothing is tuned
+    assert len({job.address for (_, leg), job in jobs.items() if leg == "trunk"}) == 1
+    own = {cell: job.size.steps for (cell, leg), job in jobs.items() if leg == "pretrain"}
+    assert own == {"0%": 600, "25%": 450, "50%": 300, "75%": 150, "100%": 60}, "the trunk's steps are not counted again"
     masked = resolved(study.settings_of(study.cells[0], study.legs[1])).objective
     assert (masked.mask_rate, masked.mask_share) == (0.4, 1.0)
 
