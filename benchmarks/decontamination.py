@@ -12,6 +12,7 @@ import os
 import pathlib
 import time
 
+from benchmarks import guides
 from jaxlm.data.decontamination import Decontaminate, Windows
 from jaxlm.data.sources import TextFiles
 from jaxlm.training import machine
@@ -24,6 +25,22 @@ CORPORA = {
     "books, windows": ("pretrain/books_pd/train-*.jsonl.gz", Windows(), "title"),
     "t0 pairs": ("finetune/t0_50k/train.jsonl.gz", None, "dataset"),
 }
+
+
+def committed(name: str) -> str:
+    """The table of the committed results, for docs/data.md."""
+    del name
+    rows = [
+        "| corpus | records | hit | characters gone | shares with (records) | rows of these |",
+        "|---|--:|--:|--:|---|--:|",
+    ]
+    for corpus, account in json.loads((RESULTS / "decontamination.json").read_text())["accounts"].items():
+        gone = account["characters_gone"] / account["characters"]
+        by = ", ".join(f"{name} ({count})" for name, count in account["records_hit_by"].items())
+        hit = ", ".join(str(account["evaluation_rows_hit"][name]) for name in account["records_hit_by"])
+        lost = f"{account['characters_gone']:,} ({gone:.3%})"
+        rows.append(f"| {corpus} | {account['records']:,} | {len(account['hits'])} | {lost} | {by} | {hit} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
@@ -49,6 +66,7 @@ def main() -> None:
         results["accounts"][name] = account | {"cpu_seconds": round(time.process_time() - before, 1)}
     path = RESULTS / "decontamination.json"
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    guides.fill("data.md", "decontamination", committed)
 
 
 if __name__ == "__main__":

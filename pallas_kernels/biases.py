@@ -248,8 +248,8 @@ class RelativeBias(Bias):
 class PlacedBias(Bias):
     """A bias between tokens whose positions in the text are given, since rows and columns do not say them.
 
-    So may several texts stand behind one beginning that all of them see. Kernels get it as an array [B, H, Tq, Tk], and
-    it has no gradient.
+    So may several texts stand behind one beginning that all of them see. It has no gradient. Pallas' kernels get it as
+    an array [B, H, Tq, Tk].
 
     Attributes:
       bias: of positions.

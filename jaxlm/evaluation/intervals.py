@@ -15,8 +15,8 @@ class Estimate:
 
     Attributes:
       value: the estimate.
-      low, high: a 95% interval: the bootstrap's central part (Efron 1979), or of a mean over seeds Student's; None where
-        no samples were drawn or there is one seed.
+      low, high: a 95% interval: the bootstrap's central part (Efron 1979), or Student's of a mean over seeds; None
+        where no samples were drawn or there is one seed.
     """
 
     value: float

@@ -1,6 +1,6 @@
 """Labelled data as data: a text's class, the classes of its words, how similar two texts are.
 
-    SequenceClassification(LabelledRows("data", train="rotten/train.jsonl", test="rotten/test.jsonl"), text="{{ text }}")
+    SequenceClassification(LabelledRows("data", train="train.jsonl", test="test.jsonl"), text="{{ text }}")
     TokenClassification(LabelledRows(...), words="tokens", labels="tags")
     SentenceSimilarity(LabelledRows(...), first="{{ sentence1 }}", second="{{ sentence2 }}", score="score")
 
@@ -262,7 +262,8 @@ class TokenClassification(_Classes):
     Attributes:
       rows: the data.
       words: Jinja expression of the list of words, or of a text whose characters are the words (proteins).
-      labels: Jinja expression of their classes: a list, or a text with a character for each.
+      labels: Jinja expression of their classes: a list, or a text with a character for each. A word whose class is null
+        is read, but neither learnt nor judged.
       separator: stands before each word but the first.
       primary: the metric that stands for it.
     """
@@ -289,7 +290,7 @@ class TokenClassification(_Classes):
             return found
 
         found = {split: _rendered(self.rows, split, limit, both) for split in SPLITS}
-        classes = _numbered(label for _, labels in found["train"] for label in labels)
+        classes = _numbered(label for _, labels in found["train"] for label in labels if label is not None)
         return {split: self._encode(vocabulary, pairs, classes, split) for split, pairs in found.items()}, tuple(
             classes
         )
@@ -301,11 +302,11 @@ class TokenClassification(_Classes):
         for i, (words, given) in enumerate(pairs):
             pieces = [ids[form] for form in self._forms(words)]
             ends = np.cumsum([len(piece) for piece in pieces])
-            kept = [k for k, piece in enumerate(pieces) if len(piece)]
-            if not kept:
-                raise ValueError(f"row {i} of the split {split!r} has words without tokens alone")
+            kept = [k for k, piece in enumerate(pieces) if len(piece) and given[k] is not None]
+            if not ends[-1]:
+                raise ValueError(f"row {i} of the split {split!r} has no text")
             texts.append((np.concatenate(pieces).astype(np.int32),))
-            places.append(ends[kept].astype(np.int32) - 1)
+            places.append(ends[np.array(kept, np.int64)].astype(np.int32) - 1)
             labels.append(np.array([_index(classes, given[k], split, i) for k in kept], np.int32))
         return Labelled(texts, labels, places)
 

@@ -1,7 +1,7 @@
 """Tasks that are learnt before they are judged: what finetuning sweeps and linear probes share.
 
-A `LearnedTask` is opened on a trained model (`opened`): its body, its rows laid out, its examples by split. Trials differ
-in one number, a learning rate or a strength; the validation split chooses it, the test split judges what was chosen.
+A `LearnedTask` is opened on a trained model (`opened`): its body, how rows are laid out, its examples by split. Trials
+differ in one number, a learning rate or a strength; the validation split chooses it, the test split judges the choice.
 """
 
 import abc
@@ -157,9 +157,10 @@ class LearnedTask(abc.ABC):
             examples, classes = self.labels.read(pretrained.vocabulary, self.limit)
             longest = max(examples[split].longest for split in SPLITS)
             rows = text_rows(pretrained, config, longest, self.max_length)
+            parallel = parallel or ParallelConfig(MeshConfig()).on(jax.local_devices()[:1])
+            parallel.batch_sharding(self.batch_size)  # raises where devices would be left idle
         except (ValueError, OSError) as error:
             raise TaskError(f"Task {self.name}: {str(error).rstrip('.')}.") from error
-        parallel = parallel or ParallelConfig(MeshConfig()).on(jax.local_devices()[:1])
         body = split_model(body_of(pretrained.model, self.architecture))[1]
         return Opened(self, config, body, rows, examples, classes, parallel)
 

@@ -202,7 +202,8 @@ class Leg:
       factors: factors whose levels' settings it has, in this order; None has those of all.
       after: the leg it starts from; None starts afresh.
       start: what it takes from there.
-      step: of that leg's checkpoint; None is its last.
+      step: of that leg's checkpoint; None is its last. {factor: {level: step}} where it depends on the cell: several
+        branches of one trunk.
       beside: {binding: leg}, names that are bound to the folder of another leg's run of the same cell and seed, say
         {"TEACHER": "pretrain"}. In cells that skip that leg they are not bound.
       only: {factor: levels} that go through it; others skip it, and what comes after starts from the leg before it.
@@ -217,7 +218,7 @@ class Leg:
     factors: tuple[str, ...] | None = None
     after: str | None = None
     start: Start = Start.PARAMETERS
-    step: int | None = None
+    step: int | Mapping[str, Mapping[str, int]] | None = None
     beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
     only: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     budget: Budget | None = None
@@ -228,6 +229,21 @@ class Leg:
         object.__setattr__(self, "start", Start(self.start))
         if self.after is None and (self.step is not None or self.start is Start.STATE):
             raise ValueError(f"Leg {self.name!r} starts from no other leg; give `after`, or neither step nor start.")
+
+    def step_of(self, cell: Cell) -> int | None:
+        """The step of the other leg's checkpoint that a cell starts from.
+
+        Raises:
+          ValueError: the cell's levels have none.
+        """
+        if not isinstance(self.step, Mapping):
+            return self.step
+        found = [steps[cell[factor]] for factor, steps in self.step.items() if cell[factor] in steps]
+        if len(found) != 1:
+            raise ValueError(
+                f"Leg {self.name!r} has {len(found)} steps to start from for the cell {dict(cell)}; give one."
+            )
+        return found[0]
 
     def takes(self, cell: Cell) -> bool:
         """Whether a cell goes through it."""
@@ -353,9 +369,11 @@ class StudyConfig:
                     raise ValueError(
                         f"Leg {leg.name!r} binds {binding} to {other!r}, which is no leg before it in {names}."
                     )
-            for factor in (*(leg.factors or ()), *leg.only):
+            for factor in leg.factors or ():
                 self._check_factor(factor, f"Leg {leg.name!r}")
-            for factor, levels in leg.only.items():
+            steps = leg.step if isinstance(leg.step, Mapping) else {}
+            for factor, levels in (*leg.only.items(), *steps.items()):
+                self._check_factor(factor, f"Leg {leg.name!r}")
                 self._check_levels(factor, levels, f"Leg {leg.name!r}")
         for entry in self.together:
             for factor, level in entry.when.items():
@@ -422,7 +440,7 @@ class StudyConfig:
                 name = by_name[name].after
             return name
 
-        return tuple(dataclasses.replace(leg, **_after(leg, taken_before(leg))) for leg in self.legs if leg.takes(cell))
+        return tuple(_starting(leg, taken_before(leg), cell) for leg in self.legs if leg.takes(cell))
 
     def settings_of(self, cell: Cell, leg: Leg) -> Settings:
         """The settings of a cell's run of a leg, in order."""
@@ -437,6 +455,8 @@ class StudyConfig:
         return (*found, *leg.settings)
 
 
-def _after(leg: Leg, name: str | None) -> dict:
-    """The fields of a leg that starts from `name`; from nothing it starts afresh."""
-    return {"after": name} if name is not None else {"after": None, "step": None, "start": Start.PARAMETERS}
+def _starting(leg: Leg, name: str | None, cell: Cell) -> Leg:
+    """A leg of a cell that starts from `name`; from nothing it starts afresh."""
+    if name is None:
+        return dataclasses.replace(leg, after=None, step=None, start=Start.PARAMETERS)
+    return dataclasses.replace(leg, after=name, step=leg.step_of(cell))

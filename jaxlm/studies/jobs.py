@@ -51,7 +51,7 @@ class Job:
     @functools.cached_property
     def size(self) -> "Size":
         """What one of its runs costs."""
-        return size_of(self.run, self.parent.run.train_steps if self._goes_on else 0)
+        return size_of(self.run, self.leg.step or self.parent.run.train_steps if self._goes_on else 0)
 
     @property
     def evaluations(self) -> Mapping[str, Settings]:

@@ -11,6 +11,7 @@ from jaxlm.studies.config import Leg, StudyConfig
 from jaxlm.studies.findings import decide, findings_section
 from jaxlm.studies.jobs import Job, Plan, best_trial
 from jaxlm.studies.ladder_section import ladder_section
+from jaxlm.studies.learned_section import learned_section
 from jaxlm.studies.page import table
 from jaxlm.studies.pictures import bars, heat_map, learning_curves, tuning_curves
 from jaxlm.studies.results import (
@@ -42,7 +43,9 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
     for metric in study.measures:
         sections += _measure(study, metric, runs, figures)
     for leg in study.legs:
-        sections += [_evaluation(study, leg, name, runs, figures) for name in leg.evaluations]
+        for name in leg.evaluations:
+            sections.append(_evaluation(study, leg, name, runs, figures))
+            sections.append(learned_section(leg.name, name, runs, figures))
     sections.append(findings_section([decide(finding, runs) for finding in study.findings]))
     if plan.trials:
         sections += _tuning(plan, store, figures)

@@ -39,6 +39,33 @@ def test_pairs_by_one_line(tmp_path):
     assert loader.density["pairs"] > 0.4  # fifty short pairs in one row of 1280
 
 
+def test_text_without_what_evaluation_data_have(tmp_path):
+    """A preprocessor is one line; a long text loses the passage alone."""
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    text = "A quiet street. " * 50 + words + " and so on. " * 50
+    (tmp_path / "book.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"q": words}))
+    (tmp_path / "clean.gin").write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from jaxlm.data import decontamination\n"
+        "from jaxlm.data import tasks\n"
+        "from jaxlm.evaluation import tasks as evaluation_tasks\n"
+        "include 'gin_configs/data/files.gin'\n"
+        f"FILES = '{tmp_path}/book.jsonl'\n"
+        "VALIDATION_FILES = 'unused'\n"
+        "tasks.text_task.preprocessors = [@decontamination.Decontaminate()]\n"
+        "decontamination.Decontaminate.against = {'mine': @evaluation_tasks.rows_in()}\n"
+        "decontamination.Decontaminate.windows = @decontamination.Windows()\n"
+        f"evaluation_tasks.rows_in.folder = '{tmp_path}'\n"
+        "evaluation_tasks.rows_in.validation = 'eval.jsonl'\n"
+    )
+    task = resolve("%DATA", [f"--gin_file={tmp_path / 'clean.gin'}"]).mixture
+    (shard,) = task.source.shards("train")
+    kept = [record["targets"] for record in task.texts(task.source.read(shard))]
+    at = text.index(words)
+    assert kept == [text[: at - 200], text[at + len(words) + 200 :]]
+
+
 TEMPLATES = """
 dataset: mine
 templates:

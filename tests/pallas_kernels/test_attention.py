@@ -210,13 +210,20 @@ def test_shapes_that_do_not_fit(change, message):
 PLACES = np.random.default_rng(3).integers(0, 40, (2, TQ)), np.random.default_rng(4).integers(0, 40, (2, TK))
 
 
-@pytest.mark.parametrize("backend", ["xla", "xla_chunked", "pallas_tpu"])
-def test_biases_by_given_positions(backend):
-    bias = PlacedBias(RelativeBias(jnp.asarray(BIAS[0, :, :, 0].T)), *PLACES)
-    found, expected = (
-        attention(*arrays(), mask=masks.Full(), bias=b, backend=backend) for b in (bias, DenseBias(bias.dense(TQ, TK)))
-    )
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+@pytest.mark.parametrize("backend", ["xla", "xla_chunked", "xla_blocks", "pallas_tpu"])
+@pytest.mark.parametrize("kind", ["relative", "alibi"])
+def test_biases_by_given_positions(backend, kind):
+    table = jnp.asarray(BIAS[0, :, :, 0].T)
+    bias = PlacedBias(RelativeBias(table, 20) if kind == "relative" else AlibiBias(table[0]), *PLACES)
+    expected = attention(*arrays(), mask=masks.Full(), bias=DenseBias(bias.dense(TQ, TK)), backend="xla")
+    found = attention(*arrays(), mask=masks.Full(), bias=bias, backend=backend)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    def loss(q, bias, backend):
+        return jnp.sum(attention(q, *arrays()[1:], mask=masks.Full(), bias=bias, backend=backend) ** 2)
+
+    gradient = jax.grad(loss)(arrays()[0], bias, backend)  # of all else there are gradients as ever
+    np.testing.assert_allclose(gradient, jax.grad(loss)(arrays()[0], DenseBias(bias.dense(TQ, TK)), "xla"), atol=1e-4)
     assert np.abs(found - attention(*arrays(), mask=masks.Full(), backend=backend)).max() > 1e-3
 
 

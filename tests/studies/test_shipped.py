@@ -6,13 +6,14 @@ import pathlib
 import pytest
 
 from jaxlm.architecture import Architecture
-from jaxlm.configuration import resolve
+from jaxlm.configuration import resolve, resolved_text
 from jaxlm.layers.parameters import Scaling
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import ENDLESS, expand, label_of, resolved, size_of, steps_for
 
 STUDIES = sorted((pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "studies").glob("*.gin"))
-WITH_BUDGETS = [path for path in STUDIES if path.stem != "ladder"]  # a ladder's tokens are one of its factors
+# A ladder's tokens are one of its factors, and clm_then_mlm's legs share a number of steps.
+WITH_BUDGETS = [path for path in STUDIES if path.stem not in ("ladder", "clm_then_mlm")]
 
 
 @pytest.mark.parametrize("file", WITH_BUDGETS, ids=lambda path: path.stem)
@@ -125,3 +126,54 @@ def test_an_unbalanced_model_starts_from_two_legs():
     stages = unbalanced.run.phases
     assert (stages[0].end, stages[-1].end) == (15, unbalanced.run.train_steps)
     assert unbalanced.run.model.width_of("encoder") > unbalanced.run.model.width
+
+
+def test_clm_then_mlm_spends_the_same_on_every_cell():
+    """Branches begin where their causal stage ends, and all rates agree until they do."""
+    (file,) = (path for path in STUDIES if path.stem == "clm_then_mlm")
+    study = resolve(StudyConfig, [f"--gin_file={file}"])
+    (trunk,) = (leg for leg in study.legs if leg.name == "trunk")
+    trunk_run = resolved(study.settings_of(study.cells[1], trunk))
+    found, causal = {}, {}
+    for cell in study.cells:
+        legs = {leg.name: leg for leg in study.legs_of(cell)}
+        run, step = resolved(study.settings_of(cell, legs["pretrain"])), legs["pretrain"].step
+        found[cell["causal"]] = [
+            (phase.end - phase.start, run.model_of(phase).architecture, phase.stage.objective.name)
+            for phase in run.phases
+        ]
+        causal[cell["causal"]] = sum(n for n, _, objective in found[cell["causal"]] if objective == "full_lm")
+        assert run.train_steps == 600 and size_of(run).tokens == 600 * 1024
+        if step is None:
+            assert legs["pretrain"].after is None and cell["causal"] == "0%"
+            continue
+        assert legs["pretrain"].after == "trunk" and step <= trunk_run.train_steps
+        assert step % trunk_run.checkpoints.keep_every == 0 or step == trunk_run.train_steps
+        assert step == min(causal[cell["causal"]], trunk_run.train_steps)
+        rates = [
+            [float(x.optimizer.learning_rate(i, x.train_steps)) for i in range(0, step, 30)] for x in (run, trunk_run)
+        ]
+        assert rates[0] == rates[1]
+        assert resolved_text(run.model_of(run.phases[0])) == resolved_text(trunk_run.model)
+        assert run.phases[0].stage.objective == trunk_run.objective and run.data == trunk_run.data
+    encoder, decoder = Architecture.ENCODER, Architecture.CAUSAL_DECODER
+    assert found["0%"] == [(600, encoder, "masked_lm")] and found["100%"] == [(600, decoder, "full_lm")]
+    assert found["25%"] == [(150, decoder, "full_lm"), (450, encoder, "masked_lm")]
+    assert causal == {"0%": 0, "25%": 150, "50%": 300, "75%": 450, "100%": 600}
+    jobs = {(cell["causal"], leg.name): job for cell, leg, job in expand(study, None).of_cells}  # nothing is tuned
+    assert len({job.address for (_, leg), job in jobs.items() if leg == "trunk"}) == 1
+    own = {cell: job.size.steps for (cell, leg), job in jobs.items() if leg == "pretrain"}
+    assert own == {"0%": 600, "25%": 450, "50%": 300, "75%": 150, "100%": 60}, "the trunk's steps are not counted again"
+    masked = resolved(study.settings_of(study.cells[0], study.legs[1])).objective
+    assert (masked.mask_rate, masked.mask_share) == (0.4, 1.0)
+
+
+@pytest.mark.parametrize("size", ["210m", "610m"])
+def test_clm_then_mlm_at_the_papers_sizes(size):
+    (file,) = (path for path in STUDIES if path.stem == "clm_then_mlm")
+    flags = [f"--gin.SIZE='gin_configs/models/eurobert/{size}.gin'", "--gin.VOCABULARY_SIZE='VOCAB_SIZE = 128256'"]
+    study = resolve(StudyConfig, [f"--gin_file={file}", *flags])
+    run = resolved(study.settings_of(study.cells[2], study.legs[1]))
+    parameters = size_of(run).parameters - 128256 * run.model.width  # the output matrix is not counted in the name
+    assert round(parameters / 1e6) == {"210m": 212, "610m": 608}[size]
+    assert [run.model_of(phase).architecture.value for phase in run.phases] == ["causal_decoder", "encoder"]

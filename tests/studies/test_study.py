@@ -230,6 +230,10 @@ def test_budgets_and_commands(study, write):
     assert [line.split(" --cell=")[1] for line in done.stdout.splitlines()] == [
         f"'objective {level}'" for level in ("language", "spans", "lost")
     ]
+    launcher = "./launch/slurm.sh --nodes=1 --gpu=h100"
+    done = subprocess.run(command(gin, f"--commands={launcher}"), env=ENVIRONMENT, capture_output=True, text=True)
+    start = f"{launcher} --name=objective-language --gin_file={gin} --cell='objective language'"
+    assert done.stdout.splitlines()[0] == start
     bad = subprocess.run(command(gin, "--cell=objective x"), env=ENVIRONMENT, capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stderr.startswith("jaxlm.study: The study has no cell 'objective x'")
 
