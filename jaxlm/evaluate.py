@@ -1,7 +1,8 @@
-"""Evaluates a trained model on tasks, and prints a table.
+"""Evaluates a trained model on tasks, and prints a table: questions, finetuning sweeps, linear probes.
 
 python -m jaxlm.evaluate --model=runs/mine --gin_file=gin_configs/evaluation/zero_shot.gin --gin.EVALUATION_DATA=eval
 python -m jaxlm.evaluate --model=hf/llama --gin_file=... --tasks=hellaswag,piqa --output=results/llama
+python -m jaxlm.evaluate --model=runs/encoder --gin_file=gin_configs/evaluation/encoders.gin --gin.EVALUATION_DATA=data
 
 --model=PATH              a run's folder, one of its steps, or a Hugging Face folder
 --output=FOLDER           gets results.json and examples.jsonl (default: evaluations/<model's name>)

@@ -29,6 +29,7 @@ from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.reporting import Samples, make_plan, report
 from jaxlm.run import Parts, Programs, RunConfig, assemble, check_phases, make_model
 from jaxlm.training import machine
+from jaxlm.training.digest import digest
 from jaxlm.training.goodput import Activity, Ledger, read_ledger
 from jaxlm.training.loop import Loop, Outcome, TrainingDiverged
 from jaxlm.training.profile import Profile, ProfileConfig
@@ -207,7 +208,7 @@ def train_phases(
             if phase.end <= step:
                 continue
             if phase != parts.phase:
-                parts, state = advance(run, parts, state, phase, parallel, services.programs)
+                parts, state = advance(run, parts, state, phase, parallel, services.programs, line.print)
             services.rollbacks.pass_over(parts.loader, phase, int(state.step))
             spikes.enter(parts.loader)
             if samples is not None:
@@ -295,7 +296,13 @@ def go_back(
 
 
 def advance(
-    run: RunConfig, parts: Parts, state: TrainState, phase: Phase, parallel: Parallelism, programs: Programs
+    run: RunConfig,
+    parts: Parts,
+    state: TrainState,
+    phase: Phase,
+    parallel: Parallelism,
+    programs: Programs,
+    report: Callable[[str], None],
 ) -> tuple[Parts, TrainState]:
     """The next phase's parts and the state it starts from.
 
@@ -304,6 +311,7 @@ def advance(
     Args:
       parts, state: of the phase that ended, the loader at its last batch.
       phase: the one that begins.
+      report: is told of a new stage: what is trained, and digests of what it starts from.
     """
     following = assemble(run, phase, parallel, programs)
     data = parts.loader.state()
@@ -311,8 +319,21 @@ def advance(
         following.loader.restore(data)
     parts.loader.close()
     if phase.stage_index != parts.phase.stage_index:
+        before = digests(state)
         state = carry_over(state, parts.optimizer, following.optimizer, phase.stage.carry, parallel=parallel)
+        stage, after = phase.stage, digests(state)
+        kept = ", ".join(f"{name} {after[name]}{' as before' * (after[name] == before[name])}" for name in after)
+        report(
+            f"Stage {phase.stage_index + 1} begins after step {phase.start:,}: {stage.objective.name}, "
+            f"{following.model.architecture.value}; {kept}."
+        )
     return following, state
+
+
+def digests(state: TrainState) -> dict[str, str]:
+    """What of a state a stage may keep or not, in eight digits each."""
+    parts = {"parameters": state.params, "optimizer": state.opt_state}
+    return {name: f"{int(digest(part)):08x}" for name, part in parts.items()}
 
 
 if __name__ == "__main__":

@@ -12,10 +12,15 @@ from rich.table import Table
 
 from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.evaluation.intervals import Estimate
+from jaxlm.evaluation.learned import LearnedResult, LearnedTask
 from jaxlm.evaluation.scoring import ScoringConfig
-from jaxlm.evaluation.tasks import EvaluationTask, TaskError, TaskResult, evaluate_task
-from jaxlm.evaluation.text_model import TextFormat, TextModel
+from jaxlm.evaluation.subject import Subject
+from jaxlm.evaluation.tasks import EvaluationTask, TaskError, TaskResult
+from jaxlm.evaluation.text_model import TextFormat
 from jaxlm.parallel.parallelism import ParallelConfig
+
+Task = EvaluationTask | LearnedTask
+Result = TaskResult | LearnedResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +28,7 @@ class EvaluationConfig:
     """What a model is asked.
 
     Attributes:
-      tasks: in the order of the table; names differ.
+      tasks: questions, finetuning sweeps and probes, in the order of the table; names differ.
       format: how texts are put to the model; None: as `TextFormat` has it.
       scoring: rows and batches; None: as `ScoringConfig` has it.
       context_length: tokens that the model reads; None is what it says of itself.
@@ -33,7 +38,7 @@ class EvaluationConfig:
       parallel: the mesh to put the model on; None is one device.
     """
 
-    tasks: tuple[EvaluationTask, ...]
+    tasks: tuple[Task, ...]
     format: TextFormat | None = None
     scoring: ScoringConfig | None = None
     context_length: int | None = None
@@ -71,7 +76,7 @@ class SuiteResult:
     """
 
     model: str
-    results: tuple[TaskResult, ...]
+    results: tuple[Result, ...]
     failures: dict[str, str]
 
     def json(self) -> dict[str, Any]:
@@ -87,7 +92,7 @@ class SuiteResult:
         table = Table(title=self.model, box=rich.box.SIMPLE_HEAD, title_justify="left")
         for name, side in (
             *(("task", "left"), ("metric", "left"), ("value", "right"), ("95% interval", "right"), ("chance", "right")),
-            *(("prompts", "right"), ("spread", "right"), ("questions", "right"), ("notes", "left")),
+            *(("prompts, trials", "right"), ("spread", "right"), ("questions", "right"), ("notes", "left")),
         ):
             table.add_column(name, justify=side)
         for result in self.results:
@@ -109,13 +114,13 @@ def evaluate(
     Args:
       config: what to ask.
       pretrained: whom.
-      folder: where results.json and examples.jsonl (a line a question) go; None writes nothing.
+      folder: where results.json and examples.jsonl (a line a question, or a trial) go; None writes nothing.
       report: is given a line for each task and each row left out.
 
     Raises:
       ValueError: the model cannot be scored at all.
     """
-    model = TextModel(
+    subject = Subject(
         pretrained,
         format=config.format or TextFormat(),
         scoring=config.scoring or ScoringConfig(),
@@ -128,7 +133,7 @@ def evaluate(
             if config.limit is not None:
                 task = dataclasses.replace(task, limit=min(config.limit, task.limit or config.limit))
             try:
-                result, records = evaluate_task(task, model, samples=config.samples, seed=config.seed, report=report)
+                result, records = task.evaluate(subject, samples=config.samples, seed=config.seed, report=report)
             except TaskError as error:
                 failures[task.name] = str(error)
                 report(str(error))
@@ -172,18 +177,13 @@ def _write(path: pathlib.Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _line(result: TaskResult) -> list[str]:
+def _line(result: Result) -> list[str]:
     found: Estimate = result.metrics[result.primary]
-    values = [metrics[result.primary] for metrics in result.prompts.values()]
-    counts = {"left out": result.failed, "not applicable": result.not_applicable, "truncated": result.truncated}
     return [
         result.task,
         result.primary,
         f"{found.value:.4f}",
         "" if found.low is None else f"{found.low:.4f} to {found.high:.4f}",
         "" if result.chance is None else f"{result.chance:.4f}",
-        str(len(values)),
-        "" if len(values) == 1 else f"{min(values):.4f} to {max(values):.4f}",
-        str(result.questions),
-        ", ".join(f"{count} {name}" for name, count in counts.items() if count),
+        *result.notes,
     ]

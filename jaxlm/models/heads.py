@@ -1,4 +1,4 @@
-"""Heads: what leads to the vocabulary, a verdict for each token, BERT's pooler."""
+"""Heads: what leads to the vocabulary, a verdict for each token, labels, BERT's pooler."""
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +85,20 @@ class TokenBinaryHead(nnx.Module):
         """The logits."""
         hidden = self.activation(self.dense(hidden, context)).astype(jnp.float32)
         return hidden @ self.kernel[...] * self.multiplier + self.bias[...]
+
+
+class LabelHead(nnx.Module):
+    """[..., E] hidden states -> float32 [..., labels] logits: one matrix and a bias, trained with the task."""
+
+    def __init__(self, labels: int, make: ParameterMaker, *, key: PathKey):
+        sides = (("embed", make.width),), ((None, labels),)
+        self.kernel = make.readout(key.at("kernel"), *sides)
+        self.bias = make.vector(sides[1], 0.0)
+        self.multiplier = 1.0 / make.parametrization.width_ratio(make.width)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """The logits."""
+        return hidden.astype(jnp.float32) @ self.kernel[...] * self.multiplier + self.bias[...]
 
 
 class Pooler(nnx.Module):

@@ -155,7 +155,7 @@ class WarmupStableDecay(Schedule):
     Attributes:
       peak: the plateau's value.
       warmup: length of the warm-up from 0.
-      decay: length of the final decay, which ends with the span.
+      decay: length of the final decay, which ends with the span; 0 stays on the plateau: a trunk to branch off from.
       end: the last value.
       shape: shape of the decay.
     """
@@ -176,7 +176,8 @@ class WarmupStableDecay(Schedule):
         warmup, decay = _steps(self.warmup, length), _steps(self.decay, length)
         rising = _interpolate(0.0, self.peak, _share(step, warmup), Shape.LINEAR)
         falling = _interpolate(self.peak, self.end, _share(step - (length - decay), decay), self.shape)
-        return jnp.where(step < warmup, rising, falling)
+        # The plateau is the peak itself, so that a trunk without a decay has the bits of what branches off from it.
+        return jnp.where(step < warmup, rising, jnp.where(step < length - decay, self.peak, falling))
 
 
 @dataclasses.dataclass(frozen=True)

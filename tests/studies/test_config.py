@@ -54,6 +54,19 @@ def test_combinations_have_settings_of_their_own():
     assert "BATCH_SIZE = 4" not in found.settings_of(cell, Leg("adapt", factors=("rate",)))
 
 
+def test_cells_branch_off_at_steps_of_their_own():
+    steps = {"architecture": {"causal": 10, "prefix": 20}}
+    branched = Leg("decay", after="trunk", start="state", step=steps)
+    found = study(legs=(Leg("trunk"), branched))
+    at = {cell["architecture"]: found.legs_of(cell)[1].step for cell in found.cells}
+    assert at == {"causal": 10, "prefix": 20}
+    some = study(legs=(Leg("trunk"), Leg("decay", after="trunk", start="state", step={"architecture": {"causal": 10}})))
+    with pytest.raises(ValueError, match="'decay' has 0 steps to start from for the cell"):
+        [some.legs_of(cell) for cell in some.cells]
+    with pytest.raises(ValueError, match="'decay' names the level 'none' of 'architecture'"):
+        study(legs=(Leg("trunk"), Leg("decay", after="trunk", start="state", step={"architecture": {"none": 10}})))
+
+
 def test_a_cell_that_skips_a_leg_goes_on_from_the_one_before():
     legs = (
         Leg("pretrain"),

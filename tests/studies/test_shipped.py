@@ -1,17 +1,19 @@
 """Every run of every shipped study resolves, and costs what its head says."""
 
+import dataclasses
 import pathlib
 
 import pytest
 
 from jaxlm.architecture import Architecture
-from jaxlm.configuration import resolve
+from jaxlm.configuration import resolve, resolved_text
 from jaxlm.layers.parameters import Scaling
 from jaxlm.studies.config import StudyConfig
-from jaxlm.studies.jobs import label_of, resolved, size_of, steps_for
+from jaxlm.studies.jobs import ENDLESS, expand, label_of, resolved, size_of, steps_for
 
 STUDIES = sorted((pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "studies").glob("*.gin"))
-WITH_BUDGETS = [path for path in STUDIES if path.stem != "ladder"]  # a ladder's tokens are one of its factors
+# A ladder's tokens are one of its factors, and clm_then_mlm's legs share a number of steps.
+WITH_BUDGETS = [path for path in STUDIES if path.stem not in ("ladder", "clm_then_mlm")]
 
 
 @pytest.mark.parametrize("file", WITH_BUDGETS, ids=lambda path: path.stem)
@@ -20,11 +22,11 @@ def test_budgets_match_over_all_cells(file):
     rows = {}
     for cell in study.cells:
         for leg in study.legs_of(cell):
-            settings = (*study.settings_of(cell, leg), "RunConfig.train_steps = 1")
+            settings = (*study.settings_of(cell, leg), ENDLESS)
             if leg.tune is not None:
                 settings = (*settings, f"{leg.tune.binding} = {leg.tune.values[0]}")
             run = resolved(settings)
-            one = size_of(run)
+            one = size_of(dataclasses.replace(run, train_steps=1, stages=()))
             rows[label_of(cell), leg.name] = steps_for(run, leg.budget) * one.tokens, run, one
     by_leg = {}
     for (_, leg), (tokens, _, one) in rows.items():
@@ -92,3 +94,86 @@ def test_the_ladder_is_what_its_levels_say_and_under_mup():
         widths.append((run.model.width, run.model.parametrization.base_width))
     assert {base for _, base in widths} == {min(width for width, _ in widths)}
     assert len({width for width, _ in widths}) == 4 and len(study.cells) == 16
+
+
+class Nothing:
+    """No run is finished."""
+
+    def is_finished(self, job):
+        return False
+
+    def value(self, job, seed, metric):
+        return None
+
+
+def test_an_unbalanced_model_starts_from_two_legs():
+    """Runs beside a leg's own parent: they come first, a run is known by theirs, and each seed has its own folder."""
+    (file,) = (path for path in STUDIES if path.stem == "t5gemma")
+    jobs = {}
+    for rate in (1e-2, 2e-2):
+        settings = f"('gin_configs/studies/parts/t5gemma.gin', 'LEARNING_RATE = {rate}')"
+        study = resolve(StudyConfig, [f"--gin_file={file}", f"--gin.StudyConfig.settings={settings}"])
+        plan = expand(study, Nothing())
+        jobs[rate] = {cell["start"]: job for cell, leg, job in plan.of_cells if leg.name == "encoder_decoder"}
+    unbalanced, copied = (jobs[1e-2][start] for start in ("unbalanced, random, alone first", "copied"))
+    assert [job.leg.name for job in unbalanced.needs] == ["decoder", "larger_decoder"]
+    assert [job.leg.name for job in copied.needs] == ["decoder"] and not jobs[1e-2]["scratch"].needs
+    folders = {job.address: pathlib.Path("/there") / job.leg.name for job in (unbalanced, copied, *unbalanced.needs)}
+    start = unbalanced.configuration(1, folders).warm_start
+    assert (start.path, start.rules[0].encoder_path) == ("/there/decoder", "/there/larger_decoder")
+    assert copied.configuration(1, folders).warm_start.rules[0].encoder_path is None
+    assert unbalanced.address != jobs[2e-2]["unbalanced, random, alone first"].address
+    stages = unbalanced.run.phases
+    assert (stages[0].end, stages[-1].end) == (15, unbalanced.run.train_steps)
+    assert unbalanced.run.model.width_of("encoder") > unbalanced.run.model.width
+
+
+def test_clm_then_mlm_spends_the_same_on_every_cell():
+    """Branches begin where their causal stage ends, and all rates agree until they do."""
+    (file,) = (path for path in STUDIES if path.stem == "clm_then_mlm")
+    study = resolve(StudyConfig, [f"--gin_file={file}"])
+    (trunk,) = (leg for leg in study.legs if leg.name == "trunk")
+    trunk_run = resolved(study.settings_of(study.cells[1], trunk))
+    found, causal = {}, {}
+    for cell in study.cells:
+        legs = {leg.name: leg for leg in study.legs_of(cell)}
+        run, step = resolved(study.settings_of(cell, legs["pretrain"])), legs["pretrain"].step
+        found[cell["causal"]] = [
+            (phase.end - phase.start, run.model_of(phase).architecture, phase.stage.objective.name)
+            for phase in run.phases
+        ]
+        causal[cell["causal"]] = sum(n for n, _, objective in found[cell["causal"]] if objective == "full_lm")
+        assert run.train_steps == 600 and size_of(run).tokens == 600 * 1024
+        if step is None:
+            assert legs["pretrain"].after is None and cell["causal"] == "0%"
+            continue
+        assert legs["pretrain"].after == "trunk" and step <= trunk_run.train_steps
+        assert step % trunk_run.checkpoints.keep_every == 0 or step == trunk_run.train_steps
+        assert step == min(causal[cell["causal"]], trunk_run.train_steps)
+        rates = [
+            [float(x.optimizer.learning_rate(i, x.train_steps)) for i in range(0, step, 30)] for x in (run, trunk_run)
+        ]
+        assert rates[0] == rates[1]
+        assert resolved_text(run.model_of(run.phases[0])) == resolved_text(trunk_run.model)
+        assert run.phases[0].stage.objective == trunk_run.objective and run.data == trunk_run.data
+    encoder, decoder = Architecture.ENCODER, Architecture.CAUSAL_DECODER
+    assert found["0%"] == [(600, encoder, "masked_lm")] and found["100%"] == [(600, decoder, "full_lm")]
+    assert found["25%"] == [(150, decoder, "full_lm"), (450, encoder, "masked_lm")]
+    assert causal == {"0%": 0, "25%": 150, "50%": 300, "75%": 450, "100%": 600}
+    jobs = {(cell["causal"], leg.name): job for cell, leg, job in expand(study, None).of_cells}  # nothing is tuned
+    assert len({job.address for (_, leg), job in jobs.items() if leg == "trunk"}) == 1
+    own = {cell: job.size.steps for (cell, leg), job in jobs.items() if leg == "pretrain"}
+    assert own == {"0%": 600, "25%": 450, "50%": 300, "75%": 150, "100%": 60}, "the trunk's steps are not counted again"
+    masked = resolved(study.settings_of(study.cells[0], study.legs[1])).objective
+    assert (masked.mask_rate, masked.mask_share) == (0.4, 1.0)
+
+
+@pytest.mark.parametrize("size", ["210m", "610m"])
+def test_clm_then_mlm_at_the_papers_sizes(size):
+    (file,) = (path for path in STUDIES if path.stem == "clm_then_mlm")
+    flags = [f"--gin.SIZE='gin_configs/models/eurobert/{size}.gin'", "--gin.VOCABULARY_SIZE='VOCAB_SIZE = 128256'"]
+    study = resolve(StudyConfig, [f"--gin_file={file}", *flags])
+    run = resolved(study.settings_of(study.cells[2], study.legs[1]))
+    parameters = size_of(run).parameters - 128256 * run.model.width  # the output matrix is not counted in the name
+    assert round(parameters / 1e6) == {"210m": 212, "610m": 608}[size]
+    assert [run.model_of(phase).architecture.value for phase in run.phases] == ["causal_decoder", "encoder"]

@@ -57,6 +57,14 @@ def test_warmup_stable_decay(shape, half):
     np.testing.assert_allclose(got, [0, 0.5, 1, 1, 1, half, end, end], rtol=1e-5, atol=1e-7)
 
 
+def test_a_trunk_has_the_rates_of_its_branches():
+    """Without a decay the plateau lasts to the end, and until a branch decays both have the same bits."""
+    trunk, branch = (WarmupStableDecay(peak=3e-3, warmup=10, decay=decay) for decay in (0, 20))
+    got = values(trunk, range(100), 100)
+    assert got[10:].tolist() == [np.float32(3e-3)] * 90
+    assert np.array_equal(values(branch, range(100), 120), got)
+
+
 def test_join_runs_each_piece_on_its_own_clock():
     schedule = Join((Linear(0.0, 1.0), Constant(1.0), Cosine(1.0, 0.0)), lengths=(0.1, 40))
     # 100 steps: 10 of warm-up, 40 constant, cosine over the 50 that remain.

@@ -1,0 +1,189 @@
+"""Finetuning sweeps: a task learnt by a whole model, at every learning rate with every seed, from the same parameters.
+
+The rate is an argument of one compiled step, so that all trials of a sweep, and those of other models of the same form,
+share it. A trial is small beside pretraining and leaves nothing behind but its figures.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, override
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlm.evaluation.intervals import student
+from jaxlm.evaluation.learned import (
+    Form,
+    LearnedResult,
+    LearnedTask,
+    Opened,
+    Trial,
+    best_setting,
+    labeller_of,
+    outputs_program,
+)
+from jaxlm.evaluation.subject import Subject
+from jaxlm.evaluation.tasks import TaskError
+from jaxlm.layers.context import Context
+from jaxlm.models.labeller import Labeller
+from jaxlm.parallel.sharded_ops import ShardedOps
+from jaxlm.training.optimizers import AdamW, Optimizer, OptimizerConfig, build_optimizer
+from jaxlm.training.parameters import Tree, split_model
+from jaxlm.training.schedules import Join, Linear
+from jaxlm.training.state import seed_data, state_shardings
+from jaxlm.training.step import count_tokens
+
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuningSweep(LearnedTask):
+    """Learning rates x seeds, AdamW with a linear warm-up and decay (BERT, arXiv 1810.04805, A.3).
+
+    A seed is that of the head's initial values, of the order of examples and of dropout. Dropout is the model's own.
+
+    Attributes:
+      rates: peaks of the learning rate that are tried.
+      seeds: one trial each for every rate.
+      epochs: over the training split.
+      warmup: share of the steps.
+      weight_decay: of matrices, multiplied by the learning rate.
+    """
+
+    rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    epochs: float = 3.0
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.rates or not self.seeds or min(self.rates) <= 0 or self.epochs <= 0:
+            raise ValueError(
+                f"FinetuningSweep {self.name!r} needs rates above 0, seeds and epochs; got {self.rates}, {self.seeds}, "
+                f"{self.epochs}."
+            )
+
+    @override
+    def evaluate(
+        self, subject: Subject, *, samples: int = 1000, seed: int = 0, report: Callable[[str], None] = print
+    ) -> tuple[LearnedResult, Iterator[dict[str, Any]]]:
+        del samples, seed  # intervals are over the sweep's own seeds
+        opened = self.opened(subject.pretrained, subject.parallel)
+        trials = []
+        for rate in self.rates:
+            for attempt in self.seeds:
+                try:
+                    trials.append(run_trial(self, opened, rate, attempt))
+                except ValueError as error:
+                    raise TaskError(f"Task {self.name}: {error}") from error
+                done = trials[-1]
+                primary = self.labels.primary
+                report(
+                    f"{self.name}, rate {rate:g}, seed {attempt}: validation {primary} {done.validation[primary]:.4f}"
+                    f"{', diverged' if done.diverged else ''}"
+                )
+        chosen = best_setting(trials, self.labels.primary)
+        at_best = [trial for trial in trials if trial.setting == chosen]
+        metrics = {name: student([trial.test[name] for trial in at_best]) for name in self.labels.metrics}
+        values = [trial.test[self.labels.primary] for trial in at_best]
+        result = opened.result(
+            trials,
+            metrics,
+            spread=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            how="finetuning",
+            setting="learning rate",
+            chosen=chosen,
+        )
+        return result, ({"task": self.name, **dataclasses.asdict(trial)} for trial in trials)
+
+
+def run_trial(task: FinetuningSweep, opened: Opened, rate: float, seed: int) -> Trial:
+    """Finetunes once, from the trained parameters, and judges the result on validation and test."""
+    examples = len(opened.examples["train"])
+    recipe = Recipe(task.warmup, task.weight_decay, max(1, round(task.epochs * examples / task.batch_size)))
+    start, step, judge = _start(opened.form, recipe), _step(opened.form, recipe), outputs_program(opened.form)
+    key = seed_data(seed)
+    params, moments = start(opened.body, key)
+    for index, chosen in enumerate(order(examples, task.batch_size, recipe.steps, seed)):
+        params, moments = step(params, moments, opened.batch("train", chosen), np.float32(rate), np.int32(index), key)
+    found = {split: opened.everything(split, lambda batch: judge(params, batch)) for split in ("validation", "test")}
+    return Trial(
+        setting=rate,
+        seed=seed,
+        **{split: opened.judged(split, outputs) for split, outputs in found.items()},
+        diverged=not all(np.isfinite(outputs).all() for outputs in found.values()),
+    )
+
+
+def order(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
+    """The examples of each step: one permutation after the other, cut into whole batches."""
+    rng = np.random.default_rng(seed)
+    waiting: list[int] = []
+    for _ in range(steps):
+        while len(waiting) < batch_size:
+            waiting += rng.permutation(examples).tolist()
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a trial is trained, but for its rate and seed.
+
+    Attributes:
+      warmup, weight_decay: see `FinetuningSweep`.
+      steps: of the trial.
+    """
+
+    warmup: float
+    weight_decay: float
+    steps: int
+
+
+@functools.lru_cache(maxsize=8)
+def _optimizer(form: Form, recipe: Recipe) -> Optimizer:
+    """At a schedule whose peak is 1: updates are proportional to the rate, which the step multiplies by."""
+    schedule = Join((Linear(0.0, 1.0), Linear(1.0, 0.0)), lengths=(recipe.warmup,))
+    config = OptimizerConfig(AdamW(b2=0.999), schedule, weight_decay=recipe.weight_decay)
+    infos = labeller_of(form)[2]
+    return build_optimizer(config, infos, total_steps=recipe.steps, parametrization=form.config.scaling)
+
+
+@functools.lru_cache(maxsize=8)
+def _start(form: Form, recipe: Recipe) -> Callable[[Tree, np.ndarray], tuple[Tree, Any]]:
+    """(trained body, seed) -> parameters in float32 with a fresh head, and the optimizer's state."""
+    optimizer = _optimizer(form, recipe)
+
+    def start(body: Tree, seed: jax.Array) -> tuple[Tree, Any]:
+        key = jax.random.wrap_key_data(seed)
+        params = split_model(Labeller(form.config, form.head_size, key=key))[1]
+        # A trained model may have been read in the type it computes in; what is learnt on top needs float32.
+        params |= {"body": jax.tree.map(lambda x: x.astype(jnp.float32), body)}
+        return params, optimizer.init(params)
+
+    abstract = jax.eval_shape(start, labeller_of(form)[1]["body"], seed_data(0))
+    return jax.jit(start, out_shardings=state_shardings(abstract, optimizer.infos, form.parallel))
+
+
+@functools.lru_cache(maxsize=8)
+def _step(form: Form, recipe: Recipe) -> Callable[..., tuple[Tree, Any]]:
+    """(parameters, optimizer's state, batch, rate, step, seed) -> the next parameters and state."""
+    optimizer, ops, definition = _optimizer(form, recipe), ShardedOps(form.parallel), labeller_of(form)[0]
+
+    def loss(params: Tree, batch: Batch, key: jax.Array) -> jax.Array:
+        context = Context(ops=ops, dropout_key=key)
+        outputs, side = form.kind.outputs(definition.merge(params), batch, form.pooling, context)
+        of_layers = sum(side.losses.values(), jnp.float32(0.0)) / jnp.maximum(count_tokens(batch), 1.0)
+        return form.kind.loss(outputs, batch) + of_layers
+
+    def step(params: Tree, state: Any, batch: Batch, rate: jax.Array, index: jax.Array, seed: jax.Array):
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed), index)
+        value, grads = jax.value_and_grad(loss)(params, batch, key)
+        updates, state, _ = optimizer.update(grads, state, params, step=index, loss=value)
+        return optax.apply_updates(params, jax.tree.map(lambda u: rate * u, updates)), state
+
+    return jax.jit(step, donate_argnums=(0, 1))
