@@ -7,6 +7,8 @@ SEQIO = [
     f"{name}; python_version < '3.14'"
     for name in ("seqio>=0.0.20", "tensorflow>=2.20", "tensorflow-datasets>=4.9.9", "apache-beam>=2.70", "protobuf<7")
 ]
+# What compares texts that were written with the right ones.
+EVALUATION = ["rouge-score>=0.1.2", "sacrebleu>=2.4"]
 
 setup(
     name="jaxlm",
@@ -44,7 +46,8 @@ setup(
         "tpu": ["jax[tpu]>=0.11.2"],
         "cuda": ["jax[cuda13]>=0.11.2"],
         "tokamax": ["tokamax==0.0.17"],
-        "harness": ["lm-eval>=0.4.9", "rouge-score>=0.1.2", "sacrebleu>=2.4"],
+        "evaluation": EVALUATION,
+        "harness": ["lm-eval>=0.4.9", *EVALUATION],
         "torch": ["accelerate>=1.0", "torch>=2.6", "transformers>=4.50"],  # the first: the harness' own models want it
         "dev": [
             "hypothesis>=6.130",

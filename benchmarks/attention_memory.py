@@ -30,9 +30,9 @@ from pallas_kernels.attention_backends import SMALL_SCORES
 RESULTS = pathlib.Path(__file__).parent / "results"
 LENGTH, HEADS, SIZE = 32768, 4, 128
 PLACES = {
-    "cpu": ("xla_chunked",),
-    "v6e:2x2": ("xla_chunked", "splash", "pallas_tpu"),
-    "h200": ("xla_chunked", "pallas_gpu"),
+    "cpu": ("xla_chunked", "xla_blocks"),
+    "v6e:2x2": ("xla_chunked", "xla_blocks", "splash", "pallas_tpu"),
+    "h200": ("xla_chunked", "xla_blocks", "pallas_gpu"),
 }
 SHAPES = ((4, 4, 128), (16, 4, 128), (8, 4, 256), (4, 4, 512), (4, 8, 512), (8, 8, 512), (1, 8, 2048), (1, 4, 4096))
 

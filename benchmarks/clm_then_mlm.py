@@ -36,6 +36,7 @@ from jaxlm.evaluation.suite import EvaluationConfig, evaluate
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import expand
 from jaxlm.studies.results import answered, finished_runs, interval
+from jaxlm.studies.settings import resolved_evaluation
 from jaxlm.studies.store import Store
 from jaxlm.training import machine
 
@@ -43,18 +44,26 @@ STEPS = (50, 100, 150, 300)
 MARKS = {",": "comma", ".": "stop", ";": "other", ":": "other", "?": "other", "!": "other"}
 WORDS = 24  # of a row of punctuation
 
-GIN = """
+STUDY = """
 from __gin__ import dynamic_registration
-from jaxlm.evaluation import finetuning
-from jaxlm.evaluation import labelled
-from jaxlm.evaluation import probing
 
 include 'gin_configs/studies/clm_then_mlm.gin'
 
 STUDY_DIR = '{work}/study'
 CORPUS = "CORPUS_FILES = '{books}/train-00000-of-00007.jsonl.gz'"
 HELD_OUT = "CORPUS_VALIDATION_FILES = '{books}/validation.jsonl.gz'"
+QUESTIONS = {{'labels': ('{work}/questions.gin',)}}
+"""
+QUESTIONS = """
+from __gin__ import dynamic_registration
+from jaxlm.evaluation import finetuning
+from jaxlm.evaluation import labelled
+from jaxlm.evaluation import probing
+
+include 'gin_configs/evaluation/encoders.gin'
+
 EVALUATION_DATA = '{work}/tasks'
+RATES = (3e-4, 1e-3, 3e-3)
 TASKS = [
     @punctuation/finetuning.FinetuningSweep(),
     @punctuation/probing.LinearProbe(),
@@ -164,7 +173,8 @@ def early_probes(
     """{how: {step: {task: primary metric by seed}}} of the causal trunk under both masks and of the masked run."""
     plan = expand(study, store)
     jobs = {(cell["causal"], leg.name): job for cell, leg, job in plan.of_cells}
-    probes = tuple(task for task in study.legs[1].evaluation.tasks if isinstance(task, LinearProbe))
+    questions = resolved_evaluation(study.legs[1].evaluations["labels"])
+    probes = tuple(task for task in questions.tasks if isinstance(task, LinearProbe))
     full = tuple(dataclasses.replace(task, architecture=Architecture.ENCODER) for task in probes)
     sides = {
         "causal, causal mask": (jobs["100%", "trunk"], probes),
@@ -210,8 +220,9 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     write_tasks(args.data, args.work / "tasks")
-    gin = args.work / "study.gin"
-    gin.write_text(GIN.format(work=args.work.resolve(), books=(args.data / "pretrain" / "books_pd").resolve()))
+    gin, work = args.work / "study.gin", args.work.resolve()
+    gin.write_text(STUDY.format(work=work, books=(args.data / "pretrain" / "books_pd").resolve()))
+    (args.work / "questions.gin").write_text(QUESTIONS.format(work=work))
     assert runner.main([f"--gin_file={gin}", "--worker"]) == 0
     study = resolve(StudyConfig, [f"--gin_file={gin}"])
     store = Store(pathlib.Path(study.study_dir))
@@ -224,7 +235,7 @@ def main() -> None:
     final = {
         leg.name: {
             task: {cell: dataclasses.asdict(value) for cell, value in cells.items()}
-            for task, cells in answered(runs, leg.name).items()
+            for task, cells in answered(runs, leg.name, "labels").items()
         }
         for leg in study.legs
     }

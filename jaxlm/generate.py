@@ -13,6 +13,8 @@ python -m jaxlm.generate --model=hf/llama --chat
                           how tokens are drawn, see `SamplingConfig`; temperature 0 is greedy
 --stop=TEXT               an answer ends before it
 --samples=N, --seed=N     answers to each prompt (1), and the seed of their draws (0)
+--infill                  fills the gaps that "<extra_id_0>", "<extra_id_1>", ... mark in the prompts, with a model that
+                          was trained on gin_configs/objectives/codegen2.gin
 --specials                "<extra_id_0>" and other names of special tokens in prompts are these tokens
 --cache=int8              keeps keys and values in 8 bits
 --context=N               most tokens of a text; default: what the model was trained on
@@ -52,7 +54,7 @@ _OTHERS = (
     "step",
     "compute",
 )
-_SWITCHES = ("chat", "specials", "averaged")
+_SWITCHES = ("chat", "specials", "averaged", "infill")
 _MESH_AXES = ("data", "fsdp", "tensor", "expert")
 _TOGETHER = 16
 """Prompts for each slot that are answered before their lines are written."""
@@ -101,6 +103,8 @@ def _problem(flags: dict[str, str], prompts: list[str]) -> str | None:
     """What is wrong with the flags, in a sentence."""
     if not flags.get("model"):
         return "which model? Give --model=PATH (see --help)."
+    if "chat" in flags and "infill" in flags:
+        return "--chat and --infill are two ways to write; give one of the two."
     if "chat" in flags and (prompts or "file" in flags):
         return "--chat takes what is said from the terminal; leave out the prompts."
     if prompts and "file" in flags:
@@ -135,6 +139,9 @@ def _generate(config: Any, flags: dict[str, str], prompts: list[str]) -> None:
         return
     texts = iter(prompts) if prompts else _read(flags.get("file"))
     for together in itertools.batched(texts, _TOGETHER * config.slots):
+        if "infill" in flags:
+            _infill(generator, together, range(seed, seed + int(flags.get("samples", 1))))
+            continue
         ids = [_encode(model, text, "specials" in flags) for text in together]
         answers = generator.generate(ids, seed=seed, samples=int(flags.get("samples", 1)))
         for text, found in zip(together, answers, strict=True):
@@ -147,6 +154,7 @@ def _open(config: Any, flags: dict[str, str]) -> tuple[Any, Any]:
     from jaxlm.checkpoints import pretrained
     from jaxlm.decoding.cached_model import CachedModel
     from jaxlm.decoding.generation import Generator
+    from jaxlm.decoding.infills import span_end
     from jaxlm.layers.cache import CacheConfig
     from jaxlm.layers.context import LOCAL, Context
     from jaxlm.parallel.parallelism import ParallelConfig
@@ -170,8 +178,24 @@ def _open(config: Any, flags: dict[str, str]) -> tuple[Any, Any]:
             f"{found.source} has no vocabulary to write prompts in: {found.no_vocabulary} Put its tokenizer beside it."
         )
     draft = opened(flags["draft"])[0] if "draft" in flags else None
-    generator = Generator(model, found.vocabulary, config, end_ids=found.eos_ids, draft=draft)
+    end_ids = found.eos_ids
+    if "infill" in flags:
+        if not found.config.architecture.has_decoder_features or found.config.architecture.has_encoder_features:
+            raise ValueError(f"{found.source} is no decoder, and only these infill; leave out --infill.")
+        end_ids = (span_end(found.vocabulary),)
+    generator = Generator(model, found.vocabulary, config, end_ids=end_ids, draft=draft)
     return generator, found
+
+
+def _infill(generator: Any, texts: Iterable[str], seeds: Iterable[int]) -> None:
+    """Writes the texts with their gaps filled, a line for each text and seed."""
+    from jaxlm.decoding.infills import fill
+
+    found = [fill(generator, list(texts), seed=seed) for seed in seeds]
+    for text, answers in zip(texts, zip(*found, strict=True), strict=True):
+        for sample, answer in enumerate(answers):
+            line = {"prompt": text, "sample": sample, "text": answer.text, "spans": answer.spans}
+            print(json.dumps(line | {"finish": answer.finish.value}, ensure_ascii=False), flush=True)
 
 
 def _mesh(text: str) -> Any:

@@ -20,7 +20,7 @@ from jaxlm.decoding.previews import SampleConfig
 from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models import ModelConfig, ReplacedTokenDetectorConfig, build_model
 from jaxlm.models.accounting import flops_per_token
-from jaxlm.objectives.base import LossConfig, Objective
+from jaxlm.objectives.base import Distillation, LossConfig, Objective
 from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
 from jaxlm.training import metrics
 from jaxlm.training.evaluation import Evaluator, make_eval_step
@@ -29,9 +29,10 @@ from jaxlm.training.optimizers import Optimizer, OptimizerConfig, build_optimize
 from jaxlm.training.parameters import ModelDefinition, Tree, flatten
 from jaxlm.training.profile import ProfileConfig
 from jaxlm.training.schedules import Constant, Join
-from jaxlm.training.stages import Phase, Stage, phases
+from jaxlm.training.stages import Phase, Stage, phases, with_steps
 from jaxlm.training.state import TrainState, abstract_model
 from jaxlm.training.step import StepConfig, TrainStep, layer_names, make_train_step
+from jaxlm.training.teacher import check_teacher, find_teacher
 from jaxlm.training.watchdog import WatchdogConfig
 from jaxlm.training.writers import WandbConfig
 
@@ -43,11 +44,13 @@ class EvaluationConfig:
     Attributes:
       split: of the data.
       data: another data configuration (a validation mixture, say); None takes the run's own.
+      objective: what is predicted; None is what is trained. Another one lets runs with different objectives compare.
       max_batches: stop after this many; None takes the whole split.
     """
 
     split: str = "validation"
     data: DataConfig | None = None
+    objective: Objective | None = None
     max_batches: int | None = None
 
 
@@ -71,7 +74,7 @@ class RunConfig:
       evaluation: on held-out data; None evaluates nothing.
       samples: texts the model writes now and then; None writes none.
       stages: what changes on the way, see `jaxlm.training.stages`; () is one stage of train_steps. Their steps add up
-        to train_steps.
+        to train_steps; one that gives none has the rest.
       warm_start: parameters to begin with; None initialises afresh.
       branch: another run's whole state to go on from, counting its steps; None begins at step 0.
       wandb: also log to Weights & Biases.
@@ -111,15 +114,11 @@ class RunConfig:
                 raise ValueError(f"RunConfig.{name} is {getattr(self, name)}; it must be at least 1.")
         if self.warm_start is not None and self.branch is not None:
             raise ValueError("RunConfig.warm_start and branch are two ways to begin; set one of them to None.")
-        if self.stages and sum(stage.steps for stage in self.stages) != self.train_steps:
-            raise ValueError(
-                f"The stages have {' + '.join(str(stage.steps) for stage in self.stages)} steps, which do not add up "
-                f"to train_steps = {self.train_steps}."
-            )
         for phase in self.phases:
-            objective, model = phase.stage.objective, self.model_of(phase)
-            if refusal := objective.refuses(model.architecture) or objective.refuses_model(model):
-                raise ValueError(refusal)
+            model = self.model_of(phase)
+            for objective in filter(None, (phase.stage.objective, self.evaluation and self.evaluation.objective)):
+                if refusal := objective.refuses(model.architecture) or objective.refuses_model(model):
+                    raise ValueError(refusal)
             if phase.batch_size % self.step.microbatches:
                 raise ValueError(
                     f"A batch of {phase.batch_size} rows cannot be cut into {self.step.microbatches} equal "
@@ -132,12 +131,13 @@ class RunConfig:
         own = Stage(self.train_steps, self.objective, self.model.architecture, self.data, batch_size=self.batch_size)
         if not self.stages:
             return phases((own,), batch_size=self.batch_size)
+        stages = with_steps(self.stages, self.train_steps)
         first = {
             field: getattr(own, field)
             for field in ("objective", "architecture", "data", "batch_size")
-            if getattr(self.stages[0], field) is None
+            if getattr(stages[0], field) is None
         }
-        stages = (dataclasses.replace(self.stages[0], **first), *self.stages[1:])
+        stages = (dataclasses.replace(stages[0], **first), *stages[1:])
         return phases(stages, batch_size=self.batch_size)
 
     def model_of(self, phase: Phase) -> ModelConfig:
@@ -180,12 +180,14 @@ class BatchLayout:
       features: {name: (shape, type)} of a whole batch, of all hosts together.
       datasets: names of the data sets.
       byte_lengths: bytes that each id stands for, [V].
+      vocabulary: its fingerprint; None where the data is not open.
     """
 
     objective: Objective
     features: Mapping[str, tuple[tuple[int, ...], np.dtype]]
     datasets: tuple[str, ...]
     byte_lengths: np.ndarray
+    vocabulary: str | None = None
 
     def row_lengths(self, architecture: Architecture) -> tuple[int, int]:
         """Columns of the row that the loss is on, and of the encoder's in an encoder-decoder."""
@@ -206,8 +208,8 @@ class Program:
       abstract: shapes of the parameters.
       optimizer: for this model.
       config: of the step.
-      step: the training step.
-      flops_per_token: forward and backward, see `jaxlm.models.accounting`.
+      step: the training step; of a teacher it knows the shapes.
+      flops_per_token: forward and backward, and a teacher's forward, see `jaxlm.models.accounting`.
       row_tokens: columns of a row, of all stacks together.
     """
 
@@ -260,18 +262,32 @@ class Programs:
     def __init__(self):
         self._key: str | None = None
         self._made: dict[str, Any] = {}
+        self._teacher: tuple[Distillation | None, Tree] = None, {}
 
     def shared[T](self, run: RunConfig, name: str, make: Callable[[], T]) -> T:
         """What `make` gives, or gave for the last run if that was another seed of this one; `name` says of what."""
         seedless = dataclasses.replace(
             run, model_dir="", seed=0, warm_start=None, branch=None, data=dataclasses.replace(run.data, seed=0)
         )
+        if (distillation := run.loss.distillation) is not None:  # teachers may differ in their parameters
+            config = resolved_text(find_teacher(distillation, run.parallel.on()).config)
+            distillation = dataclasses.replace(distillation, teacher=config, step=None)
+            seedless = dataclasses.replace(seedless, loss=dataclasses.replace(run.loss, distillation=distillation))
         key = resolved_text(seedless)
         if key != self._key:
             self._key, self._made = key, {}
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
+
+    def teacher(self, distillation: Distillation, parallel: Parallelism) -> Tree:
+        """A teacher's parameters, read once for all phases of a run."""
+        known, params = self._teacher
+        if known != distillation:
+            self._teacher = None, {}  # before another one takes its place
+            params = find_teacher(distillation, parallel).params(distillation, parallel)
+            self._teacher = distillation, params
+        return params
 
 
 def make_model(config: ModelConfig, parallel: Parallelism) -> Callable[[jax.Array], nnx.Module]:
@@ -324,7 +340,7 @@ def layout_of(loader: Loader) -> BatchLayout:
     """The layout of a loader's batches."""
     features = {name: ((loader.batch_size, *shape[1:]), dtype) for name, (shape, dtype) in loader.features.items()}
     lengths = np.asarray(loader.vocabulary.byte_lengths())
-    return BatchLayout(loader.objective, features, loader.dataset_names, lengths)
+    return BatchLayout(loader.objective, features, loader.dataset_names, lengths, loader.vocabulary.fingerprint())
 
 
 def expected_layout(run: RunConfig, phase: Phase) -> BatchLayout:
@@ -374,6 +390,13 @@ def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: Ba
     lengths = layout.row_lengths(model.architecture)
     for length in lengths:
         parallel.check_row(length)
+    teacher, flops = None, flops_per_token(model, *lengths)
+    if loss.distillation is not None:
+        teacher = find_teacher(loss.distillation, parallel)
+        alike = teacher.config.architecture is Architecture.ENCODER_DECODER
+        read = lengths if alike else (sum(lengths), 0)  # of an encoder-decoder's row a decoder makes one text
+        check_teacher(teacher, model, layout.objective, parallel, vocabulary=layout.vocabulary, row_length=max(read))
+        flops += flops_per_token(teacher.config, *read) / 3  # forward alone
     return Program(
         model=model,
         definition=definition,
@@ -381,8 +404,10 @@ def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: Ba
         abstract=abstract,
         optimizer=optimizer,
         config=config,
-        step=make_train_step(definition, layout.objective, optimizer, parallel, config=config, loss=loss),
-        flops_per_token=flops_per_token(model, *lengths),
+        step=make_train_step(
+            definition, layout.objective, optimizer, parallel, config=config, loss=loss, teacher=teacher
+        ),
+        flops_per_token=flops,
         row_tokens=sum(lengths),
     )
 
@@ -422,12 +447,19 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism, programs: Prog
         abstract=program.abstract,
         optimizer=program.optimizer,
         loader=loader,
-        step=program.step.with_seed(run.seed),
+        step=_taught(run, program.step, parallel, programs).with_seed(run.seed),
         evaluate=_evaluator(run, phase, parallel, program, names, programs),
         names=names,
         flops_per_token=program.flops_per_token,
         row_tokens=program.row_tokens,
     )
+
+
+def _taught(run: RunConfig, step: TrainStep, parallel: Parallelism, programs: Programs) -> TrainStep:
+    """The step with its teacher's parameters, which all phases share."""
+    if (distillation := run.loss.distillation) is None:
+        return step
+    return step.with_teacher(programs.teacher(distillation, parallel))
 
 
 def _optimizer(run: RunConfig, phase: Phase, model: ModelConfig, infos: Tree) -> Optimizer:
@@ -454,12 +486,15 @@ def _evaluator(
     def make_loader() -> Loader:
         data = config.data or run.data_of(phase)
         rows = parallel.host_rows(phase.batch_size)
-        return open_loader(run, phase, config=data, split=config.split, one_pass=True, rows=rows)
+        objective = config.objective or phase.stage.objective
+        options = {"config": data, "objective": objective, "split": config.split, "one_pass": True, "rows": rows}
+        return open_loader(run, phase, **options)
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
-    names = dataclasses.replace(names, datasets=loader.dataset_names)
+    names = dataclasses.replace(names, datasets=loader.dataset_names, objectives=loader.objective.parts)
     # Cross-entropy alone, so that runs with different losses compare.
-    loss = dataclasses.replace(run.loss, z_loss=0.0, label_smoothing=0.0, num_datasets=len(loader.dataset_names))
+    plain = {"z_loss": 0.0, "label_smoothing": 0.0, "distillation": None}
+    loss = dataclasses.replace(run.loss, **plain, num_datasets=len(loader.dataset_names))
 
     def make_step() -> Callable:
         definition, optimizer = program.definition, program.optimizer

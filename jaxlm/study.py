@@ -3,11 +3,12 @@
 python -m jaxlm.study --gin_file=gin_configs/studies/quickstart.gin
 python -m jaxlm.study --gin_file=... --plan          # every cell's parameters, FLOPs and expected time; runs nothing
 python -m jaxlm.study --gin_file=... --report        # the report of what is finished by now
-python -m jaxlm.study --gin_file=... --commands      # a command a cell, for a cluster's queue
+python -m jaxlm.study --gin_file=... --commands      # a command a cell; --commands='./launch/slurm.sh ...': a job
 python -m jaxlm.study --ladder                       # sizes x tokens under muP: gin_configs/studies/ladder.gin
 
 --workers=N               processes on this machine (1); more may be started anywhere that sees the folder
 --cell="NAME, ..."        works on this cell alone, in this process (what --commands prints)
+--xla_preset=NAME         compiler flags of a chip, as of jaxlm.train
 --gin_file, --gin.NAME    as of jaxlm.train; they describe a jaxlm.studies.StudyConfig
 
 Started again, a study runs what is missing; what failed is tried again. Exits with 1 if cells failed, 75 after SIGTERM.
@@ -15,6 +16,7 @@ Started again, a study runs what is missing; what failed is tried again. Exits w
 
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from rich.table import Table
 
 from jaxlm.configuration import resolve_or_exit, resolved_text, take_flags
 from jaxlm.exit_status import ExitStatus
+from jaxlm.parallel import xla_flags
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, expand, label_of
 from jaxlm.studies.report import status_rows, write_report
@@ -47,19 +50,20 @@ def main(arguments: list[str] | None = None) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
     switches = ("plan", "report", "commands", "worker", "ladder")
-    flags, rest = take_flags(arguments, ("workers", "cell"), switches=switches)
+    flags, rest = take_flags(arguments, ("workers", "cell", "xla_preset"), switches=switches)
     if "ladder" in flags:
         rest = [_LADDER, *rest]
     study = resolve_or_exit(StudyConfig, rest)
     store = Store(pathlib.Path(study.study_dir).expanduser().resolve())
     try:
+        xla_flags.use(flags.get("xla_preset"))  # the workers' too: it sets the environment
         if "plan" in flags:
             return show_plan(study, store)
         store.open(resolved_text(study))
         if "report" in flags:
             return finish(study, store)
         if "commands" in flags:
-            return print_commands(study, rest)
+            return print_commands(study, rest, flags["commands"])
         if "worker" in flags or "cell" in flags:
             return work_here(study, store, flags.get("cell"))
         return supervise(study, store, rest, workers_of(flags))
@@ -115,12 +119,19 @@ def show_plan(study: StudyConfig, store: Store) -> int:
     return ExitStatus.FINISHED
 
 
-def print_commands(study: StudyConfig, arguments: list[str]) -> int:
-    """A command for each cell; what cells share is run by the first that needs it."""
+def print_commands(study: StudyConfig, arguments: list[str], launcher: str = "") -> int:
+    """Prints a command for each cell; what cells share is run by the first that needs it.
 
+    Args:
+      arguments: that describe the study.
+      launcher: of launch/, with its options; "" is this machine's Python.
+    """
     given = " ".join(map(shlex.quote, arguments))
     for cell in study.cells:
-        print(f"python -m jaxlm.study {given} --cell={shlex.quote(label_of(cell))}")
+        label = label_of(cell)
+        name = re.sub(r"[^a-z0-9]+", "-", label.lower())[:40].strip("-")
+        start = f"{launcher} --name={name}" if launcher else "python -m jaxlm.study"
+        print(f"{start} {given} --cell={shlex.quote(label)}")
     return ExitStatus.FINISHED
 
 

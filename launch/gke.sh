@@ -7,6 +7,8 @@
 #   --type      v5e, v5p, v6e or tpu7x
 #   --topology  chips of a slice: 4x4, 4x4x8
 #   --claim     persistent volume claim, readable and writable by many, mounted at /runs: where the run's folder lies
+#   --cell      of a study: the job runs this cell alone, on a slice of one host; python -m jaxlm.study
+#               --commands='./launch/gke.sh ...' prints such a line for each. The study's folder must lie under /runs
 #   --slices    how many; the batch is split over them (MeshConfig.slices)
 #   --chips-per-host   4, or 8 for hosts of v5e and v6e with all chips of a 2x4
 #   --secret    a Kubernetes secret whose entries become environment variables (WANDB_API_KEY); only its name is shown
@@ -17,7 +19,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-options name image type topology claim slices=1 chips-per-host=4 secret= restarts=10 namespace=default -- "$@"
+options name image type topology claim slices=1 chips-per-host=4 secret= cell= restarts=10 namespace=default -- "$@"
 number slices "$slices"
 number chips-per-host "$chips_per_host"
 number restarts "$restarts"
@@ -35,6 +37,12 @@ hosts=$((chips / chips_per_host))
 ((slices == 1)) || arguments+=(--gin.MeshConfig.slices="$slices")
 command=""
 train=(python -m jaxlm.train --distributed=on --xla_preset="$type" --gin.MODEL_DIR="/runs/$name")
+if [[ -n "$cell" ]]; then
+  ((hosts * slices == 1)) ||
+    die "a cell of a study runs on one host, with the workers of other cells beside it; $slices x $topology has" \
+      "$((hosts * slices)) hosts of $chips_per_host chips."
+  train=(python -m jaxlm.study --cell="$cell" --xla_preset="$type")
+fi
 for argument in "${train[@]}" "${arguments[@]}"; do
   argument="${argument//\\/\\\\}"
   command+="${command:+, }\"${argument//\"/\\\"}\""

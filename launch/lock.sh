@@ -12,7 +12,8 @@ compile() {
     --no-emit-index-url --no-header --no-annotate "$@"
 }
 # The base set is resolved under the full set's pins, so that both name the same versions.
-compile --extra=seqio --extra=constraints --extra=dev --output-file=requirements/test.lock.txt "$@"
+compile --extra=seqio --extra=constraints --extra=evaluation --extra=dev \
+  --output-file=requirements/test.lock.txt "$@"
 compile --constraint=requirements/test.lock.txt --output-file=requirements/base.lock.txt "$@"
 # The tests' set with what models are compared with: torch (gigabytes), transformers, lm-evaluation-harness.
 compile --constraint=requirements/test.lock.txt --extra=seqio --extra=constraints --extra=dev --extra=torch \

@@ -6,6 +6,8 @@
 #   --name       of the job
 #   --time       limit, such as 24:00:00; two minutes before it the run saves, ends and is queued again
 #   --partition, --account     by default the cluster's own
+#   --cell       of a study: the job runs this cell alone, as one process with the GPUs of one node;
+#                python -m jaxlm.study --commands='./launch/slurm.sh --nodes=1 --gpu=h100' prints such a line for each
 #   --options    more options of sbatch, separated by spaces: --options='--qos=high --exclusive'
 # This clone, its .venv and MODEL_DIR must be on storage that all nodes share. Environment variables go along, so secrets
 # need not be named here.
@@ -13,19 +15,26 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-options nodes gpu gpus-per-node=8 name=jaxlm time= partition= account= options= -- "$@"
+options nodes gpu gpus-per-node=8 name=jaxlm time= partition= account= cell= options= -- "$@"
 number nodes "$nodes"
 number gpus-per-node "$gpus_per_node"
 [[ "$gpu" == h[12]00 ]] || die "--gpu is '$gpu'; there are compiler flags for h100 and h200."
+tasks="$gpus_per_node"
+train=("$venv/bin/python" -m jaxlm.train --distributed=on --xla_preset="$gpu" "${arguments[@]}")
+if [[ -n "$cell" ]]; then
+  ((nodes == 1)) || die "a cell of a study runs on one node, with the workers of other cells beside it; write --nodes=1."
+  tasks=1
+  train=("$venv/bin/python" -m jaxlm.study --cell="$cell" --xla_preset="$gpu" "${arguments[@]}")
+fi
+
 ensure_environment "$(lock_for gpu)"
 
-batch=(--job-name="$name" --nodes="$nodes" --ntasks-per-node="$gpus_per_node" --gpus-per-node="$gpus_per_node")
+batch=(--job-name="$name" --nodes="$nodes" --ntasks-per-node="$tasks" --gpus-per-node="$gpus_per_node")
 batch+=(--signal=TERM@120 --requeue --open-mode=append --chdir="$root")
 for option in time partition account; do
   [[ -z "${!option}" ]] || batch+=("--$option=${!option}")
 done
 read -ra more <<<"$options"
-train=("$venv/bin/python" -m jaxlm.train --distributed=on --xla_preset="$gpu" "${arguments[@]}")
 # 75 is the exit status of a run that was asked to end, saved and can go on.
 run sbatch "${batch[@]}" "${more[@]}" \
   --wrap="srun --kill-on-bad-exit=1 $(quoted "${train[@]}"); status=\$?

@@ -1,7 +1,7 @@
 """Attention biases that depend on positions alone: small objects that every backend can evaluate where it needs them.
 
 Positions are rows of the score matrix, as in `pallas_kernels.masks`: inside one segment of a packed row their
-differences are those of the positions in the text.
+differences are those of the positions in the text. Where they are not, `PlacedBias` says the positions.
 """
 
 import abc
@@ -241,6 +241,52 @@ class RelativeBias(Bias):
             raise ValueError(
                 f"RelativeBias.table must be [buckets, H] with H = {heads}, got {list(np.shape(self.table))}."
             )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlacedBias(Bias):
+    """A bias between tokens whose positions in the text are given, since rows and columns do not say them.
+
+    So may several texts stand behind one beginning that all of them see. It has no gradient. Pallas' kernels get it as
+    an array [B, H, Tq, Tk].
+
+    Attributes:
+      bias: of positions.
+      queries: int32 [B, Tq].
+      keys: int32 [B, Tk].
+    """
+
+    bias: RelativeBias | AlibiBias
+    queries: jax.Array
+    keys: jax.Array
+
+    @property
+    @override
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        return (*self.bias.axes, ("batch", None), ("batch", None))
+
+    @override
+    def guarded(self) -> "PlacedBias":
+        what = "a PlacedBias, which is for scoring alone"
+        return dataclasses.replace(self, bias=jax.tree.map(lambda x: _constant(x, what), self.bias))
+
+    @override
+    def dense(self, tq: int, tk: int, start: jax.Array | int = 0) -> jax.Array:
+        return self.bias.between(jax.lax.dynamic_slice_in_dim(self.queries, start, tq, axis=1), self.keys)
+
+    @override
+    def part(self, query: jax.Array | int, tq: int, key: jax.Array | int, tk: int) -> "PlacedBias":
+        queries = jax.lax.dynamic_slice_in_dim(self.queries, query, tq, axis=1)
+        return PlacedBias(self.bias, queries, jax.lax.dynamic_slice_in_dim(self.keys, key, tk, axis=1))
+
+    @override
+    def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
+        self.bias.check(batch, heads, tq, tk)
+        for name, positions, length in (("queries", self.queries, tq), ("keys", self.keys, tk)):
+            if np.shape(positions) != (batch, length):
+                shape = list(np.shape(positions))
+                raise ValueError(f"PlacedBias.{name} must be positions [B, T] = {[batch, length]}, got {shape}.")
 
 
 def relative_buckets(offsets: np.ndarray, buckets: int, max_distance: int, bidirectional: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.biases import AlibiBias, Bias, DenseBias, DiagonalBias, RelativeBias
+from pallas_kernels.biases import AlibiBias, Bias, DenseBias, DiagonalBias, PlacedBias, RelativeBias
 from pallas_kernels.masks import And, BlockSparse, Full, IntervalMask, Mask
 from pallas_kernels.plans import Rows
 from pallas_kernels.requests import Origin, Request
@@ -36,6 +36,9 @@ class Inputs:
       dense_bias_gradient: whether `dense_bias` gets one.
       hides_nothing: known beforehand, that every query sees every key.
       from_first_key: known beforehand, that every query sees no key, or the first and some that follow it.
+      places: int32 [B, Tq] and [B, Tk], the positions that slopes and diagonals go by in place of rows and columns;
+        `diagonals`, float32 [H, 2 n + 1], has then the bias of key - query = -n ... n, and of what is further away at
+        its ends. None: rows and columns. Only `xla_blocks` knows them, and has no gradient of such diagonals.
     """
 
     rows: Rows
@@ -51,6 +54,7 @@ class Inputs:
     dense_bias_gradient: bool = dataclasses.field(metadata={"static": True})
     hides_nothing: bool = dataclasses.field(metadata={"static": True})
     from_first_key: bool = dataclasses.field(metadata={"static": True})
+    places: tuple[jax.Array, jax.Array] | None = None
 
 
 class Kernels(Protocol):
@@ -95,7 +99,7 @@ def inputs_of(request: Request) -> Inputs:
         block_sparse=request.mask.block_sparse,
         slopes=jnp.asarray(bias.slopes, jnp.float32) if isinstance(bias, AlibiBias) else None,
         diagonals=_diagonals(bias, tq, tk),
-        dense_bias=bias.values if isinstance(bias, DenseBias) else None,
+        dense_bias=_dense(bias, tq, tk),
         seed=request.dropout_seed,
         origin=request.origin,
         scale=request.scale,
@@ -113,6 +117,16 @@ def _diagonals(bias: Bias | None, tq: int, tk: int) -> jax.Array | None:
             return bias.by_offset(np.arange(1 - tq, tk))
         case DiagonalBias():
             return jnp.asarray(bias.values, jnp.float32)
+        case _:
+            return None
+
+
+def _dense(bias: Bias | None, tq: int, tk: int) -> jax.Array | None:
+    match bias:
+        case DenseBias():
+            return bias.values
+        case PlacedBias():
+            return bias.dense(tq, tk)
         case _:
             return None
 
@@ -175,6 +189,8 @@ def _backward(kernels, residuals, gradients):
     zeros = jax.tree.map(_no_gradient, inputs)
     if inputs.dense_bias is not None and d_dense is None:
         d_dense = jnp.zeros_like(inputs.dense_bias)
+    if inputs.diagonals is not None and d_diagonals is None:
+        d_diagonals = jnp.zeros_like(inputs.diagonals)
     return dq, dk, dv, dataclasses.replace(zeros, diagonals=d_diagonals, dense_bias=d_dense)
 
 

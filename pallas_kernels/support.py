@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import masks
 from pallas_kernels.attention_backends import ATTENTION
-from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
+from pallas_kernels.biases import AlibiBias, DenseBias, PlacedBias, RelativeBias
 from pallas_kernels.requests import WHOLE, Request
 
 _LENGTH, _HEADS = 1024, 8
@@ -93,6 +93,7 @@ def _features() -> dict[str, Request]:
         "`AlibiBias`": request(bias=AlibiBias(jnp.ones(_HEADS))),
         "`RelativeBias` and its gradient": request(bias=RelativeBias(jnp.zeros((32, _HEADS)))),
         "`DenseBias` and its gradient": request(bias=dense_bias),
+        "`PlacedBias`": request(bias=PlacedBias(AlibiBias(jnp.ones(_HEADS)), ids, ids)),
         "`soft_cap`": request(soft_cap=30.0),
         "dropout": request(dropout_rate=0.1, dropout_seed=jnp.uint32(0)),
         "`return_lse`, sinks": request(needs_lse=True),

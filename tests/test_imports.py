@@ -8,6 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BRIDGE = "jaxlm.data.seqio_bridge"
 MODELLING = "jaxlm.checkpoints.huggingface.modeling_jaxlm"  # travels with exported models; nothing imports it here
+DEVICE_HALF = ("jaxlm.objectives.losses", "jaxlm.objectives.distillation")  # of objectives; the rest is the host's
 TENSORFLOW = {"tensorflow", "tensorflow_text", "seqio", "t5", "clu", "keras"}
 
 # What each room may import of the others (itself always). docs/architecture.md gives the reasons.
@@ -142,7 +143,7 @@ def test_ground_floor_needs_little(module):
 
 @pytest.mark.parametrize("module", [m for m in HOUSE if room(m) in ("jaxlm.objectives", "jaxlm.data")])
 def test_host_half_needs_no_jax(module):
-    if module in (BRIDGE, "jaxlm.objectives.losses"):  # the losses are the device half
+    if module in (BRIDGE, *DEVICE_HALF):
         return
     foreign = {name.split(".")[0] for name in imports(HOUSE[module], module, at_import=True)}
     assert not foreign & {"jax", "jaxlib", "flax", "optax"}, f"{module} imports jax at module scope"
@@ -180,7 +181,7 @@ def test_no_cache_of_tensorflow_at_start(run_python):
 
 def test_data_workers_start_without_jax(run_python):
     rooms = {"jaxlm.objectives", "jaxlm.data", "jaxlm.configuration"} | GROUND
-    modules = [m for m in HOUSE if room(m) in rooms and m not in (BRIDGE, "jaxlm.objectives.losses")]
+    modules = [m for m in HOUSE if room(m) in rooms and m not in (BRIDGE, *DEVICE_HALF)]
     modules = [m for m in modules if not m.endswith("__main__")]
     code = f"import importlib, sys\nfor m in {modules}:\n  importlib.import_module(m)\n"
     code += "  assert 'jax' not in sys.modules, m + ' imports jax (grain does so too: import it inside a function)'"

@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import functools
+import hashlib
 import pathlib
 import re
 import tempfile
@@ -31,6 +32,16 @@ def resolved_text(config: Any) -> str:
       ConfigError: it holds an object that is neither a literal nor a dataclass, enum, class or function.
     """
     return _Writer().write(config)
+
+
+def digest(config: Any, *more: str) -> str:
+    """Twelve hexadecimal digits that equal configurations share, by their `resolved_text` and further text.
+
+    Fields that are None have no part in it: what is known by its digest is still known when a later version has a
+    field more, as long as None keeps its meaning of "without".
+    """
+    lines = [line for line in resolved_text(config).splitlines() if not line.endswith(" = None")]
+    return hashlib.sha256("\n".join([*lines, *more]).encode()).hexdigest()[:12]
 
 
 def resolve_text(text: str) -> Any:

@@ -13,7 +13,8 @@ import dataclasses
 import logging
 from collections.abc import Iterable, Iterator
 
-from jaxlm.data.prompts import Prompts, QuestionTemplate, TemplateError
+from jaxlm.data.decontamination import Decontaminate
+from jaxlm.data.prompts import Prompts, QuestionTemplate, TemplateError, row_name
 from jaxlm.data.sources import Record, Source
 from jaxlm.data.tasks import Feature, Mixture, Task
 from jaxlm.data.vocabularies import Vocabulary
@@ -28,8 +29,9 @@ _FAILURES_SHOWN = 5
 class Prompted:
     """Puts rows as {"inputs", "targets"} by one template: the question, and its right answer.
 
-    A row that the template does not apply to, or whose answer is not known, is left out. One on which it fails to
-    render is left out as well and said; more than 1% of these in a shard are an error.
+    A row that the template does not apply to, or whose answer is not known, is left out, and counted. One on which it
+    fails to render is left out as well and said; more than 1% of these in a shard are an error, and so are rows of
+    which none has a known answer.
 
     Attributes:
       prompts: templates.
@@ -43,27 +45,38 @@ class Prompted:
         """The rows of a shard as pairs.
 
         Raises:
-          ValueError: the template fails on too many.
+          ValueError: the template fails on too many, or no row that it applies to has an answer.
         """
-        template, rows, failed = self._found(), 0, []
+        template, rows, failed, pairs, unknown = self._found(), 0, [], 0, 0
         for rows, record in enumerate(records, 1):
             try:
                 question = template.question(record)
             except TemplateError as error:
-                failed.append(f"row {rows - 1}: {error}")
+                failed.append(f"{row_name(rows - 1, record)}: {error}")
                 if len(failed) <= _FAILURES_SHOWN:
                     log.warning("Template %r fails on %s", self.template, failed[-1])
                 continue
-            answer = None if question is None else question.right_answer
-            if answer is not None:
-                yield {"inputs": answer[0], "targets": answer[1]}
+            if question is None:
+                continue
+            if (answer := question.right_answer) is None:
+                unknown += 1
+                continue
+            pairs += 1
+            yield {"inputs": answer[0], "targets": answer[1]}
         if len(failed) > _FAILING_SHARE * rows:
             raise ValueError(
                 f"The template {self.template!r} fails on {len(failed)} of {rows} rows of a shard ({failed[0]}); mend "
                 f"it, or leave it out by naming the others in PromptsourceTemplates.names."
             )
+        if unknown and not pairs:
+            raise ValueError(
+                f"The template {self.template!r} gives no right answer for any of {rows} rows of a shard; train on a "
+                f"split whose labels are known, or correct the template."
+            )
         if failed:
             log.warning("Template %r left out %d of %d rows.", self.template, len(failed), rows)
+        if unknown:
+            log.warning("Template %r left out %d of %d rows without a right answer.", self.template, unknown, rows)
 
     def _found(self) -> QuestionTemplate:
         found = {template.name: template for template in self.prompts.templates()}
@@ -86,13 +99,14 @@ class PromptedSet:
     source: Source
     prompts: Prompts
 
-    def tasks(self, vocabulary: Vocabulary) -> tuple[Task, ...]:
-        """A task for each template."""
+    def tasks(self, vocabulary: Vocabulary, decontaminate: Decontaminate | None = None) -> tuple[Task, ...]:
+        """A task for each template, without the pairs that `decontaminate` leaves out."""
         feature = Feature(vocabulary, add_eos=False)
         features = {"inputs": feature, "targets": feature}
         names = [template.name for template in self.prompts.templates()]
+        after = () if decontaminate is None else (decontaminate,)
         return tuple(
-            Task(f"{self.name}/{name}", self.source, features, (Prompted(self.prompts, name),)) for name in names
+            Task(f"{self.name}/{name}", self.source, features, (Prompted(self.prompts, name), *after)) for name in names
         )
 
 
@@ -117,7 +131,12 @@ class TemplateRate:
 
 
 def prompted_mixture(
-    name: str, sets: tuple[PromptedSet, ...], vocabulary: Vocabulary, *, cap: int = 500_000
+    name: str,
+    sets: tuple[PromptedSet, ...],
+    vocabulary: Vocabulary,
+    *,
+    cap: int = 500_000,
+    decontaminate: Decontaminate | None = None,
 ) -> Mixture:
     """All templates of all data sets at T0's rates.
 
@@ -126,9 +145,12 @@ def prompted_mixture(
       sets: data sets.
       vocabulary: ids.
       cap: see `TemplateRate`.
+      decontaminate: leaves out pairs that share an N-gram with evaluation data; None keeps all.
     """
+    if decontaminate is not None and decontaminate.windows is not None:
+        raise ValueError("Decontaminate.windows cuts texts, and a pair that is hit goes as a whole; leave it out here.")
     members = []
     for prompted in sets:
-        tasks = prompted.tasks(vocabulary)
+        tasks = prompted.tasks(vocabulary, decontaminate)
         members += [(task, TemplateRate(len(tasks), cap)) for task in tasks]
     return Mixture(name, tuple(members))

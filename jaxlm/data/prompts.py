@@ -19,11 +19,19 @@ from typing import Any, override
 import jinja2
 import jinja2.sandbox
 
+from jaxlm.data.fingerprint import fingerprint
+
 Row = Mapping[str, Any]
 
 
 class TemplateError(ValueError):
     """A template does not render on a row, or renders what no measure can use."""
+
+
+def row_name(number: int, row: Row) -> str:
+    """What messages call a row: its number, and its own id where it has one."""
+    own = next((row[name] for name in ("id", "idx", "ind") if isinstance(row.get(name), str | int)), None)
+    return f"row {number}" if own is None else f"row {number} (id {own!r:.40})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,14 +174,9 @@ class PromptsourceTemplates(Prompts):
 
     @override
     def templates(self) -> tuple[QuestionTemplate, ...]:
-        path = pathlib.Path(self.folder).expanduser() / self.dataset / "templates.yaml"
-        if not path.is_file():
-            raise ValueError(
-                f"There are no promptsource templates at {path}; give the folder that holds the data sets'."
-            )
-        found = {template["name"]: template for template in _read_yaml(path)["templates"].values()}
+        found = self._found()
         if missing := [name for name in self.names if name not in found]:
-            raise ValueError(f"{path} has no template {missing[0]!r}; it has {sorted(found)}.")
+            raise ValueError(f"{self._path} has no template {missing[0]!r}; it has {sorted(found)}.")
         wanted = self.names or [
             name
             for name, template in found.items()
@@ -181,9 +184,36 @@ class PromptsourceTemplates(Prompts):
         ]
         if not wanted:
             raise ValueError(
-                f"{path} has no template with choices for the original task; name some of {sorted(found)}."
+                f"{self._path} has no template with choices for the original task; name some of {sorted(found)}."
             )
         return tuple(_Promptsource(name, found[name]["jinja"], found[name].get("answer_choices")) for name in wanted)
+
+    def fingerprint(self) -> str:
+        """A digest of the templates themselves, for caches: it changes when they are edited, not when they move."""
+        found = self._found()
+        return fingerprint(
+            [(t.name, found[t.name]["jinja"], found[t.name].get("answer_choices")) for t in self.templates()]
+        )
+
+    def all_names(self) -> tuple[str, ...]:
+        """Names of all templates of the data set, for other tasks than its own too.
+
+        Raises:
+          ValueError: there are none.
+        """
+        return tuple(self._found())
+
+    @property
+    def _path(self) -> pathlib.Path:
+        return pathlib.Path(self.folder).expanduser() / self.dataset / "templates.yaml"
+
+    def _found(self) -> dict[str, dict[str, Any]]:
+        """{name: template}."""
+        if not self._path.is_file():
+            raise ValueError(
+                f"There are no promptsource templates at {self._path}; give the folder that holds the data sets'."
+            )
+        return {template["name"]: template for template in _read_yaml(self._path)["templates"].values()}
 
 
 def text_of(template: str) -> Callable[[Row], str]:

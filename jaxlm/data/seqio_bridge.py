@@ -6,7 +6,8 @@ those of any task (at first use, or with tools/cache_tasks.py). What stands afte
 packing, EOS) is the objective's and the loader's business here. `stream_loader` reads without a cache, as a fallback.
 
 Ours, there. `register_with_seqio()` puts every registered jaxlm task and mixture into seqio's registries, for T5X and
-whatever else reads those; `objective_preprocessors` are our objectives as seqio preprocessors.
+whatever else reads those; `objective_preprocessors` are our objectives as seqio preprocessors. `register_questions`
+is for tasks to evaluate (`jaxlm.evaluation.seqio_tasks`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import importlib
 import itertools
 import logging
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, override
 
 import numpy as np
@@ -35,6 +37,7 @@ from jaxlm.data.randomness import ExampleGenerator, key_of
 from jaxlm.data.sources import Record, Shard, Source
 from jaxlm.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
 from jaxlm.objectives.base import Example, Objective, VocabularyInfo
+from jaxlm.objectives.supervised import Eos
 
 log = logging.getLogger("jaxlm.data")
 
@@ -525,6 +528,20 @@ class _TaskSource(seqio.DataSource):
         return indices.map(example)
 
 
+def seqio_name(name: str) -> str:
+    """A task's name as seqio allows it: what is neither letter nor digit nor one of "._:#" becomes "_", as T0's do."""
+    return re.sub(r"[^\w.:#]+", "_", name)
+
+
+def _seqio_names(names: Iterable[str]) -> dict[str, str]:
+    """{name: seqio's}, all different."""
+    found: dict[str, str] = {}
+    for name in names:
+        if (same := found.setdefault(seqio_name(name), name)) != name:
+            raise ValueError(f"{same!r} and {name!r} have the same name in seqio, {seqio_name(name)!r}; rename one.")
+    return {name: theirs for theirs, name in found.items()}
+
+
 def register_with_seqio(
     names: Sequence[str] | None = None,
     *,
@@ -532,7 +549,10 @@ def register_with_seqio(
     architecture: Architecture = Architecture.ENCODER_DECODER,
     splits: tuple[str, ...] = ("train", "validation"),
 ) -> list[str]:
-    """Puts our registered tasks and mixtures into seqio's registries under their names; known ones are left alone.
+    """Puts our registered tasks and mixtures into seqio's registries; known ones are left alone.
+
+    They keep their names, but for characters that seqio does not allow in them (`seqio_name`): the task
+    "copa/choose one" of a prompted mixture is "copa_choose_one" there.
 
     seqio reads the ids from our cache, which is built at first use.
 
@@ -547,7 +567,7 @@ def register_with_seqio(
       The names that seqio knows now.
 
     Raises:
-      ValueError: a mixture's rates change over training, which seqio cannot express.
+      ValueError: a mixture's rates change over training, which seqio cannot express, or two names become one.
     """
     found = tasks.registered() if names is None else {name: tasks.get(name) for name in names}
     mixtures = {name: found[name] for name in found if isinstance(found[name], tasks.Mixture)}
@@ -558,8 +578,9 @@ def register_with_seqio(
                 f"`names`."
             )
     members = {t.name: t for p in found.values() for t in (p.tasks() if isinstance(p, tasks.Mixture) else (p,))}
-    for name, task in members.items():
-        if name in seqio.TaskRegistry.names():
+    theirs = _seqio_names([*members, *mixtures])
+    for task in members.values():
+        if theirs[task.name] in seqio.TaskRegistry.names():
             continue
         features = {
             key: seqio.Feature(SeqioVocabulary(feature.vocabulary), add_eos=feature.add_eos)
@@ -568,21 +589,27 @@ def register_with_seqio(
         if objective is not None:
             features = {"inputs": features.get("inputs", features["targets"]), "targets": features["targets"]}
         seqio.TaskRegistry.add(
-            name,
+            theirs[task.name],
             source=_TaskSource(task, splits),
             preprocessors=list(objective_preprocessors(objective, architecture)) if objective else [],
             output_features=features,
             metric_fns=list(task.metric_fns),
         )
-    for name, mixture in mixtures.items():
-        if name not in seqio.MixtureRegistry.names():
-            seqio.MixtureRegistry.add(name, [(t.name, functools.partial(_rate, mixture)) for t in mixture.tasks()])
-    return sorted({*members, *mixtures})
+    for mixture in mixtures.values():
+        if theirs[mixture.name] not in seqio.MixtureRegistry.names():
+            shares = functools.cache(functools.partial(_shares, mixture))  # each of hundreds of tasks asks for its own
+            rates = [(theirs[t.name], functools.partial(_rate, shares, t.name)) for t in mixture.tasks()]
+            seqio.MixtureRegistry.add(theirs[mixture.name], rates)
+    return sorted(theirs.values())
 
 
-def _rate(mixture: tasks.Mixture, task: seqio.Task) -> float:
-    examples = {member.name: open_cache(member, "train").num_examples for member in mixture.tasks()}
-    return mixture.shares(0, examples)[task.name]
+def _rate(shares: Callable[[], dict[str, float]], name: str, task: seqio.Task) -> float:
+    del task  # seqio's, of another name perhaps
+    return shares()[name]
+
+
+def _shares(mixture: tasks.Mixture) -> dict[str, float]:
+    return mixture.shares(0, {member.name: open_cache(member, "train").num_examples for member in mixture.tasks()})
 
 
 def objective_preprocessors(
@@ -641,3 +668,82 @@ def objective_preprocessors(
         return {name: part for name, part in zip(("inputs", "targets"), out) if name in output_features}
 
     return concat_and_split, corrupt
+
+
+# Tasks to evaluate ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SeqioQuestions:
+    """A task to evaluate as seqio has it: rows of {"inputs", "targets"}, and functions that make metrics of answers.
+
+    Attributes:
+      name: of the task.
+      split: the one that it has.
+      rows: gives the rows, each {"inputs": text, "targets": text} and "idx", "is_correct" as T5's rank
+        classification has them; called when the task is first read.
+      metric_fns: functions (targets, scores) or (targets, predictions), see seqio. What they are given as targets is
+        (idx, number of target tokens) of each row.
+    """
+
+    name: str
+    split: str
+    rows: Callable[[], Sequence[Mapping[str, Any]]]
+    metric_fns: tuple[Callable[..., Mapping[str, float]], ...]
+
+
+def register_questions(
+    questions: Sequence[SeqioQuestions], vocabulary: Vocabulary, *, eos: Eos, mixture: str | None = None
+) -> list[str]:
+    """Puts tasks to evaluate into seqio's registries.
+
+    Args:
+      questions: the tasks.
+      vocabulary: ids of inputs and targets, each tokenised for itself.
+      eos: which of the two end with the end-of-text id.
+      mixture: name of a mixture of all of them, for `seqio.Evaluator`; None makes none.
+
+    Returns:
+      the names that seqio gives the tasks.
+
+    Raises:
+      ValueError: seqio has a task or mixture of one of these names already.
+    """
+    theirs = _seqio_names([*(task.name for task in questions), *([mixture] if mixture is not None else [])])
+    if known := sorted(seqio_names() & set(theirs.values())):
+        raise ValueError(f"seqio has a task or mixture named {known[0]!r} already; give this one another name.")
+    ours = SeqioVocabulary(vocabulary)
+    features = {
+        "inputs": seqio.Feature(ours, add_eos=eos is Eos.BOTH, required=False),
+        "targets": seqio.Feature(ours, add_eos=eos is not Eos.NONE),
+    }
+    for task in questions:
+        seqio.TaskRegistry.add(
+            theirs[task.name],
+            source=seqio.FunctionDataSource(functools.partial(_questions, task), splits=(task.split,)),
+            preprocessors=[seqio.preprocessors.tokenize, seqio.preprocessors.append_eos],
+            output_features=features,
+            postprocess_fn=_answer,
+            metric_fns=list(task.metric_fns),
+        )
+    names = [theirs[task.name] for task in questions]
+    if mixture is not None:
+        seqio.MixtureRegistry.add(theirs[mixture], names, default_rate=1.0)
+    return names
+
+
+def _questions(task: SeqioQuestions, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del split, shuffle_files, seed
+    rows = task.rows()
+    return tf.data.Dataset.from_tensor_slices(
+        {
+            "inputs": [row["inputs"] for row in rows],
+            "targets": [row["targets"] for row in rows],
+            "idx": np.array([row["idx"] for row in rows], np.int32),
+            "is_correct": [row["is_correct"] for row in rows],
+        }
+    )
+
+
+def _answer(answer: Any, example: Mapping[str, Any], is_target: bool = False) -> Any:
+    return (tuple(map(int, example["idx"])), len(example["targets"])) if is_target else answer

@@ -163,7 +163,13 @@ class Rekey:
         return {new: record[old] for new, old in self.key_map.items()}
 
 
-def text_task(name: str, source: Source, vocabulary: Vocabulary, text_field: str = "text") -> Task:
+def text_task(
+    name: str,
+    source: Source,
+    vocabulary: Vocabulary,
+    text_field: str = "text",
+    preprocessors: tuple[Preprocessor, ...] = (),
+) -> Task:
     """A task of plain text: documents end with EOS.
 
     Args:
@@ -171,17 +177,31 @@ def text_task(name: str, source: Source, vocabulary: Vocabulary, text_field: str
       source: its records.
       vocabulary: ids.
       text_field: the field of a record that holds the text (files of plain text: "text").
+      preprocessors: of records as the source gives them, such as `decontamination.Decontaminate`.
     """
-    return Task(name, source, {"targets": Feature(vocabulary)}, (Rekey({"targets": text_field}),))
+    return Task(name, source, {"targets": Feature(vocabulary)}, (*preprocessors, Rekey({"targets": text_field})))
 
 
 def pairs_task(
-    name: str, source: Source, vocabulary: Vocabulary, inputs_field: str = "inputs", targets_field: str = "targets"
+    name: str,
+    source: Source,
+    vocabulary: Vocabulary,
+    inputs_field: str = "inputs",
+    targets_field: str = "targets",
+    preprocessors: tuple[Preprocessor, ...] = (),
 ) -> Task:
-    """A task of inputs and targets; the `supervised` objective ends targets with EOS when it lays them out."""
+    """A task of inputs and targets; the `supervised` objective ends targets with EOS when it lays them out.
+
+    Args:
+      name: of the task.
+      source: its records.
+      vocabulary: ids.
+      inputs_field, targets_field: the fields of a record that hold the two texts.
+      preprocessors: of records as the source gives them, such as `decontamination.Decontaminate`.
+    """
     feature = Feature(vocabulary, add_eos=False)
     key_map = {"inputs": inputs_field, "targets": targets_field}
-    return Task(name, source, {"inputs": feature, "targets": feature}, (Rekey(key_map),))
+    return Task(name, source, {"inputs": feature, "targets": feature}, (*preprocessors, Rekey(key_map)))
 
 
 @dataclasses.dataclass(frozen=True)

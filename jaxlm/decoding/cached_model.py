@@ -6,6 +6,7 @@ of few sizes; they are shared by all `CachedModel`s of one definition, so that c
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,10 +34,14 @@ def bucket(count: int, most: int | None = None, least: int = LEAST) -> int:
     return size if most is None else min(size, most)
 
 
-def _row_bucket(count: int) -> int:
-    """What `count` rows become: 1, 2, 3, 4, 6, 8, 12, ... rows. An empty one costs as much as a full one."""
-    size = bucket(count, least=1)
-    return 3 * size // 4 if size >= 4 and count <= 3 * size // 4 else size
+def _row_bucket(count: int, parts: int) -> int:
+    """What `count` rows become: 1, 2, ..., 16, 18, 20, ..., 32, 36, ... rows, an eighth too many at most.
+
+    An empty row costs as much as a full one, and for every number of rows a program is compiled. Where the mesh splits
+    rows into `parts`, they are a multiple of these: others would lie whole on every device.
+    """
+    step = math.lcm(max(1, bucket(count, least=1) // 16), parts)
+    return -(-count // step) * step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +196,9 @@ class CachedModel:
             self.check(prompt)
         slots = slots or bucket(len(prompts), least=1)
         start = [] if self.start_id is None else [self.start_id]
+        parts = self.context.ops.parallel.batch_parts if isinstance(self.context.ops, ShardedOps) else 1
         if self.crosses:
-            sources, encoder = pack([list(prompt) for prompt in prompts], slots, self.context_length)
+            sources, encoder = pack([list(prompt) for prompt in prompts], slots, self.context_length, parts)
             # Each row of the decoder belongs to the encoder's row of that number; its texts are one token each as yet.
             segments = encoder["segment_ids"][sources.rows, sources.starts] * (sources.lengths > 0)
             texts = PackedTexts(sources.rows, np.maximum(segments - 1, 0), np.minimum(sources.lengths, 1))
@@ -205,7 +211,7 @@ class CachedModel:
             decoder["segment_ids"][texts.rows[: len(prompts)], texts.starts[: len(prompts)]] = segments[: len(prompts)]
             batch = _named("encoder", encoder) | _named("decoder", decoder)
         else:
-            texts, decoder = pack([start + list(prompt) for prompt in prompts], slots, self.context_length)
+            texts, decoder = pack([start + list(prompt) for prompt in prompts], slots, self.context_length, parts)
             sources, batch = None, _named("decoder", decoder)
             if self.config.architecture is Architecture.PREFIX_DECODER:
                 # Every token of a prompt is visible in both directions, the one that starts it too.
@@ -228,13 +234,16 @@ class CachedModel:
         return self._programs.extend(self.params, caches, tokens, present)
 
 
-def pack(texts: Sequence[Sequence[int]], slots: int, longest: int | None) -> tuple[PackedTexts, dict[str, np.ndarray]]:
+def pack(
+    texts: Sequence[Sequence[int]], slots: int, longest: int | None, parts: int = 1
+) -> tuple[PackedTexts, dict[str, np.ndarray]]:
     """Texts in as few rows as may be (Prepacking, arXiv 2404.09529), their lengths and number of a few sizes.
 
     Args:
       texts: token ids, none empty.
       slots: N, at least as many.
       longest: no row is longer; None: no limit.
+      parts: into how many the mesh splits the rows.
 
     Returns:
       Where they lie, [N], and the rows' features, int32 [R, T] each: input_tokens, segment_ids, positions.
@@ -244,7 +253,7 @@ def pack(texts: Sequence[Sequence[int]], slots: int, longest: int | None) -> tup
     bins = pack_window(sizes[:, None], (length,))
     where = np.zeros((3, slots), np.int32)
     features = {
-        name: np.zeros((_row_bucket(len(bins)), length), np.int32)
+        name: np.zeros((_row_bucket(len(bins), parts), length), np.int32)
         for name in ("input_tokens", "segment_ids", "positions")
     }
     for row, members in enumerate(bins):

@@ -119,8 +119,10 @@ class RankClassification(Measure):
             ranked["accuracy_calibrated"] = [t - alone[c] for t, c in zip(totals, question.choices)]
         chosen = {name: max(range(len(values)), key=values.__getitem__) for name, values in ranked.items()}
         metrics = {name: (float(index == question.gold), 1.0) for name, index in chosen.items()}
-        # Of the right choice, in nats; smoother than an accuracy where that is near chance.
+        # Of the right choice; smoother than an accuracy where that is near chance.
         metrics["gold_nll"] = (-totals[question.gold], 1.0)
+        size = max(len(question.choices[question.gold].encode()), 1)
+        metrics["gold_bits_per_byte"] = (-totals[question.gold] / math.log(2.0), size)
         details = {"log_likelihoods": totals, "gold": question.gold, "chosen": chosen[self.primary]}
         if alone:
             details["unconditional"] = [alone[choice] for choice in question.choices]
@@ -249,11 +251,15 @@ def f1(text: str, answer: str) -> float:
 Similarity = Callable[[str, str], float]
 
 
+def _missing(name: str, package: str) -> ValueError:
+    return ValueError(f"The metric {name} needs the package {package}: pip install 'jaxlm[evaluation]'.")
+
+
 def _rouge(name: str) -> Similarity:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ValueError(f"The metric {name} needs the package rouge-score: pip install 'jaxlm[harness]'.") from error
+        raise _missing(name, "rouge-score") from error
     scorer = RougeScorer([name], use_stemmer=True)
     return lambda text, answer: scorer.score(answer, text)[name].fmeasure
 
@@ -262,7 +268,7 @@ def _sacrebleu(name: str) -> Similarity:
     try:
         import sacrebleu
     except ImportError as error:
-        raise ValueError(f"The metric {name} needs the package sacrebleu: pip install 'jaxlm[harness]'.") from error
+        raise _missing(name, "sacrebleu") from error
     score = getattr(sacrebleu, f"sentence_{name}")
     return lambda text, answer: score(text, [answer]).score
 

@@ -11,8 +11,9 @@ and the continuations a0 a1 a2 and b0 b1, column by column:
 
 Each continuation sees the context and itself: at most two runs of keys a query, the mask algebra's normal form
 (`pallas_kernels.masks.Intervals`), which every kernel takes. Distances in the row are then no longer distances in the
-text, so only models whose positions are given as numbers can share a context so (`can_share`); others, and single
-continuations, are ordinary segments with the ordinary mask.
+text: biases by relative position go by the numbers in `positions` (`pallas_kernels.biases.PlacedBias`), and what knows
+columns alone cannot share a context so (`can_share`). Such models, and single continuations, are ordinary segments with
+the ordinary mask.
 
 An encoder-decoder has the context in its encoder and a decoder segment for each continuation, all of which see the one
 encoder segment. An encoder has one segment for each scored token, masked (Salazar et al. 2020, arXiv 1910.14659).
@@ -27,7 +28,6 @@ import numpy as np
 
 from jaxlm.architecture import Architecture
 from jaxlm.layers.attention import AttentionConfig
-from jaxlm.layers.positions import Rope
 from jaxlm.models.config import LanguageModelConfig
 
 Features = dict[str, np.ndarray]
@@ -86,20 +86,16 @@ class ScoredBatch:
 def can_share(config: LanguageModelConfig) -> bool:
     """Whether several continuations can stand beside each other in a row after one context, with the same numbers.
 
-    In an encoder-decoder always. In a decoder if every layer attends, takes positions as numbers (rotary, or added to
-    the embeddings) and sees without a window: distances by columns (T5's tables, ALiBi, windows) or a state that runs
-    along the row would see the other continuations in between.
+    In an encoder-decoder always. In a decoder if every layer is `Attention` without a window: a window, or a state that
+    runs along the row, would see the other continuations in between.
     """
     if config.architecture is Architecture.ENCODER_DECODER:
         return True
     if config.architecture is Architecture.ENCODER or config.future_tokens:
         return False
     stack = config.decoder or config.encoder
-    return stack.relative_positions is None and all(
-        block.running_state is None
-        and type(block.attention) is AttentionConfig
-        and (block.attention.position is None or isinstance(block.attention.position, Rope))
-        and block.attention.window is None
+    return all(
+        block.running_state is None and type(block.attention) is AttentionConfig and block.attention.window is None
         for block in stack.all_blocks
     )
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError
+from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError, row_name
 from jaxlm.data.sources import Source, TextFiles
 from jaxlm.evaluation.intervals import Estimate, estimate
 from jaxlm.evaluation.measures import Judged, Measure
@@ -167,31 +167,16 @@ def evaluate_task(
     Raises:
       TaskError: too many rows fail, rows have no gold answers, or there is nothing that the model can be asked.
     """
-    try:
-        rows = list(_rows(task, task.split, task.limit))
-        templates = [template for prompts in task.prompts for template in prompts.templates()]
-        shots = _Shots(task) if task.few_shot else None
-    except (ValueError, OSError) as error:
-        raise TaskError(f"Task {task.name}: {error}") from error
-    if not rows:
-        raise TaskError(f"Task {task.name} has no rows in the split {task.split!r}.")
-    if twice := [n for n, k in collections.Counter(t.name for t in templates).items() if k > 1]:
-        raise TaskError(f"Task {task.name} has two prompts of the name {twice[0]!r}; give each its own.")
+    asked = ask(task, report)
+    rows = asked.rows
     judged: dict[str, dict[int, Judged]] = {}
     chances: list[float] = []
-    asking = _Asking(task, report)
-    for template in templates:
-        questions = asking.questions(template, rows)
-        if shots:
-            questions = {i: shots.before(question, i, template) for i, question in questions.items()}
+    for name, questions in asked.questions.items():
         chances += [c for c in (task.measure.chance(q) for q in questions.values()) if c is not None]
         try:
-            judged[template.name] = dict(zip(questions, task.measure.judge(model, list(questions.values()))))
+            judged[name] = dict(zip(questions, task.measure.judge(model, list(questions.values()))))
         except ValueError as error:
             raise TaskError(f"Task {task.name}: {error}") from error
-    asked = sum(map(len, judged.values()))
-    if not asked:
-        raise TaskError(f"Task {task.name}: no template applies to any row.")
     result = TaskResult(
         task=task.name,
         primary=task.measure.primary,
@@ -207,12 +192,70 @@ def evaluate_task(
         },
         chance=float(np.mean(chances)) if chances else None,
         rows=len(rows),
-        questions=asked,
-        not_applicable=asking.not_applicable,
-        failed=asking.failed,
+        questions=sum(map(len, judged.values())),
+        not_applicable=asked.not_applicable,
+        failed=asked.failed,
         truncated=sum(j.dropped > 0 for found in judged.values() for j in found.values()),
     )
     return result, _records(task, rows, judged)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A task's questions.
+
+    Attributes:
+      rows: read.
+      questions: {prompt: {row's index: question}}.
+      not_applicable: questions that a template did not apply to.
+      failed: questions that failed to render.
+    """
+
+    rows: Sequence[Row]
+    questions: dict[str, dict[int, Question]]
+    not_applicable: int
+    failed: int
+
+
+def ask(task: EvaluationTask, report: Callable[[str], None] = print) -> Asked:
+    """The questions of a task, solved examples included, before any model.
+
+    Args:
+      task: whose.
+      report: is given a line for each of the first rows that fail to render.
+
+    Raises:
+      TaskError: as `evaluate_task`.
+    """
+    try:
+        rows = list(_rows(task, task.split, task.limit))
+        templates = task_templates(task)
+        shots = _Shots(task) if task.few_shot else None
+    except (ValueError, OSError) as error:
+        raise error if isinstance(error, TaskError) else TaskError(f"Task {task.name}: {error}") from error
+    if not rows:
+        raise TaskError(f"Task {task.name} has no rows in the split {task.split!r}.")
+    asking, questions = _Asking(task, report), {}
+    for template in templates:
+        found = asking.questions(template, rows)
+        if shots:
+            found = {i: shots.before(question, i, template) for i, question in found.items()}
+        questions[template.name] = found
+    if not any(questions.values()):
+        raise TaskError(f"Task {task.name}: no template applies to any row.")
+    return Asked(rows, questions, asking.not_applicable, asking.failed)
+
+
+def task_templates(task: EvaluationTask) -> list[QuestionTemplate]:
+    """A task's templates, of different names.
+
+    Raises:
+      ValueError: there are none, or two have the same name.
+    """
+    templates = [template for prompts in task.prompts for template in prompts.templates()]
+    if twice := [n for n, k in collections.Counter(t.name for t in templates).items() if k > 1]:
+        raise TaskError(f"Task {task.name} has two prompts of the name {twice[0]!r}; give each its own.")
+    return templates
 
 
 class _Asking:
@@ -231,14 +274,14 @@ class _Asking:
             except TemplateError as error:
                 failed += 1
                 if self.failed + failed <= _FAILURES_SHOWN:
-                    self._report(f"{self._task.name}: row {index} left out, {error}")
+                    self._report(f"{self._task.name}: {row_name(index, row)} left out, {error}")
                 continue
             if question is None:
                 self.not_applicable += 1
             elif reason := self._task.measure.refuses(question):
                 raise TaskError(
-                    f"Task {self._task.name} cannot be judged: row {index} by prompt {template.name!r} gives a "
-                    f"question, but {reason}; use a split with gold answers, or correct the prompt."
+                    f"Task {self._task.name} cannot be judged: {row_name(index, row)} by prompt {template.name!r} "
+                    f"gives a question, but {reason}; use a split with gold answers, or correct the prompt."
                 )
             else:
                 found[index] = question

@@ -171,16 +171,29 @@ class TextModel:
         Raises:
           ValueError: the model is an encoder, or reads no more than `max_new_tokens`.
         """
-        sampling = dataclasses.replace(sampling or SamplingConfig(temperature=0.0), max_new_tokens=max_new_tokens)
+        prompts = [np.concatenate([ids, self._after_context]) for ids in self.vocabulary.encode_batch(list(contexts))]
         stop = tuple(text for text in stop if text)
+        found = self.generate_ids(prompts, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling, seed=seed)
+        return [until(self.vocabulary.decode(ids), stop) for ids in found]
+
+    def generate_ids(
+        self,
+        prompts: Sequence[np.ndarray],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        sampling: SamplingConfig | None = None,
+        seed: int = 0,
+    ) -> list[np.ndarray]:
+        """`generate` of token ids, int32 [N] each; what stands after a stop text is not cut off."""
+        sampling = dataclasses.replace(sampling or SamplingConfig(temperature=0.0), max_new_tokens=max_new_tokens)
         room = self._room(max_new_tokens)
 
         def complete(tokens: Sequence[int]) -> int | None:
             return len(tokens) if stop and _cut(self.vocabulary.decode(tokens), stop) is not None else None
 
         requests = []
-        for index, ids in enumerate(self.vocabulary.encode_batch(list(contexts))):
-            prompt = np.concatenate([ids, self._after_context])
+        for index, prompt in enumerate(prompts):
             if room is not None and len(prompt) > room:
                 prompt = prompt[len(prompt) - room :]
             if not len(prompt):
@@ -188,8 +201,7 @@ class TextModel:
             requests.append(
                 DecodingRequest(prompt, sampling, seed, index, stop_ids=tuple(self.eos_ids), complete=complete)
             )
-        texts = [self.vocabulary.decode(answer.tokens) for answer in self._engine.generate(requests)]
-        return [text if (end := _cut(text, stop)) is None else text[:end] for text in texts]
+        return [answer.tokens for answer in self._engine.generate(requests)]
 
     @functools.cached_property
     def _engine(self) -> Engine:
@@ -229,6 +241,11 @@ class TextModel:
             text = self.format.delimiter + text
         stripped = context.rstrip()
         return stripped, context[len(stripped) :] + text
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first of the stop texts in it."""
+    return text if (end := _cut(text, stop)) is None else text[:end]
 
 
 def _cut(text: str, stop: Sequence[str]) -> int | None:

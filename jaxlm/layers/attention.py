@@ -16,7 +16,7 @@ from jaxlm.layers.parameters import Linear, ParameterMaker, Parametrization, Pat
 from jaxlm.layers.positions import Alibi, RelativePositions, RelativeTable, Rope, Rotation, rotate
 from jaxlm.layers.remat import name_activation
 from pallas_kernels.attention_backends import ATTENTION
-from pallas_kernels.biases import Bias
+from pallas_kernels.biases import Bias, PlacedBias
 from pallas_kernels.masks import Mask, Window
 
 
@@ -181,6 +181,7 @@ class Attention(nnx.Module):
         rotation: Rotation | None,
         bias: Bias | None,
         context: Context,
+        positions: jax.Array | None = None,
     ) -> jax.Array:
         """What x finds in `source`.
 
@@ -191,12 +192,16 @@ class Attention(nnx.Module):
           rotation: cosines and sines for `config.position`, if it is a Rope.
           bias: of a table shared by the stack; added to none of the layer's own.
           context: operations and dropout key.
+          positions: int32 [B, T], of the tokens of both in their text, where columns do not say them; None: they do.
 
         Returns:
           [B, T, E].
         """
         q = self.queries(x, rotation, context)
         k, v = self.keys_and_values(source, rotation, context)
+        bias = self._bias(bias)
+        if bias is not None and positions is not None:
+            bias = PlacedBias(bias, positions, positions)
         return self.output(self._attend(q, k, v, mask, bias, context), context)
 
     def prefill(
@@ -215,7 +220,7 @@ class Attention(nnx.Module):
         q = self.queries(x, rotation, context)
         k, v = self.keys_and_values(source, rotation, context)
         cache = KeyValueCache.of(k, v, texts, caching, window=self._left)
-        return self.output(self._attend(q, k, v, mask, bias, context), context), cache
+        return self.output(self._attend(q, k, v, mask, self._bias(bias), context), context), cache
 
     def extend(
         self,
@@ -301,7 +306,7 @@ class Attention(nnx.Module):
             k,
             v,
             mask=mask if config.window is None else mask & Window(*config.window),
-            bias=self._bias(bias),
+            bias=bias,
             scale=self.scale,
             soft_cap=config.soft_cap,
             sinks=None if self.sinks is None else self.sinks[...],

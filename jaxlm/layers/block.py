@@ -246,6 +246,7 @@ class Surroundings:
       encoded: [B, S, encoder's width], the encoder's output, or None.
       cross_mask: which decoder position sees which encoder position.
       present: bool [B, T], False on padding; None: there is none.
+      positions: int32 [B, T], by which relative positions go where columns do not say them; None: they do.
     """
 
     mask: Mask
@@ -254,10 +255,12 @@ class Surroundings:
     encoded: jax.Array | None = None
     cross_mask: Mask | None = None
     present: jax.Array | None = None
+    positions: jax.Array | None = None
 
     def split(self) -> tuple[list[jax.Array], list[jax.Array], Callable[[list, list], "Surroundings"]]:
         """Its arrays: those [B, ...] of the batch's rows, the others, and what makes it of the two again."""
-        parts = (self.mask, tuple(self.rotations.values()), self.bias, self.encoded, self.cross_mask, self.present)
+        arrays = (self.encoded, self.cross_mask, self.present, self.positions)
+        parts = (self.mask, tuple(self.rotations.values()), self.bias, *arrays)
         axes = [name for part in parts for name in _first_axes(part)]
         leaves, structure = jax.tree.flatten(parts)
         of_rows = [i for i, name in enumerate(axes) if name == "batch"]
@@ -314,7 +317,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         """x after the block, and its side values; `around` is what the stack's blocks share."""
-        options = {"rotation": self._rotation(around.rotations), "bias": around.bias}
+        options = {"rotation": self._rotation(around.rotations), "bias": around.bias, "positions": around.positions}
 
         def attend(y: jax.Array, inner: Context) -> tuple[jax.Array, None]:
             return self.attention(y, y, around.mask, context=inner, **options), None

@@ -245,7 +245,10 @@ class KeyValueCache(Cache):
                 new,
             )
 
-        return dataclasses.replace(self, keys=write(self.keys, keys), values=write(self.values, values))
+        # Otherwise XLA may write once for what reads the cache and once more for what keeps it, and copies the whole
+        # cache to do so: on a CPU, four times for each token of a single slot.
+        keys, values = jax.lax.optimization_barrier((write(self.keys, keys), write(self.values, values)))
+        return dataclasses.replace(self, keys=keys, values=values)
 
     @override
     def insert(self, fresh: Self, slots: jax.Array) -> Self:

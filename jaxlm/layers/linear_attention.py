@@ -263,13 +263,14 @@ class LinearAttention(nnx.Module):
         rotation: Rotation | None,
         bias: Bias | None,
         context: Context,
+        positions: jax.Array | None = None,
     ) -> jax.Array:
         """What x [B, T, E] finds in itself; arguments as for `Attention`.
 
         Raises:
           TypeError: the mask is another than a packed causal one.
         """
-        del source, bias  # a block's attention is to itself, and there are no scores to add to
+        del source, bias, positions  # a block's attention is to itself, and there are no scores to add to
         out, _ = context.ops.linear_attention(
             *self._keyed(x, rotation, context),
             segment_ids=running_segments(mask),

@@ -174,6 +174,7 @@ class Stack(nnx.Module):
         encoded: jax.Array | None = None,
         cross_mask: Mask | None = None,
         present: jax.Array | None = None,
+        by_positions: bool = False,
         normalize: bool = True,
     ) -> tuple[jax.Array, SideValues]:
         """Runs all layers.
@@ -186,12 +187,13 @@ class Stack(nnx.Module):
           encoded: [B, S, E], the encoder's output, for blocks with cross-attention.
           cross_mask: which decoder position sees which encoder position.
           present: bool [B, T], False on padding; None: there is none.
+          by_positions: relative positions are differences of `positions`, since those of columns are others.
           normalize: whether to end with the final norm and dropout; False leaves them to `finish`.
 
         Returns:
           [B, T, E], and the layers' side values, added up.
         """
-        around = self.surroundings(mask, positions, encoded, cross_mask, present)
+        around = self.surroundings(mask, positions, encoded, cross_mask, present, by_positions=by_positions)
         run = remat(self.config.remat, scanned=False)
         total = NO_SIDE_VALUES
         for i, block in (self.prologue or {}).items():
@@ -302,11 +304,13 @@ class Stack(nnx.Module):
         cross_mask: Mask | None = None,
         present: jax.Array | None = None,
         *,
+        by_positions: bool = False,
         more_blocks: tuple[BlockKind, ...] = (),
     ) -> Surroundings:
         """What all blocks share, computed once; `more_blocks` outside the stack are to share it as well."""
         bias = None if self.relative is None else self.relative()
-        return Surroundings(mask, self._rotations(positions, more_blocks), bias, encoded, cross_mask, present)
+        rotations, placed = self._rotations(positions, more_blocks), positions if by_positions else None
+        return Surroundings(mask, rotations, bias, encoded, cross_mask, present, placed)
 
     def _rotations(
         self, positions: jax.Array, more_blocks: tuple[BlockKind, ...] = ()

@@ -235,6 +235,8 @@ class LanguageModel(nnx.Module):
                 self_mask(batch, architecture),
                 **_tokens(batch, side, context),
                 context=self._in_stack(context, "stack"),
+                # Texts that share a beginning stand behind it one after the other.
+                by_positions="decoder_visible_keys" in batch,
                 normalize=normalize,
             )
         encoded, encoder_side = self.encoder(

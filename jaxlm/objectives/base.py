@@ -126,6 +126,34 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distillation:
+    """A trained model's distribution as the target, beside the labels or in their place (arXiv 1503.02531).
+
+    The loss of a token is (1 - share) * cross-entropy of the label + share * temperature^2 * cross-entropy of the
+    teacher's distribution, both softmaxes of the latter at `temperature`. With the defaults it is that of Well-Read
+    Students (arXiv 1908.08962, section 3.1). The square keeps the size of gradients (arXiv 1503.02531, section 2.1).
+
+    Attributes:
+      teacher: a run's folder or another that `jaxlm.checkpoints.pretrained` opens; of the student's vocabulary. A
+        decoder can teach an encoder-decoder: it reads inputs and targets as one text (T5Gemma, arXiv 2504.06225).
+      temperature: divides the logits of both.
+      share: of the teacher's distribution in the loss, 0 to 1.
+      step: of the teacher's checkpoint; None is its newest.
+    """
+
+    teacher: str
+    temperature: float = 1.0
+    share: float = 1.0
+    step: int | None = None
+
+    def __post_init__(self):
+        if not 0.0 <= self.share <= 1.0 or self.temperature <= 0:
+            raise ValueError(
+                f"Distillation needs a share in 0..1 and a temperature above 0, got {self.share}, {self.temperature}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class LossConfig:
     """How cross-entropy is taken; shared by all objectives.
 
@@ -136,6 +164,7 @@ class LossConfig:
         [tokens, vocabulary] logits never exist whole; 0 chooses (`pallas_kernels.cross_entropy.chunk_tokens`).
       recompute_logits: compute logits a part of the vocabulary at a time, and again in the backward pass: a third more
         work for the least memory, for large vocabularies (`token_chunk` is then of no use). TPU kernels always do.
+      distillation: a teacher; None learns from labels alone.
       num_datasets: also sum the loss per data set, for this many (`len(loader.dataset_names)`); 0 or 1 does not.
     """
 
@@ -144,6 +173,7 @@ class LossConfig:
     token_chunk: int = 0
     recompute_logits: bool = False
     num_datasets: int = 0
+    distillation: Distillation | None = None
 
 
 @dataclasses.dataclass(frozen=True)

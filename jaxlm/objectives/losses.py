@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.objectives.base import LossConfig
+from jaxlm.objectives.distillation import taught_sums
 
 Terms = dict[str, jax.Array]
 # A metric is a weighted sum and its weight; both are scalars, or vectors over data sets or objectives.
@@ -32,7 +33,8 @@ def cross_entropy_sums(
     """Cross-entropy of `model` on a batch: the loss of every objective that has only this term.
 
     Args:
-      model: has `hidden_states(batch, context=)`: [B, T, E] and side values, and `output` as for `token_sums`.
+      model: has `hidden_states(batch, context=)`: [B, T, E] and side values, and `output` as for `token_sums`. With
+        `config.distillation` a `Taught` of two of these.
       batch: features by seqio's names, see docs/architecture.md.
       context: handed to the model.
       config: z-loss, label smoothing, chunks, number of data sets.
@@ -43,8 +45,11 @@ def cross_entropy_sums(
       values.
     """
     targets, weights = targets_of(batch)
-    hidden, side = model.hidden_states(batch, context=context)
-    total, nll, metrics = token_sums(model, hidden, targets, weights, context=context, config=config)
+    if config.distillation is not None:
+        total, nll, metrics, side = taught_sums(model, batch, targets, weights, context=context, config=config)
+    else:
+        hidden, side = model.hidden_states(batch, context=context)
+        total, nll, metrics = token_sums(model, hidden, targets, weights, context=context, config=config)
     metrics |= grouped_sums("cross_entropy", nll, weights, batch, config, num_objectives)
     return {"cross_entropy": total}, metrics, side
 

@@ -116,12 +116,14 @@ class SpanCorruption(Objective):
 def noise_counts(length: int, noise_density: float, mean_span_length: float) -> tuple[int, int]:
     """Numbers of noise tokens and of noise spans in a text of `length` tokens; 0 of both below two tokens.
 
-    At least one noise token and one text token; no more spans than either, since neither kind may be empty.
+    At least one noise token and one text token; no more spans than either, since neither kind may be empty. Products
+    are float32, as in T5's mask: 190 tokens at 0.15 have 29 noise tokens there, where float64 gives 28.
     """
     if length < 2:
         return 0, 0
-    noise = min(max(round(length * noise_density), 1), length - 1)
-    return noise, min(max(round(noise / mean_span_length), 1), noise, length - noise)
+    noise = min(max(round(float(np.float32(length) * np.float32(noise_density))), 1), length - 1)
+    spans = round(float(np.float32(noise) / np.float32(mean_span_length)))
+    return noise, min(max(spans, 1), noise, length - noise)
 
 
 def draw_spans(

@@ -12,8 +12,6 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 
-from jaxlm.evaluation.suite import EvaluationConfig
-
 Settings = tuple[str, ...]
 Cell = Mapping[str, str]
 """{factor: level}."""
@@ -206,10 +204,13 @@ class Leg:
       start: what it takes from there.
       step: of that leg's checkpoint; None is its last. {factor: {level: step}} where it depends on the cell: several
         branches of one trunk.
+      beside: {binding: leg}, names that are bound to the folder of another leg's run of the same cell and seed, say
+        {"TEACHER": "pretrain"}. In cells that skip that leg they are not bound.
       only: {factor: levels} that go through it; others skip it, and what comes after starts from the leg before it.
       budget: None leaves TRAIN_STEPS to the settings.
       tune: chooses a number for each cell; None binds nothing.
-      evaluation: what each run's model is asked when it is trained (not those of trials); None asks nothing.
+      evaluations: {name: settings of a `jaxlm.evaluation.suite.EvaluationConfig`}, which each run's model is asked when
+        it is trained (not those of trials), e.g. {'zero-shot': ('gin_configs/evaluation/zero_shot.gin', ...)}.
     """
 
     name: str
@@ -218,10 +219,11 @@ class Leg:
     after: str | None = None
     start: Start = Start.PARAMETERS
     step: int | Mapping[str, Mapping[str, int]] | None = None
+    beside: Mapping[str, str] = dataclasses.field(default_factory=dict)
     only: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     budget: Budget | None = None
     tune: Tune | None = None
-    evaluation: EvaluationConfig | None = None
+    evaluations: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         object.__setattr__(self, "start", Start(self.start))
@@ -279,6 +281,23 @@ class Match:
 
 
 @dataclasses.dataclass(frozen=True)
+class Finding:
+    """A claim about two kinds of runs, put to the test: those of `less` have less of a metric than those of `more`.
+
+    Attributes:
+      name: the claim in words.
+      less, more: {"leg": name, factor: level, ...}, as of `Match`.
+      metric: of the last evaluation while training, or "evaluation/metric" or "evaluation/task/metric" with the name
+        of one of `Leg.evaluations`: the mean over its tasks, or one task's.
+    """
+
+    name: str
+    less: Mapping[str, str]
+    more: Mapping[str, str]
+    metric: str = "validation/cross_entropy"
+
+
+@dataclasses.dataclass(frozen=True)
 class Ladder:
     """Fits a scaling law to the runs of a leg, over their sizes and tokens, and says what to train next.
 
@@ -318,7 +337,10 @@ class StudyConfig:
       together: settings of some combinations.
       seeds: one run each: a seed is both the run's (`RunConfig.seed`) and the data's (`DataConfig.seed`).
       measures: metrics of the last evaluation while training that the report compares; lower is better.
+      incomparable: factors whose levels change what the measures mean, so that runs are compared within a level alone
+        by the legs that have their settings: ('objective',) where a loss is of the objective's own targets.
       matches: comparisons of learning curves by tokens.
+      findings: claims that the report says to hold, not to hold, or not to be decided.
       ladder: a scaling law over the runs' sizes and tokens; None fits none.
     """
 
@@ -330,7 +352,9 @@ class StudyConfig:
     together: tuple[Together, ...] = ()
     seeds: tuple[int, ...] = (0,)
     measures: tuple[str, ...] = ("validation/cross_entropy",)
+    incomparable: tuple[str, ...] = ()
     matches: tuple[Match, ...] = ()
+    findings: tuple[Finding, ...] = ()
     ladder: Ladder | None = None
 
     def __post_init__(self):
@@ -340,6 +364,11 @@ class StudyConfig:
         for i, leg in enumerate(self.legs):
             if leg.after is not None and leg.after not in names[:i]:
                 raise ValueError(f"Leg {leg.name!r} starts from {leg.after!r}, which is no leg before it in {names}.")
+            for binding, other in leg.beside.items():
+                if other not in names[:i]:
+                    raise ValueError(
+                        f"Leg {leg.name!r} binds {binding} to {other!r}, which is no leg before it in {names}."
+                    )
             for factor in leg.factors or ():
                 self._check_factor(factor, f"Leg {leg.name!r}")
             steps = leg.step if isinstance(leg.step, Mapping) else {}
@@ -350,19 +379,27 @@ class StudyConfig:
             for factor, level in entry.when.items():
                 self._check_factor(factor, "Together.when")
                 self._check_levels(factor, (level,), "Together.when")
+        for factor in self.incomparable:
+            self._check_factor(factor, "StudyConfig.incomparable")
         for match in self.matches:
-            for side in (match.adapted, match.scratch):
-                if side.get("leg") not in names:
-                    raise ValueError(f"Match {match.name!r} needs a 'leg' among {names}, not {side.get('leg')!r}.")
-                for factor, level in side.items():
-                    if factor != "leg":
-                        self._check_factor(factor, f"Match {match.name!r}")
-                        self._check_levels(factor, (level,), f"Match {match.name!r}")
+            self._check_sides(f"Match {match.name!r}", match.adapted, match.scratch)
+        for finding in self.findings:
+            self._check_sides(f"Finding {finding.name!r}", finding.less, finding.more)
         if self.ladder is not None:
             self._check_ladder(self.ladder)
         for cell in self.cells:
             for factor, level in cell.items():
                 self._check_levels(factor, (level,), "The design")
+
+    def _check_sides(self, who: str, *sides: Mapping[str, str]) -> None:
+        names = [leg.name for leg in self.legs]
+        for side in sides:
+            if side.get("leg") not in names:
+                raise ValueError(f"{who} needs a 'leg' among {names}, not {side.get('leg')!r}.")
+            for factor, level in side.items():
+                if factor != "leg":
+                    self._check_factor(factor, who)
+                    self._check_levels(factor, (level,), who)
 
     def _check_ladder(self, ladder: Ladder) -> None:
         legs = {leg.name: leg for leg in self.legs}

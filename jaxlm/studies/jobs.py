@@ -6,20 +6,18 @@ and again, with what is known by then.
 
 import dataclasses
 import functools
-import hashlib
 import math
 import pathlib
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from jaxlm.checkpoints.branch import Branch
 from jaxlm.checkpoints.warm_start import WarmStart
-from jaxlm.configuration import ConfigError, resolve, resolved_text
-from jaxlm.evaluation.suite import EvaluationConfig
+from jaxlm.configuration import ConfigError, digest
 from jaxlm.models.accounting import count_parameters, flops_per_token
 from jaxlm.run import RunConfig, expected_layout
 from jaxlm.studies.config import Budget, Cell, Leg, Settings, Start, StudyConfig, Tune
+from jaxlm.studies.settings import resolved, resolved_evaluation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,8 +29,10 @@ class Job:
       leg: what it is for.
       label: the cell's levels that made it; other cells may share it.
       run: its configuration, but for folder, seed and start.
+      settings: of which `run` was made.
       seeds: of its runs.
       parent: whose runs they start from, seed by seed; None: afresh.
+      beside: {binding: job} of runs whose folders its configuration names, seed by seed.
       trial: (binding, value) of a tuning run, else None.
       tuned: the value that trials chose, else None.
     """
@@ -41,8 +41,10 @@ class Job:
     leg: Leg
     label: str
     run: RunConfig
+    settings: Settings
     seeds: tuple[int, ...]
     parent: "Job | None" = None
+    beside: Mapping[str, "Job"] = dataclasses.field(default_factory=dict)
     trial: tuple[str, float] | None = None
     tuned: float | None = None
 
@@ -52,19 +54,26 @@ class Job:
         return size_of(self.run, self.leg.step or self.parent.run.train_steps if self._goes_on else 0)
 
     @property
-    def evaluation(self) -> EvaluationConfig | None:
-        """What its models are asked."""
-        return None if self.trial is not None else self.leg.evaluation
+    def evaluations(self) -> Mapping[str, Settings]:
+        """What its models are asked, by name."""
+        return {} if self.trial is not None else self.leg.evaluations
+
+    @property
+    def needs(self) -> tuple["Job", ...]:
+        """The jobs that must be finished before it."""
+        return (*([] if self.parent is None else [self.parent]), *self.beside.values())
 
     @property
     def _goes_on(self) -> bool:
         return self.parent is not None and self.leg.start is Start.STATE
 
-    def configuration(self, seed: int, folder: pathlib.Path, parent_folder: pathlib.Path | None) -> RunConfig:
-        """The whole configuration of a run."""
-        run = dataclasses.replace(
-            self.run, model_dir=str(folder), seed=seed, data=dataclasses.replace(self.run.data, seed=seed)
-        )
+    def configuration(self, seed: int, folders: Mapping[str, pathlib.Path]) -> RunConfig:
+        """The whole configuration of a run, with the folders of this seed's runs by their jobs' addresses."""
+        folder = folders[self.address]
+        parent_folder = None if self.parent is None else folders[self.parent.address]
+        named = [f"{binding} = {str(folders[job.address])!r}" for binding, job in self.beside.items()]
+        run = resolved((*self.settings, *named)) if named else self.run
+        run = dataclasses.replace(run, model_dir=str(folder), seed=seed, data=dataclasses.replace(run.data, seed=seed))
         if parent_folder is None:
             return run
         if self._goes_on:
@@ -121,18 +130,25 @@ def expand(study: StudyConfig, results: Results) -> Plan:
     """The study's jobs.
 
     Raises:
-      ConfigError: a cell's settings do not resolve; the message begins with the cell and leg.
+      ConfigError: settings of a cell or an evaluation do not resolve; the message begins with the cell and leg.
       ValueError: a cell is illegal, say by its objective and architecture; likewise.
     """
+    for leg in study.legs:
+        for name, settings in leg.evaluations.items():
+            try:
+                resolved_evaluation(settings)
+            except (ConfigError, ValueError) as error:
+                raise type(error)(f"leg {leg.name}, evaluation {name!r}: {error}") from None
     plan = Plan({}, [], [])
     for cell in study.cells:
         jobs: dict[str, Job | None] = {}
         for leg in study.legs_of(cell):
             parent = jobs.get(leg.after) if leg.after is not None else None
             job = None
-            if leg.after is None or parent is not None:
+            beside = {binding: jobs[other] for binding, other in leg.beside.items() if other in jobs}
+            if (leg.after is None or parent is not None) and None not in beside.values():
                 try:
-                    job = _job_of(study, cell, leg, parent, results, plan)
+                    job = _job_of(study, cell, leg, parent, beside, results, plan)
                 except (ConfigError, ValueError) as error:
                     raise type(error)(f"{label_of(cell)}, leg {leg.name}: {error}") from None
             jobs[leg.name] = job
@@ -145,11 +161,19 @@ def label_of(cell: Cell) -> str:
     return ", ".join(f"{factor} {level}" for factor, level in cell.items()) or "the only cell"
 
 
-def _job_of(study: StudyConfig, cell: Cell, leg: Leg, parent: Job | None, results: Results, plan: Plan) -> Job | None:
+def _job_of(
+    study: StudyConfig,
+    cell: Cell,
+    leg: Leg,
+    parent: Job | None,
+    beside: Mapping[str, Job],
+    results: Results,
+    plan: Plan,
+) -> Job | None:
     settings = study.settings_of(cell, leg)
 
     def made(settings: Settings, budget: Budget | None, **options) -> Job:
-        job = _make(study, leg, settings, budget, parent, label=label_of(cell), **options)
+        job = _make(study, leg, settings, budget, parent, beside, label=label_of(cell), **options)
         known = plan.jobs.get(job.address)
         if known is None or set(known.seeds) < set(job.seeds):  # the chosen value's trial is the first seed's run
             plan.jobs[job.address] = job
@@ -186,6 +210,7 @@ def _make(
     settings: Settings,
     budget: Budget | None,
     parent: Job | None,
+    beside: Mapping[str, Job],
     *,
     label: str,
     seeds: tuple[int, ...] | None = None,
@@ -196,40 +221,21 @@ def _make(
     if parent is not None and leg.start is Start.STATE:
         before = leg.step or parent.run.train_steps
     if budget is not None:
-        bindings = (*settings, "RunConfig.train_steps = 1")
-        steps = before + steps_for(resolved(bindings), budget)
+        steps = before + steps_for(resolved((*settings, ENDLESS)), budget)
         settings = (*settings, f"RunConfig.train_steps = {steps}")
-    run = resolved(settings)
+    # An address has the addresses of the runs beside it, wherever the study's folder lies.
+    run = resolved((*settings, *(f"{binding} = {job.address!r}" for binding, job in beside.items())))
     if run.train_steps <= before:
         raise ValueError(
             f"it goes on from step {before} but ends at {run.train_steps}; give it a budget, or more TRAIN_STEPS."
         )
     seeds = study.seeds if seeds is None else seeds
     origin = "" if parent is None else f"{parent.address} {leg.start.value} {leg.step}"
-    digest = hashlib.sha256(f"{resolved_text(run)}\n{origin}".encode()).hexdigest()[:12]
-    return Job(f"{leg.name}-{digest}", leg, label, run, seeds, parent, trial, tuned)
+    return Job(f"{leg.name}-{digest(run, origin)}", leg, label, run, settings, seeds, parent, beside, trial, tuned)
 
 
-@functools.lru_cache(maxsize=4096)
-def resolved(settings: Settings) -> RunConfig:
-    """The run that settings describe, without a folder.
-
-    Raises:
-      ConfigError: they do not resolve.
-    """
-    files = [setting for setting in settings if setting.endswith(".gin")]
-    bindings = [setting for setting in settings if not setting.endswith(".gin")]
-    arguments = []
-    for binding in (*bindings, "RunConfig.model_dir = 'unset'"):
-        name, equals, value = binding.partition("=")
-        if not equals:
-            raise ConfigError(f"the setting {binding!r} is neither a .gin file nor NAME = value.")
-        arguments.append(f"--gin.{name.strip()}={value.strip()}")
-    # Included in one file: what a later one replaces may then remain unused.
-    with tempfile.TemporaryDirectory() as scratch:
-        together = pathlib.Path(scratch) / "settings.gin"
-        together.write_text("".join(f"include '{file}'\n" for file in files))
-        return resolve(RunConfig, [f"--gin_file={together}", *arguments], warn=False)
+ENDLESS = "RunConfig.train_steps = 1000000000"
+"""Settings of a run whose length is not known yet: longer than any stage that has a number of steps."""
 
 
 def steps_for(run: RunConfig, budget: Budget) -> int:

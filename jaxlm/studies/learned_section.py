@@ -12,23 +12,24 @@ from jaxlm.studies.results import Interval, Run, cell_name, interval
 Trials = Sequence[Mapping[str, Any]]
 
 
-def learned_section(leg: str, runs: Sequence[Run], figures: pathlib.Path) -> str:
+def learned_section(leg: str, evaluation: str, runs: Sequence[Run], figures: pathlib.Path) -> str:
     """Tables and pictures of the tasks that a leg's models learnt; "" where there are none.
 
     Args:
       leg: its name.
+      evaluation: one of the leg's.
       runs: of the study.
       figures: folder of the pictures.
     """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}  # {task: {cell: a result for each pretrained seed}}
     for run in runs:
-        for task, result in run.scores.items() if run.leg == leg else ():
+        for task, result in run.scores.get(evaluation, {}).items() if run.leg == leg else ():
             if "trials" in result:
                 found.setdefault(task, {}).setdefault(cell_name(run.cell), []).append(result)
     if not found:
         return ""
     parts = [
-        f"## Learnt after {leg}",
+        f"## {evaluation}, learnt after {leg}",
         "",
         "By setting: the mean on the validation split, over pretrained models and finetuning seeds. A model's setting "
         "is chosen there; the test split judges the choice: the mean over pretrained models with its 95% interval, and "

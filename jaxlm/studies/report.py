@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxlm.studies.config import Leg, StudyConfig
+from jaxlm.studies.findings import decide, findings_section
 from jaxlm.studies.jobs import Job, Plan, best_trial
 from jaxlm.studies.ladder_section import ladder_section
 from jaxlm.studies.learned_section import learned_section
-from jaxlm.studies.page import figure_of, table
+from jaxlm.studies.page import table
+from jaxlm.studies.pictures import bars, heat_map, learning_curves, tuning_curves
 from jaxlm.studies.results import (
     Account,
     Interval,
@@ -41,8 +43,10 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
     for metric in study.measures:
         sections += _measure(study, metric, runs, figures)
     for leg in study.legs:
-        sections.append(_evaluation(leg, runs, figures))
-        sections.append(learned_section(leg.name, runs, figures))
+        for name in leg.evaluations:
+            sections.append(_evaluation(study, leg, name, runs, figures))
+            sections.append(learned_section(leg.name, name, runs, figures))
+    sections.append(findings_section([decide(finding, runs) for finding in study.findings]))
     if plan.trials:
         sections += _tuning(plan, store, figures)
     if study.matches:
@@ -105,49 +109,82 @@ def _measure(study: StudyConfig, metric: str, runs: Sequence[Run], figures: path
         if not values:
             continue
         name = re.sub(r"\W+", "_", f"{leg.name}_{metric}")
-        order = sorted(values, key=lambda cell: values[cell].mean)
         lines = [f"## {metric} after {leg.name}", ""]
-        lines += table(
-            ("cell", "mean", "95% interval", "seeds"),
-            [
-                (
-                    cell,
-                    f"{values[cell].mean:.4f}",
-                    _bounds(values[cell]),
-                    " ".join(f"{value:.4f}" for value in values[cell].values),
-                )
-                for cell in order
-            ],
-        )
+        groups = _comparable(study, leg)
+        if len(set(groups.values())) > 1:
+            lines += [f"Cells compare where they agree in {', '.join(study.incomparable)}.", ""]
+        lines += table(("cell", "mean", "95% interval", "seeds"), _by_group(values, groups))
         if len(study.factors) == 2 and len(values) > 1:
-            _heat_map(figures / f"{name}_grid.png", study, values, f"{metric} after {leg.name}")
+            heat_map(figures / f"{name}_grid.png", study, values, groups, f"{metric} after {leg.name}")
             lines += ["", f"![{metric} over the grid](figures/{name}_grid.png)"]
-        _learning_curves(figures / f"{name}_curves.png", [run for run in runs if run.leg == leg.name], metric)
+        learning_curves(figures / f"{name}_curves.png", [run for run in runs if run.leg == leg.name], groups, metric)
         lines += ["", f"![{metric} while training](figures/{name}_curves.png)"]
         sections.append("\n".join(lines))
     return sections
+
+
+def _comparable(study: StudyConfig, leg: Leg) -> dict[str, str]:
+    """{cell's name: its group}: the measures of a leg's runs mean the same within a group."""
+    own = [factor for factor in study.incomparable if leg.factors is None or factor in leg.factors]
+    return {cell_name(cell): " · ".join(cell[factor] for factor in own) for cell in study.cells}
+
+
+def _by_group(values: Mapping[str, Interval], groups: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Rows of a table: group by group in the order of the study, in each the lowest first."""
+    places = {group: i for i, group in enumerate(dict.fromkeys(groups.values()))}
+    order = sorted(values, key=lambda cell: (places[groups[cell]], values[cell].mean))
+    return [
+        (
+            cell,
+            f"{values[cell].mean:.4f}",
+            _bounds(values[cell]),
+            " ".join(f"{value:.4f}" for value in values[cell].values),
+        )
+        for cell in order
+    ]
 
 
 def _bounds(value: Interval) -> str:
     return "one seed" if math.isnan(value.low) else f"{value.low:.4f} to {value.high:.4f}"
 
 
-def _evaluation(leg: Leg, runs: Sequence[Run], figures: pathlib.Path) -> str:
-    """A table and a picture of the tasks that the models of a leg were asked."""
-    found = answered(runs, leg.name)
+def _evaluation(study: StudyConfig, leg: Leg, name: str, runs: Sequence[Run], figures: pathlib.Path) -> str:
+    """Tables and a picture of what the models of a leg were asked: the primary metrics, and those of findings."""
+    found = answered(runs, leg.name, name)
     if not found:
         return ""
-    scores = {task: of for run in runs if run.leg == leg.name for task, of in run.scores.items()}
+    scores = {task: of for run in runs if run.leg == leg.name for task, of in run.scores.get(name, {}).items()}
+    chances = {task: of["chance"] for task, of in scores.items()}
+    if len(found) > 1:
+        chances["mean"] = None if None in chances.values() else float(np.mean(list(chances.values())))
     cells = list(dict.fromkeys(cell for values in found.values() for cell in values))
+    primary = {task: f"{task}, {of['primary']}" for task, of in scores.items()}
+    head = f"## {name} after {leg.name}\n\nMeans over seeds, ± half of the 95% interval.\n\n"
+    picture = re.sub(r"\W+", "_", f"{leg.name}_{name}_tasks") + ".png"
+    bars(figures / picture, found, chances, cells)
+    lines = [*_task_table(found, cells, primary, chances), "", f"![tasks](figures/{picture})"]
+    for metric in dict.fromkeys(finding.metric for finding in study.findings):
+        evaluation, *_, last = metric.split("/")
+        values = answered(runs, leg.name, name, last) if evaluation == name else {}
+        if values:
+            lines += ["", f"{last}:", "", *_task_table(values, cells, {}, {})]
+    return head + "\n".join(lines)
+
+
+def _task_table(
+    found: Mapping[str, Mapping[str, Interval]],
+    cells: Sequence[str],
+    names: Mapping[str, str],
+    chances: Mapping[str, float | None],
+) -> list[str]:
+    """A row a task; the column of chances only where some are known."""
+    known = any(chance is not None for chance in chances.values())
     rows = []
     for task, values in found.items():
-        chance = scores[task]["chance"]
         shown = [str(values[cell]) if cell in values else "" for cell in cells]
-        rows.append((f"{task}, {scores[task]['primary']}", "" if chance is None else f"{chance:.4f}", *shown))
-    picture = f"{leg.name}_tasks.png"
-    _bars(figures / picture, found, {task: of["chance"] for task, of in scores.items()}, cells)
-    head = f"## Tasks after {leg.name}\n\nMeans over seeds, ± half of the 95% interval.\n\n"
-    return head + "\n".join([*table(("task", "chance", *cells), rows), "", f"![tasks](figures/{picture})"])
+        chance = chances.get(task)
+        rows.append((names.get(task, task), *([("" if chance is None else f"{chance:.4f}")] if known else []), *shown))
+    return table(("task", *(["chance"] if known else []), *cells), rows)
 
 
 def _tuning(plan: Plan, store: Store, figures: pathlib.Path) -> list[str]:
@@ -169,7 +206,7 @@ def _tuning(plan: Plan, store: Store, figures: pathlib.Path) -> list[str]:
         lines = [f"## {tune.binding} for {leg.name}", "", f"{tune.metric} of a trial with one seed.", ""]
         lines += table(("cell", *(f"{value:g}" for value in tune.values), "chosen"), rows)
         picture = f"{leg.name}_tuning.png"
-        _tuning_curves(figures / picture, curves, tune.binding, tune.metric)
+        tuning_curves(figures / picture, curves, tune.binding, tune.metric)
         sections.append("\n".join([*lines, "", f"![trials](figures/{picture})"]))
     return sections
 
@@ -184,13 +221,19 @@ def _matches(found: Sequence[tuple[str, Matched | None]]) -> str:
         else:
             ratio = result.ratio
             bounds = "" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})"
-            rows.append((name, f"{ratio.mean:.2f}{bounds}", _losses(result)))
+            rows.append((name, f"{ratio.mean:.2f}{bounds}{_cheaper(ratio)}", _losses(result)))
     head = "## Tokens to the same loss\n\nTokens of the run from scratch over the adapted one's, at the former's last "
     return (
         head
         + "loss; above 1 the adaptation is cheaper.\n\n"
         + "\n".join(table(("comparison", "ratio (95% interval)", "loss"), rows))
     )
+
+
+def _cheaper(ratio: Interval) -> str:
+    if math.isnan(ratio.low):
+        return ""
+    return ", cheaper" if ratio.low > 1 else ", dearer" if ratio.high < 1 else ", not decided"
 
 
 def _losses(result: Matched) -> str:
@@ -259,74 +302,3 @@ def _state(job: Job, states: Sequence[str], store: Store) -> str:
         seed = next(seed for seed, state in zip(job.seeds, states) if state == "running")
         return f"seed {done + 1}/{len(states)}, step {store.steps_done(job, seed):,}/{job.run.train_steps:,}"
     return "to do" if not done else f"{done}/{len(states)}"
-
-
-def _heat_map(path: pathlib.Path, study: StudyConfig, values: Mapping[str, Interval], title: str) -> None:
-    (first, second), cells = study.factors, study.cells
-    rows, columns = (list(dict.fromkeys(cell[factor] for cell in cells)) for factor in (first, second))
-    grid = np.full((len(rows), len(columns)), np.nan)
-    for cell in cells:
-        if cell_name(cell) in values:
-            grid[rows.index(cell[first]), columns.index(cell[second])] = values[cell_name(cell)].mean
-    figure, axes = figure_of(1.6 + 1.5 * len(columns), 1.4 + 0.6 * len(rows))
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap="viridis_r", aspect="auto")
-    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
-    for i, j in np.argwhere(np.isfinite(grid)):
-        colour = "white" if grid[i, j] > middle else "black"
-        axes.text(j, i, f"{grid[i, j]:.3f}", ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set(xlabel=second, ylabel=first, title=title)
-    figure.colorbar(image)
-    figure.savefig(path, dpi=120)
-
-
-def _learning_curves(path: pathlib.Path, runs: Sequence[Run], metric: str) -> None:
-    figure, axes = figure_of(6.4, 4.4)
-    by_cell: dict[str, list[Run]] = {}
-    for run in runs:
-        if metric in run.curves:
-            by_cell.setdefault(cell_name(run.cell), []).append(run)
-    for i, (cell, of_cell) in enumerate(by_cell.items()):
-        for k, run in enumerate(of_cell):
-            curve = run.curves[metric]
-            label = cell if k == 0 else None
-            axes.plot(run.tokens(curve.steps), curve.values, color=f"C{i % 10}", alpha=0.8, linewidth=1.2, label=label)
-    axes.set(xlabel="tokens seen", ylabel=metric)
-    axes.grid(alpha=0.3)
-    if by_cell:
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _bars(
-    path: pathlib.Path,
-    found: Mapping[str, Mapping[str, Interval]],
-    chances: Mapping[str, float | None],
-    cells: Sequence[str],
-) -> None:
-    """A bar a cell and task with its interval, and chance as a line."""
-    figure, axes = figure_of(2.0 + 0.25 * len(found) * (len(cells) + 1), 4.4)
-    width = 1.0 / (len(cells) + 1)
-    for i, cell in enumerate(cells):
-        places = [k for k, values in enumerate(found.values()) if cell in values]
-        values = [found[task][cell] for task in found if cell in found[task]]
-        spread = [0.0 if math.isnan(value.low) else (value.high - value.low) / 2 for value in values]
-        axes.bar([k + i * width for k in places], [v.mean for v in values], width, yerr=spread, label=cell, capsize=2)
-    for k, task in enumerate(found):
-        if chances[task] is not None:
-            axes.hlines(chances[task], k - width / 2, k + (len(cells) - 0.5) * width, color="black", linestyle=":")
-    axes.set_xticks([k + (len(cells) - 1) * width / 2 for k in range(len(found))], list(found), rotation=30, ha="right")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-
-
-def _tuning_curves(path: pathlib.Path, curves: Mapping[str, Mapping[float, float]], binding: str, metric: str) -> None:
-    figure, axes = figure_of(6.4, 4.4)
-    for cell, losses in curves.items():
-        axes.plot(list(losses), list(losses.values()), marker="o", markersize=4, label=cell)
-    axes.set(xlabel=binding, ylabel=metric, xscale="log")
-    axes.grid(alpha=0.3)
-    if curves:
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)

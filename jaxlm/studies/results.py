@@ -53,7 +53,7 @@ class Run:
       cell, leg: what it is of.
       job, seed: which run it is; cells may share it.
       curves: metrics over its steps.
-      scores: of its evaluation, see `Store.scores`.
+      scores: {evaluation: {task: what was answered}}, see `Store.scores`.
     """
 
     cell: Cell
@@ -66,6 +66,19 @@ class Run:
     def last(self, metric: str) -> float | None:
         """The last value of a metric."""
         return self.curves[metric].last if metric in self.curves else None
+
+    def score(self, evaluation: str, metric: str | None = None, task: str | None = None) -> float | None:
+        """A metric of a task; of no task named: the mean over those of an evaluation. None: it was not asked.
+
+        Args:
+          evaluation: its name in the leg.
+          metric: None is each task's primary one.
+          task: None is the mean.
+        """
+        tasks = self.scores.get(evaluation, {})
+        asked = tasks.values() if task is None else [tasks[task]] if task in tasks else []
+        found = [of["metrics"].get(metric or of["primary"]) for of in asked]
+        return None if not found or None in found else float(np.mean([value["value"] for value in found]))
 
     def tokens(self, steps: np.ndarray) -> np.ndarray:
         """Tokens that the run itself has seen after these steps."""
@@ -93,13 +106,20 @@ def measured(runs: Sequence[Run], metric: str) -> dict[tuple[str, str], Interval
     return {key: interval(found) for key, found in values.items()}
 
 
-def answered(runs: Sequence[Run], leg: str) -> dict[str, dict[str, Interval]]:
-    """{task: {cell: interval over seeds}} of each task's primary metric, of the runs of a leg."""
+def answered(
+    runs: Sequence[Run], leg: str, evaluation: str, metric: str | None = None
+) -> dict[str, dict[str, Interval]]:
+    """{task: {cell: interval over seeds}} of a metric (None: each task's primary one), of the runs of a leg.
+
+    The last entry is the "mean" over tasks, each counted once, where there are several.
+    """
     values: dict[str, dict[str, list[float]]] = {}
-    for run in runs:
-        for task, found in run.scores.items() if run.leg == leg else ():
-            value = found["metrics"][found["primary"]]["value"]
-            values.setdefault(task, {}).setdefault(cell_name(run.cell), []).append(value)
+    asked = [run for run in runs if run.leg == leg and evaluation in run.scores]
+    tasks = list(dict.fromkeys(task for run in asked for task in run.scores[evaluation]))
+    for task in (*tasks, None) if len(tasks) > 1 else tasks:
+        for run in asked:
+            if (value := run.score(evaluation, metric, task)) is not None:
+                values.setdefault(task or "mean", {}).setdefault(cell_name(run.cell), []).append(value)
     return {task: {cell: interval(found) for cell, found in cells.items()} for task, cells in values.items()}
 
 
@@ -127,10 +147,7 @@ class Matched:
 
 def matched(match: Match, runs: Sequence[Run]) -> Matched | None:
     """Compares; None where runs are missing."""
-    sides = [
-        {run.seed: run for run in runs if run.leg == side["leg"] and _agrees(run.cell, side)}
-        for side in (match.adapted, match.scratch)
-    ]
+    sides = [runs_of(side, runs) for side in (match.adapted, match.scratch)]
     seeds = sorted(sides[0].keys() & sides[1].keys())
     if not seeds or any(match.metric not in side[seed].curves for side in sides for seed in seeds):
         return None
@@ -146,8 +163,10 @@ def matched(match: Match, runs: Sequence[Run]) -> Matched | None:
     return Matched(match, interval(ratios), None, tuple(losses))
 
 
-def _agrees(cell: Cell, side: Mapping[str, str]) -> bool:
-    return all(cell[factor] == level for factor, level in side.items() if factor != "leg")
+def runs_of(side: Mapping[str, str], runs: Sequence[Run]) -> dict[int, Run]:
+    """{seed: run} of the runs that {"leg": name, factor: level, ...} describes."""
+    levels = {factor: level for factor, level in side.items() if factor != "leg"}
+    return {run.seed: run for run in runs if run.leg == side["leg"] and levels.items() <= run.cell.items()}
 
 
 def tokens_to(run: Run, metric: str, loss: float) -> float | None:
@@ -178,8 +197,9 @@ def write_csv(path: pathlib.Path, study: StudyConfig, plan: Plan, store: Store) 
                 row |= {leg.tune.binding: job.tuned} if leg.tune else {}
                 curves = store.curves(job, seed)
                 row |= {name: curve.last for name, curve in curves.items() if name.startswith("validation/")}
-                for task, found in store.scores(job, seed).items():
-                    row |= {f"{task}/{metric}": of["value"] for metric, of in found["metrics"].items()}
+                for name, tasks in store.scores(job, seed).items():
+                    for task, found in tasks.items():
+                        row |= {f"{name}/{task}/{metric}": of["value"] for metric, of in found["metrics"].items()}
             rows.append(row)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as out:

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -20,8 +19,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxlm.checkpoints.stored import committed_steps
-from jaxlm.configuration import resolved_text
 from jaxlm.studies.jobs import Job
+from jaxlm.studies.settings import evaluation_digest
 from jaxlm.training.report import Curve, read_curves
 from jaxlm.training.run_folder import RunFolder
 
@@ -79,31 +78,29 @@ class Store:
         """The folder of one run."""
         return RunFolder(self.job_folder(job) / f"seed{seed}")
 
-    def start_folder(self, job: Job, seed: int) -> pathlib.Path | None:
-        """The folder of the run that a run starts from; None: afresh."""
-        return None if job.parent is None else self.run_folder(job.parent, seed).path
-
     def run_is_trained(self, job: Job, seed: int) -> bool:
         """Whether a run's training ended as planned."""
         folder = self.run_folder(job, seed)
         return folder.run_json.exists() and (folder.read()["finished_at_step"] or 0) >= job.run.train_steps
 
     def run_is_finished(self, job: Job, seed: int) -> bool:
-        """Whether a run is trained, and evaluated if its leg wants that."""
-        if not self.run_is_trained(job, seed):
-            return False
-        return job.evaluation is None or (self.evaluation_folder(job, seed) / "results.json").exists()
+        """Whether a run is trained, and evaluated as its leg wants."""
+        return self.run_is_trained(job, seed) and not self.evaluations_left(job, seed)
 
-    def evaluation_folder(self, job: Job, seed: int) -> pathlib.Path:
+    def evaluations_left(self, job: Job, seed: int) -> list[str]:
+        """The names of the evaluations that a run's model has yet to answer."""
+        folders = {name: self.evaluation_folder(job, seed, name) for name in job.evaluations}
+        return [name for name, folder in folders.items() if not (folder / "results.json").exists()]
+
+    def evaluation_folder(self, job: Job, seed: int, name: str) -> pathlib.Path:
         """Where the answers of a run's model lie; another folder for other questions."""
-        digest = hashlib.sha256(resolved_text(job.evaluation).encode()).hexdigest()[:12]
-        return self.run_folder(job, seed).path / "evaluations" / digest
+        return self.run_folder(job, seed).path / "evaluations" / evaluation_digest(job.evaluations[name])
 
-    def scores(self, job: Job, seed: int) -> dict[str, Any]:
-        """{task: {"primary", "metrics", "chance", ...}} of a finished run, as `jaxlm.evaluate` writes them."""
-        if job.evaluation is None or not self.run_is_finished(job, seed):
-            return {}
-        return json.loads((self.evaluation_folder(job, seed) / "results.json").read_text())["tasks"]
+    def scores(self, job: Job, seed: int) -> dict[str, dict[str, Any]]:
+        """{evaluation: {task: {"primary", "metrics", "chance", ...}}} of a run, as `jaxlm.evaluate` writes them."""
+        left = self.evaluations_left(job, seed)
+        files = {name: self.evaluation_folder(job, seed, name) / "results.json" for name in job.evaluations}
+        return {name: json.loads(file.read_text())["tasks"] for name, file in files.items() if name not in left}
 
     def is_finished(self, job: Job) -> bool:
         """Whether all runs of a job ended as planned."""

@@ -11,6 +11,7 @@ from jaxlm.evaluation.suite import evaluate
 from jaxlm.run import Programs
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, Plan, expand, label_of
+from jaxlm.studies.settings import resolved_evaluation
 from jaxlm.studies.store import Store
 from jaxlm.training.loop import Outcome, TrainingDiverged
 
@@ -49,7 +50,7 @@ def work(
             left = unfinished(expand(study, store), store, only)
             if not left:
                 return Outcome.FINISHED
-            ready = [job for job in left if job.parent is None or store.is_finished(job.parent)]
+            ready = [job for job in left if all(map(store.is_finished, job.needs))]
             if not ready and not any(store.is_claimed(job) for job in left):
                 return Outcome.FINISHED  # what is left starts from what has failed
             for job in ready:
@@ -80,9 +81,10 @@ def _jobs_of(plan: Plan, label: str) -> list[Job]:
     own = [job for cell, _, job in plan.of_cells if label_of(cell) == label and job is not None]
     own += [job for cell, _, jobs in plan.trials if label_of(cell) == label for job in jobs]
     found: dict[str, Job] = {}
-    for job in own:
-        while job is not None:
-            found[job.address], job = job, job.parent
+    while own:
+        job = own.pop()
+        found[job.address] = job
+        own += job.needs
     return [job for job in plan.jobs.values() if job.address in found]
 
 
@@ -94,9 +96,9 @@ def _run(job: Job, store: Store, train: Train, programs: Programs, report: Calla
         folder, outcome = store.run_folder(job, seed), Outcome.FINISHED
         try:
             if not store.run_is_trained(job, seed):
-                run = job.configuration(seed, folder.path, store.start_folder(job, seed))
+                run = job.configuration(seed, {of.address: store.run_folder(of, seed).path for of in (job, *job.needs)})
                 outcome = train(run, programs=programs)
-            if outcome is Outcome.FINISHED and job.evaluation is not None:
+            if outcome is Outcome.FINISHED:
                 _evaluate(job, seed, store, report)
         except (ValueError, CheckpointError, TrainingDiverged, OSError) as error:
             report(f"{job.address}, seed {seed}, failed: {error}")
@@ -112,18 +114,23 @@ def _run(job: Job, store: Store, train: Train, programs: Programs, report: Calla
 
 
 def _evaluate(job: Job, seed: int, store: Store, report: Callable[[str], None]) -> None:
-    """Asks a trained model what its leg wants to know.
+    """Asks a trained model what its leg wants to know and it has not answered yet.
 
     Raises:
       ValueError: a task could not be asked.
     """
+    left = store.evaluations_left(job, seed)
+    if not left:
+        return
     began = time.time()
     model = pretrained.load(store.run_folder(job, seed).path)
-    result = evaluate(job.evaluation, model, folder=store.evaluation_folder(job, seed), report=report)
+    for name in left:
+        folder = store.evaluation_folder(job, seed, name)
+        result = evaluate(resolved_evaluation(job.evaluations[name]), model, folder=folder, report=report)
+        if result.failures:
+            (folder / "results.json").unlink()
+            raise ValueError(" ".join(result.failures.values()))
     store.note_evaluation(time.time() - began)
-    if result.failures:
-        (store.evaluation_folder(job, seed) / "results.json").unlink()
-        raise ValueError(" ".join(result.failures.values()))
 
 
 def _trial(job: Job) -> str:

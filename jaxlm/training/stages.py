@@ -42,7 +42,7 @@ class Stage:
     """A part of the run. None in a field: as before.
 
     Attributes:
-      steps: number of training steps.
+      steps: number of training steps; None, of one stage, takes what the others leave of the run.
       objective: what is trained.
       architecture: which tokens see which; among the three single-stack architectures the weights stay the same.
       data: data configuration or the name of a mixture, as the run's own `data` field takes it.
@@ -54,7 +54,7 @@ class Stage:
       carry: what happens to the optimizer's state at the beginning.
     """
 
-    steps: int
+    steps: int | None
     objective: Objective | None = None
     architecture: Architecture | None = None
     data: Any = None
@@ -65,7 +65,7 @@ class Stage:
     carry: Carry = Carry.KEEP
 
     def __post_init__(self):
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"Stage.steps is {self.steps}; a stage has at least one step.")
         if isinstance(self.batch_size, Piecewise) and self.batch_size.linear:
             raise ValueError("A batch-size ramp needs Piecewise(linear=False): every size compiles the step anew.")
@@ -90,6 +90,20 @@ class Phase:
     stage_end: int
     stage: Stage
     batch_size: int
+
+
+def with_steps(stages: tuple[Stage, ...], train_steps: int) -> tuple[Stage, ...]:
+    """The stages of a run of `train_steps`, the one without a number of its own given the rest.
+
+    Raises:
+      ValueError: they do not add up to the run.
+    """
+    given = sum(stage.steps for stage in stages if stage.steps is not None)
+    rest, open_ended = train_steps - given, sum(stage.steps is None for stage in stages)
+    if open_ended > 1 or (rest < 1 if open_ended else rest):
+        shown = " + ".join("the rest" if stage.steps is None else str(stage.steps) for stage in stages)
+        raise ValueError(f"The stages have {shown} steps, which do not add up to train_steps = {train_steps}.")
+    return tuple(dataclasses.replace(stage, steps=rest) if stage.steps is None else stage for stage in stages)
 
 
 def phases(stages: tuple[Stage, ...], *, batch_size: int) -> tuple[Phase, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.layers.context import Context
 from jaxlm.objectives.base import LossConfig, Objective
+from jaxlm.objectives.distillation import Taught
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.training.optimizers import Optimizer
@@ -25,6 +26,7 @@ from jaxlm.training.state import (
     to_store,
     working_copy,
 )
+from jaxlm.training.teacher import Teacher
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -63,6 +65,7 @@ def make_train_step(
     *,
     config: StepConfig,
     loss: LossConfig,
+    teacher: Teacher | None = None,
 ) -> "TrainStep":
     """The function (state, batch) -> (state, metrics).
 
@@ -72,7 +75,8 @@ def make_train_step(
       optimizer: made for the same model.
       parallel: where state and batch lie.
       config: microbatches, norms, seed.
-      loss: z-loss, smoothing, chunking.
+      loss: z-loss, smoothing, chunking, distillation.
+      teacher: the model that `loss.distillation` names; the step is to be given its parameters (`with_teacher`).
 
     Returns:
       the step. It takes the state's buffers (they must not be used again). Metrics hold what the objective
@@ -85,9 +89,12 @@ def make_train_step(
     coefficients = dict(objective.coefficients)
 
     def microbatch_loss(
-        trained: Tree, frozen: Tree, batch: Batch, weights: dict[str, jax.Array], key: jax.Array
+        trained: Tree, fixed: tuple[Tree, Tree], batch: Batch, weights: dict[str, jax.Array], key: jax.Array
     ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Metrics]]:
+        frozen, taught_by = fixed
         model = definition.merge(update(trained, frozen))
+        if teacher is not None:
+            model = Taught(model, teacher.definition.merge(taught_by), teacher.start_id)
         context = Context(ops=ops, dropout_key=key)
         sums, metrics, side = objective.loss_sums(model, batch, context=context, config=loss)
         terms = {term: value / weights[term] for term, value in sums.items()}
@@ -100,30 +107,31 @@ def make_train_step(
     def scattered(found: tuple[Any, Tree]) -> tuple[Any, Tree]:
         return found[0], stored_gradients(found[1], optimizer.infos, parallel)
 
-    def whole_gradient(trained: Tree, frozen: Tree, batch: Batch, key: jax.Array):
+    def whole_gradient(trained: Tree, fixed: tuple[Tree, Tree], batch: Batch, key: jax.Array):
         # The denominators of the whole batch, not of a microbatch: the mean of means would be another loss.
         weights = {**objective.loss_weights(batch), "tokens": count_tokens(batch)}
         weights = {term: jnp.where(w > 0, w, 1.0) for term, w in weights.items()}
         if config.microbatches == 1:
-            return scattered(gradient(trained, frozen, batch, weights, jax.random.fold_in(key, 0)))
+            return scattered(gradient(trained, fixed, batch, weights, jax.random.fold_in(key, 0)))
         pieces = _microbatches(batch, config.microbatches, parallel)
 
         def accumulate(total, piece):
             i, microbatch = piece
-            found = scattered(gradient(trained, frozen, microbatch, weights, jax.random.fold_in(key, i)))
+            found = scattered(gradient(trained, fixed, microbatch, weights, jax.random.fold_in(key, i)))
             return scattered(jax.tree.map(jnp.add, total, found)), None
 
         first = jax.tree.map(lambda x: x[0], pieces)
-        zero = jax.eval_shape(lambda *arguments: scattered(gradient(*arguments)), trained, frozen, first, weights, key)
+        zero = jax.eval_shape(lambda *arguments: scattered(gradient(*arguments)), trained, fixed, first, weights, key)
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), zero)
         return jax.lax.scan(accumulate, zero, (jnp.arange(config.microbatches), pieces))[0]
 
-    def step(state: TrainState, batch: Batch, seed: jax.Array) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, seed: jax.Array, taught_by: Tree) -> tuple[TrainState, Metrics]:
         batch = widen(batch)
         key = jax.random.fold_in(jax.random.wrap_key_data(seed), state.step)
         shardings = state_shardings(state, optimizer.infos, parallel)
         working = working_copy(state.params, optimizer.infos, parallel)
-        (total, (terms, metrics)), grads = whole_gradient(*optimizer.split(working), batch, key)
+        learning, frozen = optimizer.split(working)
+        (total, (terms, metrics)), grads = whole_gradient(learning, (frozen, taught_by), batch, key)
         trained, _ = optimizer.split(state.params)
         opt_state = on_device(state.opt_state, shardings.opt_state)
         updates, opt_state, scalars = optimizer.update(grads, opt_state, trained, step=state.step, loss=total)
@@ -148,7 +156,7 @@ def make_train_step(
         # Without this the compiler may lay the new state out in another way than the old one, and compile again.
         return to_store(new_state, shardings), replicated(metrics, parallel.mesh)
 
-    return TrainStep(jax.jit(step, donate_argnums=0), seed_data(config.seed))
+    return TrainStep(jax.jit(step, donate_argnums=0), seed_data(config.seed), teacher.abstract if teacher else {})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,24 +164,30 @@ class TrainStep:
     """(state, batch) -> (state, metrics). Runs that differ in their seed alone share the compiled program.
 
     Attributes:
-      jitted: (state, batch, seed) -> (state, metrics), the state donated.
+      jitted: (state, batch, seed, teacher's parameters) -> (state, metrics), the state donated.
       seed: see `seed_data`.
+      taught_by: a teacher's parameters, or, where it only is to be lowered, their shapes; {} without a teacher.
     """
 
-    jitted: Callable[[TrainState, Batch, np.ndarray], tuple[TrainState, Metrics]]
+    jitted: Callable[[TrainState, Batch, np.ndarray, Tree], tuple[TrainState, Metrics]]
     seed: np.ndarray
+    taught_by: Tree = dataclasses.field(default_factory=dict)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step."""
-        return self.jitted(state, batch, self.seed)
+        return self.jitted(state, batch, self.seed, self.taught_by)
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The step for arguments of these shapes and shardings, not compiled yet."""
-        return self.jitted.lower(state, batch, self.seed)
+        return self.jitted.lower(state, batch, self.seed, self.taught_by)
 
     def with_seed(self, seed: int) -> "TrainStep":
         """The same program for another run."""
         return dataclasses.replace(self, seed=seed_data(seed))
+
+    def with_teacher(self, params: Tree) -> "TrainStep":
+        """The same program, taught by a model with these parameters."""
+        return dataclasses.replace(self, taught_by=params)
 
     @property
     def compiles(self) -> int:

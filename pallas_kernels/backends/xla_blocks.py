@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dropout, platforms
-from pallas_kernels.biases import Bias, DenseBias
+from pallas_kernels.biases import Bias, DenseBias, PlacedBias, RelativeBias
 from pallas_kernels.diagonals import diagonal_sums
 from pallas_kernels.fused import Inputs, fused_attention, fused_gradients, inputs_of
 from pallas_kernels.plans import HIDDEN, plan_of_rows
@@ -45,7 +45,7 @@ class XlaBlocksBackend(Backend):
 
     @override
     def run(self, q: jax.Array, k: jax.Array, v: jax.Array, request: Request) -> tuple[jax.Array, jax.Array]:
-        return fused_attention(BlockKernels(_block(request)), q, k, v, inputs_of(request))
+        return fused_attention(BlockKernels(_block(request)), q, k, v, _inputs(request))
 
     @override
     def gradients(
@@ -59,6 +59,19 @@ class XlaBlocksBackend(Backend):
         gradient: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array, Bias | None]:
         return fused_gradients(BlockKernels(_block(request)), q, k, v, request, lse, delta, gradient)
+
+
+def _inputs(request: Request) -> Inputs:
+    """The request in the kernels' form. Positions that are given are looked up: no array of all pairs is made."""
+    placed = request.bias
+    if not isinstance(placed, PlacedBias):
+        return inputs_of(request)
+    inputs = inputs_of(dataclasses.replace(request, bias=placed.bias))
+    diagonals = None
+    if isinstance(placed.bias, RelativeBias):  # beyond max_distance all are the same
+        diagonals = placed.bias.by_offset(np.arange(-placed.bias.max_distance, placed.bias.max_distance + 1))
+    places = jnp.asarray(placed.queries), jnp.asarray(placed.keys)
+    return dataclasses.replace(inputs, diagonals=diagonals, places=places)
 
 
 def _block(request: Request) -> tuple[int, int]:
@@ -140,7 +153,7 @@ class BlockKernels:
             d_weights = _product("pqd,pkd->pqk", gp, vp)
             d_weights = _drop(d_weights, pair, inputs, sizes)
             d_scores = weights * (d_weights - delta[pair.q_block][..., None])
-            if inputs.diagonals is not None:
+            if d_diagonals is not None:
                 d_diagonals = _add_diagonals(d_diagonals, d_scores, pair, sizes)
             d_scores = (d_scores * scores.slope * inputs.scale).astype(q.dtype)
             weights = _drop(weights, pair, inputs, sizes).astype(gradient.dtype)
@@ -152,7 +165,7 @@ class BlockKernels:
             return dq, dk, dv, d_diagonals
 
         d_diagonals = None
-        if inputs.diagonals is not None:
+        if inputs.diagonals is not None and inputs.places is None:
             d_diagonals = jnp.zeros((sizes.heads, sizes.nq * sizes.bq + sizes.nk * sizes.bk - 1), jnp.float32)
         zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (qs, ks, vs))
         dq, dk, dv, d_diagonals = jax.lax.fori_loop(0, pairs.steps, step, (*zeros, d_diagonals))
@@ -285,10 +298,16 @@ def _scores(q: jax.Array, k: jax.Array, pair: _Step, inputs: Inputs, sizes: _Siz
         share = jnp.tanh(scores / inputs.soft_cap)
         scores, slope = inputs.soft_cap * share, 1.0 - share**2
     queries, keys = _positions(pair, sizes)
+    offsets, zero = keys - queries, sizes.tq - 1
+    if inputs.places is not None:
+        offsets = _placed_offsets(pair, inputs.places, sizes)
+        if inputs.diagonals is not None:
+            zero = inputs.diagonals.shape[1] // 2
+            offsets = jnp.clip(offsets, -zero, zero)
     if inputs.slopes is not None:
-        scores = scores - inputs.slopes[pair.head][:, None, None] * jnp.abs(queries - keys).astype(jnp.float32)
+        scores = scores - inputs.slopes[pair.head][:, None, None] * jnp.abs(offsets).astype(jnp.float32)
     if inputs.diagonals is not None:
-        scores = scores + inputs.diagonals[pair.head[:, None, None], keys - queries + sizes.tq - 1]
+        scores = scores + inputs.diagonals[pair.head[:, None, None], offsets + zero]
     return _Scores(jnp.where(_visible(pair, keys, inputs, sizes), scores, _HIDDEN), slope)
 
 
@@ -297,6 +316,17 @@ def _positions(pair: _Step, sizes: _Sizes) -> tuple[jax.Array, jax.Array]:
     queries = pair.query[:, None] * sizes.bq + jnp.arange(sizes.bq)
     keys = pair.key[:, None] * sizes.bk + jnp.arange(sizes.bk)
     return queries[:, :, None], keys[:, None, :]
+
+
+def _placed_offsets(pair: _Step, places: tuple[jax.Array, jax.Array], sizes: _Sizes) -> jax.Array:
+    """[P, bq, bk]: the keys' positions minus the queries', of those given."""
+
+    def of(places: jax.Array, block: jax.Array, count: int, size: int) -> jax.Array:
+        padded = jnp.pad(places, ((0, 0), (0, count * size - places.shape[1])))
+        return padded.reshape(-1, count, size)[pair.batch, block]
+
+    queries = of(places[0], pair.query, sizes.nq, sizes.bq)
+    return of(places[1], pair.key, sizes.nk, sizes.bk)[:, None, :] - queries[:, :, None]
 
 
 def _visible(pair: _Step, keys: jax.Array, inputs: Inputs, sizes: _Sizes) -> jax.Array:

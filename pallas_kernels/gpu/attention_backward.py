@@ -22,6 +22,7 @@ from pallas_kernels.gpu.blocks import KeyBlocks, QueryBlocks
 from pallas_kernels.gpu.products import accumulate, product
 from pallas_kernels.gpu.shared_memory import Ring, matrix
 from pallas_kernels.gpu.tiles import HIDDEN, LOG2_E, ROWS, Refs, Tile, at, thin, zeros
+from pallas_kernels.gpu.visible_keys import VisibleKeys
 from pallas_kernels.gpu.warpgroups import launch, specialise
 
 
@@ -164,8 +165,7 @@ class _QueryGradient:
         return {
             "queries": matrix((computing, ROWS, size), dtype),
             "gradients": matrix((computing, ROWS, v_size), dtype),
-            "keys": Ring.scratch(matrix((blocks.key_stages, blocks.keys, size), dtype), computing),
-            "values": Ring.scratch(matrix((blocks.value_stages, blocks.keys, v_size), dtype), computing),
+            **VisibleKeys.scratch(blocks, size, v_size, dtype),
             "loaded": plgpu.Barrier(num_arrivals=2, num_barriers=computing),
         }
 
@@ -173,21 +173,10 @@ class _QueryGradient:
         """What a thread block does."""
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         block = dq.shape[1] // self.blocks.queries - 1 - lax.axis_index("block")
-        keys, values = Ring(*keys), Ring(*values)
-        steps = at(refs["count"], batch, head)[block]
-        visits = at(refs["visits"], batch, head).at[block]
+        seen = VisibleKeys.of(self.blocks, refs, batch, head, block, keys, values)
 
         def copy():
-            kv_head = lax.div(head, jnp.int32(self.group))
-
-            @pl.loop(0, steps)
-            def _(step):
-                rows = pl.ds((visits[step] >> 1) * self.blocks.keys, self.blocks.keys)
-                keys.fill(step, refs["k"].at[batch, rows, kv_head])
-                values.fill(step, refs["v"].at[batch, rows, kv_head])
-
-            keys.drain(steps)
-            values.drain(steps)
+            seen.copy(refs, batch, lax.div(head, jnp.int32(self.group)))
 
         def compute(warpgroup):
             tile = Tile(self.blocks.keys, 0, batch, head, block * self.blocks.queries + warpgroup * ROWS, 0)
@@ -199,22 +188,22 @@ class _QueryGradient:
             plgpu.barrier_wait(barrier)
 
             def step(number, total):
-                visit = visits[number]
-                here = dataclasses.replace(tile, key=(visit >> 1) * self.blocks.keys)
-                k = keys.wait(number)
+                visit = seen.visits[number]
+                here = dataclasses.replace(tile, key=seen.place(visit))
+                k = seen.keys.wait(number)
                 mine = warpgroup + self._zero(visit, widest=max(q.shape[-1], gradients.shape[-1]))
                 products = product(queries.at[mine], k.T)
                 weights = Weights.of(products, here, self.inputs, refs, per_query, whole=visit & 1)
-                d_weights = product(gradients.at[mine], values.wait(number).T)
-                values.free(number)
+                d_weights = product(gradients.at[mine], seen.values.wait(number).T)
+                seen.values.free(number)
                 d_scores = weights.score_gradient(d_weights, here, self.inputs, per_query)
                 if d_bias:
                     d_bias[0][batch, head, rows, pl.ds(here.key, self.blocks.keys)] = d_scores
                 total = accumulate(total, weights.product_gradient(d_scores, q.dtype), k, self.interpreted)
-                keys.free(number)
+                seen.keys.free(number)
                 return total
 
-            total = lax.fori_loop(0, steps, step, zeros((ROWS, q.shape[-1])))
+            total = lax.fori_loop(0, seen.steps, step, zeros((ROWS, q.shape[-1])))
             q[...] = (total * self.inputs.scale).astype(q.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, dq.at[batch, rows, head])

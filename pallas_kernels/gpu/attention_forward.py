@@ -17,8 +17,9 @@ from pallas_kernels.fused import Inputs
 from pallas_kernels.gpu import operands
 from pallas_kernels.gpu.blocks import QueryBlocks
 from pallas_kernels.gpu.products import accumulate, product
-from pallas_kernels.gpu.shared_memory import Ring, matrix
-from pallas_kernels.gpu.tiles import LOG2_E, LOWEST, ROWS, Refs, Tile, at, per_row, thin, zeros
+from pallas_kernels.gpu.shared_memory import matrix
+from pallas_kernels.gpu.tiles import LOG2_E, LOWEST, ROWS, Refs, Tile, per_row, thin, zeros
+from pallas_kernels.gpu.visible_keys import VisibleKeys
 from pallas_kernels.gpu.warpgroups import Turns, launch, specialise
 
 
@@ -74,8 +75,7 @@ class _Forward:
         blocks, computing = self.blocks, self.blocks.warpgroups
         return {
             "queries": matrix((computing, ROWS, size), dtype),
-            "keys": Ring.scratch(matrix((blocks.key_stages, blocks.keys, size), dtype), computing),
-            "values": Ring.scratch(matrix((blocks.value_stages, blocks.keys, v_size), dtype), computing),
+            **VisibleKeys.scratch(blocks, size, v_size, dtype),
             # An output of the queries' size takes their place.
             "result": None if v_size == size else matrix((computing, ROWS, v_size), dtype),
             "lse_result": plgpu.SMEM((computing, ROWS), jnp.float32),
@@ -88,21 +88,10 @@ class _Forward:
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         # Under a causal mask later queries see more keys: what takes longest starts first.
         block = out.shape[1] // self.blocks.queries - 1 - lax.axis_index("block")
-        keys, values, turns = Ring(*keys), Ring(*values), Turns(turns)
-        steps = at(refs["count"], batch, head)[block]
-        visits = at(refs["visits"], batch, head).at[block]
+        seen, turns = VisibleKeys.of(self.blocks, refs, batch, head, block, keys, values), Turns(turns)
 
         def copy():
-            kv_head = lax.div(head, jnp.int32(self.group))
-
-            @pl.loop(0, steps)
-            def _(step):
-                rows = pl.ds((visits[step] >> 1) * self.blocks.keys, self.blocks.keys)
-                keys.fill(step, refs["k"].at[batch, rows, kv_head])
-                values.fill(step, refs["v"].at[batch, rows, kv_head])
-
-            keys.drain(steps)
-            values.drain(steps)
+            seen.copy(refs, batch, lax.div(head, jnp.int32(self.group)))
 
         def compute(warpgroup):
             tile = Tile(self.blocks.keys, 0, batch, head, block * self.blocks.queries + warpgroup * ROWS, 0)
@@ -111,13 +100,13 @@ class _Forward:
             plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q, loaded.at[warpgroup])
             plgpu.barrier_wait(loaded.at[warpgroup])
             turns.begin(warpgroup)
-            total, maximum, normaliser = self._attend(refs, tile, q, keys, values, turns, steps, visits)
+            total, maximum, normaliser = self._attend(refs, tile, q, seen, turns)
             turns.end(warpgroup)
-            seen = normaliser > 0.0
-            share = jnp.where(seen, 1.0 / normaliser, 0.0)
+            sees = normaliser > 0.0
+            share = jnp.where(sees, 1.0 / normaliser, 0.0)
             mine = (queries if result is None else result).at[warpgroup]
             mine[...] = (total * lax.broadcast_in_dim(share, total.shape, [0])).astype(mine.dtype)
-            lse_result[warpgroup] = jnp.where(seen, maximum * (1.0 / LOG2_E) + jnp.log(normaliser), -jnp.inf)
+            lse_result[warpgroup] = jnp.where(sees, maximum * (1.0 / LOG2_E) + jnp.log(normaliser), -jnp.inf)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(mine, out.at[batch, rows, head])
             plgpu.copy_smem_to_gmem(lse_result.at[warpgroup], lse.at[batch, head, rows])
@@ -125,17 +114,17 @@ class _Forward:
 
         specialise(copy, compute, computing=self.blocks.warpgroups)
 
-    def _attend(self, refs: Refs, tile: Tile, q, keys: Ring, values: Ring, turns: Turns, steps, visits):
+    def _attend(self, refs: Refs, tile: Tile, q: jax.Ref, seen: VisibleKeys, turns: Turns):
         """Sum of weight * v [64, Dv], maximum (base 2) and sum of weights [64] of each query, by online softmax."""
         bounds = tile.bounds(refs)
         hashes = tile.hashes(refs) if "hashes" in refs else None
 
         def step(number, carry):
             total, maximum, normaliser = carry
-            visit = visits[number]
-            here = dataclasses.replace(tile, key=(visit >> 1) * self.blocks.keys)
-            products = product(q, keys.wait(number).T, meanwhile=turns.switch)
-            keys.free(number)
+            visit = seen.visits[number]
+            here = dataclasses.replace(tile, key=seen.place(visit))
+            products = product(q, seen.keys.wait(number).T, meanwhile=turns.switch)
+            seen.keys.free(number)
             scores, _ = here.scores(products, self.inputs, refs)
             scores = here.hide(scores, lambda: bounds, whole=visit & 1)
             highest = jnp.maximum(maximum, scores.max(axis=1))
@@ -145,11 +134,11 @@ class _Forward:
             rate = self.inputs.dropout_rate
             weights = thin(weights, None if hashes is None else here.keeps(hashes, refs, rate), rate)
             total = total * lax.broadcast_in_dim(shrink, total.shape, [0])
-            v = values.wait(number)
+            v = seen.values.wait(number)
             turns.switch()
             total = accumulate(total, weights.astype(q.dtype), v, self.interpreted)
-            values.free(number)
+            seen.values.free(number)
             return total, highest, normaliser
 
-        v_size = values.buffers.shape[-1]
-        return lax.fori_loop(0, steps, step, (zeros((ROWS, v_size)), per_row(LOWEST), per_row(0.0)))
+        v_size = seen.values.buffers.shape[-1]
+        return lax.fori_loop(0, seen.steps, step, (zeros((ROWS, v_size)), per_row(LOWEST), per_row(0.0)))

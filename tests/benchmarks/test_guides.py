@@ -2,10 +2,11 @@
 
 import pytest
 
-from benchmarks import memory_levers, plan, precision
+from benchmarks import decontamination, memory_levers, plan, precision
 from benchmarks.guides import DOCS, with_tables
 
 COPIES = {
+    "decontamination": ("data.md", decontamination.committed, "python -m benchmarks.decontamination"),
     "plan": ("scaling.md", plan.table, "python -m benchmarks.plan --only floor"),
     "memory_levers": ("memory_and_precision.md", memory_levers.committed, "python -m benchmarks.memory_levers --only"),
     "precision": ("memory_and_precision.md", precision.committed, "python -m benchmarks.precision"),

@@ -22,6 +22,7 @@ LEFT_OUT = {
 # Made by models and programs, never by a file.
 NOT_CONFIGURED = {
     "jaxlm.decoding.requests.Request",
+    "jaxlm.evaluation.subject.Subject",
     "jaxlm.layers.stacking.StackLayout",
     "jaxlm.parallel.pipeline.StackedLayers",
 }

@@ -1,11 +1,12 @@
 """The resolved text is complete: it is a gin file that makes the same configuration, and the same text, again."""
 
+import dataclasses
 import functools
 import sys
 
 import pytest
 
-from jaxlm.configuration import ConfigError, diff_from_defaults, resolve, resolve_text, resolved_text
+from jaxlm.configuration import ConfigError, diff_from_defaults, digest, resolve, resolve_text, resolved_text
 
 zoo = sys.modules["zoo"]
 
@@ -67,6 +68,19 @@ blocks_1/zoo.Block:
     activation = 'gelu'
 """
     )
+
+
+def test_a_digest_outlives_new_fields_that_are_none():
+    older = dataclasses.make_dataclass(
+        "Model",
+        [("vocabulary_size", int), ("blocks", tuple), ("kind", zoo.Kind)],
+        frozen=True,
+        module="zoo",
+    )
+    assert resolved_text(older(32, (), zoo.Kind.CAUSAL)) != resolved_text(zoo.Model(32))
+    assert digest(older(32, (), zoo.Kind.CAUSAL)) == digest(zoo.Model(32)) == digest(zoo.Model(32))
+    others = zoo.Model(33), zoo.Model(32, norm=zoo.Block()), zoo.Model(32, blocks=(zoo.Block(),))
+    assert len({digest(model) for model in (zoo.Model(32), *others)} | {digest(zoo.Model(32), "more")}) == 5
 
 
 def test_what_cannot_be_written_is_refused():

@@ -1,10 +1,12 @@
 """Prompted multitask data: pairs by template, rows that fail, T0's rates."""
 
+import dataclasses
 import logging
 
 import numpy as np
 import pytest
 
+from jaxlm.data.decontamination import Decontaminate, Windows
 from jaxlm.data.prompted import Prompted, PromptedSet, TemplateRate, prompted_mixture
 from jaxlm.data.prompts import Prompt, Prompts, PromptsourceTemplates
 from jaxlm.data.sources import InMemory, TextFiles
@@ -38,6 +40,64 @@ def test_a_few_rows_that_fail_are_said_and_left_out_and_many_are_an_error(caplog
         list(Prompted(SENTIMENT, "plain").stream([*many[:10], *[{"label": 1}] * 10]))
     with pytest.raises(ValueError, match=r"no template 'other'; there are \['plain'\]"):
         list(Prompted(SENTIMENT, "other").stream(ROWS))
+
+
+def test_rows_of_which_none_has_an_answer_are_an_error(caplog):
+    hidden = [{"text": "a", "label": -1}] * 20
+    with pytest.raises(
+        ValueError, match="'plain' gives no right answer for any of 20 rows of a shard; train on a split"
+    ):
+        list(Prompted(SENTIMENT, "plain").stream(hidden))
+    with caplog.at_level(logging.WARNING, "jaxlm.data"):
+        assert len(list(Prompted(SENTIMENT, "plain").stream([*hidden, {"text": "b", "label": 0}]))) == 1
+    assert "left out 20 of 21 rows without a right answer" in caplog.text
+
+
+def test_rows_that_fail_are_called_by_their_own_ids(caplog):
+    rows = [{"text": "a", "label": 1, "id": f"x{i}"} for i in range(200)]
+    del rows[120]["text"]
+    with caplog.at_level(logging.WARNING, "jaxlm.data"):
+        assert len(list(Prompted(SENTIMENT, "plain").stream(rows))) == 199
+    assert "row 120 (id 'x120')" in caplog.text
+
+
+def test_a_failing_template_stops_training_before_it_starts(tmp_path, monkeypatch):
+    """What a user sees: the sentence of the template, and no cache that lacks half of the rows."""
+    from jaxlm.architecture import Architecture
+    from jaxlm.data.config import DataConfig, Packing
+    from jaxlm.data.loader import build_loader
+    from jaxlm.objectives.supervised import Supervised
+
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path))
+
+    def load(rows):
+        sets = (PromptedSet("small", InMemory(tuple(rows)), SENTIMENT),)
+        data = DataConfig(prompted_mixture("m", sets, ByteVocabulary()), {"inputs": 24, "targets": 8}, Packing.PLAN)
+        return build_loader(data, objective=Supervised(), architecture=Architecture.PREFIX_DECODER, batch_size=2)
+
+    good = [{"text": f"row {i}", "label": i % 2} for i in range(150)]
+    with pytest.raises(ValueError, match=r"The template 'plain' fails on 2 of 150 rows of a shard \(row 3: .*text"):
+        load([{"label": 1} if i in (3, 4) else row for i, row in enumerate(good)])
+    loader = load([{"label": 1} if i == 3 else row for i, row in enumerate(good)])
+    batch = next(loader)
+    loader.close()
+    targets = batch["decoder_target_tokens"][batch["decoder_loss_weights"] > 0].tolist()
+    text = loader.vocabulary.decode(targets)
+    assert not text.replace("yes", "").replace("no", "")
+    assert targets.count(1) == batch["decoder_segment_ids"].max(axis=1).sum()  # an end for each answer
+
+
+def test_decontamination_is_a_step_behind_the_templates():
+    """An answer and its question are judged as they are trained on."""
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    evaluation = InMemory((f"something else, {words}?",))
+    sets = (PromptedSet("s", InMemory(({"text": words, "label": 1}, {"text": "other", "label": 0})), SENTIMENT),)
+    step = Decontaminate({"evaluation": evaluation}, split="train")
+    (task,) = prompted_mixture("m", sets, ByteVocabulary(), decontaminate=step).tasks()
+    assert list(task.texts(sets[0].source.train)) == [{"inputs": "other?", "targets": "no"}]
+    windows = dataclasses.replace(step, windows=Windows())
+    with pytest.raises(ValueError, match="a pair that is hit goes as a whole"):
+        prompted_mixture("m", sets, ByteVocabulary(), decontaminate=windows)
 
 
 def test_a_mixture_has_a_task_for_each_template_at_t0s_rates():

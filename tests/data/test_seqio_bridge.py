@@ -1,5 +1,7 @@
 """The bridge: seqio's tasks are trainable here, ours there, and both make the same batches of the same examples."""
 
+import dataclasses
+import itertools
 import json
 import sys
 
@@ -14,6 +16,8 @@ from jaxlm.data import seqio_bridge, task_cache, tasks  # noqa: E402
 from jaxlm.data.cache import open_cache  # noqa: E402
 from jaxlm.data.converters import feature_converter  # noqa: E402
 from jaxlm.data.loader import DataConfig, build_loader  # noqa: E402
+from jaxlm.data.prompted import PromptedSet, prompted_mixture  # noqa: E402
+from jaxlm.data.prompts import Prompt, Prompts  # noqa: E402
 from jaxlm.data.sources import InMemory  # noqa: E402
 from jaxlm.data.vocabularies import ByteVocabulary, SentencePieceVocabulary  # noqa: E402
 from jaxlm.objectives.base import Example  # noqa: E402
@@ -362,6 +366,76 @@ def test_our_tasks_and_mixtures_are_in_seqios_registries(ours):
         {"bridge_ours": 1 / 11, "bridge_ours_2": 10 / 11}
     )
     assert seqio_bridge.wrap("bridge_ours").output_features["targets"].vocabulary == v  # and back
+
+
+@dataclasses.dataclass(frozen=True)
+class Several(Prompts):
+    """Several ways to ask."""
+
+    prompts: tuple[Prompt, ...]
+
+    def templates(self):
+        return self.prompts
+
+
+def test_a_prompted_mixture_is_seqios_too():
+    """Templates by data sets become tasks under names that seqio allows, at T0's rates, with pairs as they train."""
+    sizes = {"small": 30, "large": 80}
+    prompts = (
+        Prompt(name="is it?", context="{{ text }}?", choices='["no", "yes"]', gold="label"),
+        Prompt(name="tell-me", context="Tell: {{ text }}", choices='["no", "yes"]', gold="label"),
+    )
+    sets = tuple(
+        PromptedSet(
+            f"bridge_{name}",
+            InMemory(tuple({"text": f"{name} {i}", "label": i % 2} for i in range(n))),
+            Several(prompts),
+        )
+        for name, n in sizes.items()
+    )
+    mixture = tasks.register(prompted_mixture("bridge_prompted", sets, ByteVocabulary(), cap=50))
+    found = seqio_bridge.register_with_seqio(["bridge_prompted"], objective=Supervised(), splits=("train",))
+    names = {
+        f"bridge_{name}/{prompt.name}": f"bridge_{name}_{theirs}"
+        for name in sizes
+        for prompt, theirs in zip(prompts, ("is_it_", "tell_me"))
+    }
+    assert found == sorted([*names.values(), "bridge_prompted"])
+    provider = seqio.get_mixture_or_task("bridge_prompted")
+    # 30 and 30 of the small one, 50 // 2 each of the one above the cap.
+    expected = {"bridge_small": 30 / 110, "bridge_large": 25 / 110}
+    rates = {task.name: provider.get_rate(task) for task in provider.tasks}
+    assert rates == pytest.approx({theirs: expected[ours.split("/")[0]] for ours, theirs in names.items()})
+    assert {task.name for task in mixture.tasks()} == set(names)
+    dataset = seqio.get_dataset(
+        "bridge_small_tell_me",
+        task_feature_lengths={"inputs": 64, "targets": 8},
+        dataset_split="train",
+        shuffle=False,
+        feature_converter=seqio.EncDecFeatureConverter(pack=False),
+    )
+    v, (first, *_) = ByteVocabulary(), dataset.as_numpy_iterator()
+    assert v.decode(first["encoder_input_tokens"]) == "Tell: small 0"
+    assert first["decoder_target_tokens"].tolist() == [*v.encode("no").tolist(), 1, 0, 0, 0, 0, 0]
+    assert first["decoder_loss_weights"].sum() == 3
+    batches = seqio.get_dataset(
+        "bridge_prompted",
+        task_feature_lengths={"inputs": 64, "targets": 8},
+        dataset_split="train",
+        shuffle=True,
+        seed=0,
+        feature_converter=seqio.EncDecFeatureConverter(pack=True),
+    )
+    texts = {v.decode(row["decoder_target_tokens"]) for row in itertools.islice(batches.as_numpy_iterator(), 20)}
+    assert all(not text.replace("yes", "").replace("no", "") for text in texts)
+
+
+def test_names_that_become_one_are_refused():
+    pairs = InMemory(({"inputs": "a", "targets": "b"},))
+    for name in ("bridge one", "bridge-one"):
+        tasks.register(tasks.pairs_task(name, pairs, ByteVocabulary()))
+    with pytest.raises(ValueError, match="'bridge one' and 'bridge-one' have the same name in seqio, 'bridge_one'"):
+        seqio_bridge.register_with_seqio(["bridge one", "bridge-one"])
 
 
 def test_rates_that_change_over_training_are_refused(ours):

@@ -173,8 +173,9 @@ def test_rows_hold_no_more_columns_than_padding_would():
         taken[row, start : start + length] += 1
     assert taken.max() == 1 and taken.sum() == sum(sizes)
     assert np.array_equal(features["segment_ids"] > 0, taken > 0)
-    rows = [len(pack([[1] * 16] * count, count, 16)[1]["positions"]) for count in (1, 2, 3, 4, 5, 7, 9, 13, 17)]
-    assert rows == [1, 2, 3, 4, 6, 8, 12, 16, 24]
+    rows = [len(pack([[1] * 16] * count, count, 16)[1]["positions"]) for count in (1, 5, 16, 17, 19, 33, 36)]
+    assert rows == [1, 5, 16, 18, 20, 36, 36]  # few empty ones, and few different numbers
+    assert len(pack([[1] * 16] * 17, 17, 16, parts=4)[1]["positions"]) == 20
 
 
 def test_changed_parameters_compile_nothing(config, build):

@@ -1,6 +1,7 @@
 """The engine: the same tokens whatever the batch, the slots and the order, and one compile for each shape."""
 
 import dataclasses
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +67,17 @@ def test_the_same_tokens_whatever_the_batch_the_slots_and_the_order(model, answe
     )
     assert again[0].tokens.tolist() == answers[0].tokens.tolist()  # greedy
     assert again[1].tokens.tolist() != answers[1].tokens.tolist()  # another sample
+
+
+def test_a_step_of_one_slot_copies_no_cache(model):
+    """Tokens are written where they belong; a copy of the caches for each would cost more than attention."""
+    engine = Engine(model, EngineConfig(slots=1, steps=4))
+    engine.generate(REQUESTS[:1])
+    arguments = (model.params, engine._slots, np.ones(1, bool), engine._drawable, np.bool_(False))
+    text = engine._programs.run.lower(*arguments).compile().as_text()
+    for keys in (block.attention.keys.values for block in engine._slots.caches.blocks):
+        shape = ",".join(map(str, keys.shape))
+        assert f"f32[{shape}]" in text and not re.search(rf"f32\[{shape}\]\S* copy\(", text)
 
 
 def test_a_text_ends_at_its_own_stop_alone(model, answers):

@@ -63,6 +63,17 @@ def test_greedy_and_a_cache_of_8_bits(ask):
     assert 0 < max(differences) < 0.1
 
 
+def test_gaps_are_filled(ask):
+    """A span for each gap, in its place, and another for each sample; what is no gap is as it was."""
+    status, out, _ = ask("a<extra_id_0>b<extra_id_1>c", "--infill", "--samples=2")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert status == ExitStatus.FINISHED and [line["sample"] for line in lines] == [0, 1]
+    for line in lines:
+        first, second = line["spans"]
+        assert line["text"] == f"a{first}b{second}c" and line["finish"] in ("stop", "length")
+    assert lines[0]["spans"] != lines[1]["spans"]
+
+
 def test_a_conversation(ask):
     """Answers as they come, until an empty line; one that is too long is said and forgotten."""
     status, out, err = ask("--chat", stdin="x" * 40 + "\nhi\n\nnot read\n")
@@ -96,6 +107,8 @@ def test_a_chat_template_in_its_sandbox(tmp_path):
         (["a", "--cache=int4"], 2, "there are compute and int8"),
         (["a", "--mesh=tensor"], 1, "write axes of .* as tensor:4,fsdp:2"),
         (["--file=/nowhere/prompts.txt"], 1, "/nowhere/prompts.txt"),
+        (["no gap", "--infill"], 1, "gaps of 'no gap' must be marked by sentinels"),
+        (["--chat", "--infill"], 2, "--chat and --infill are two ways to write"),
     ],
 )
 def test_bad_input_is_one_sentence(ask, arguments, status, sentence):

@@ -19,7 +19,9 @@ from jaxlm.models.language_model import LanguageModel
 ROPE = Rope()
 
 
-def make_model(architecture, *, position=ROPE, embedded=None, window=None, recurrent=False, vocab_size=40, seed=0):
+def make_model(
+    architecture, *, position=ROPE, shared=None, embedded=None, window=None, recurrent=False, vocab_size=40, seed=0
+):
     """Two layers of width 16 whose random logits are far apart."""
     attention = AttentionConfig(num_heads=2, head_dim=8, position=None if embedded else position, window=window)
     cross = AttentionConfig(num_heads=2, head_dim=8)
@@ -29,7 +31,7 @@ def make_model(architecture, *, position=ROPE, embedded=None, window=None, recur
         block = BlockConfig(attention=attention, **crossing, **parts)
         if recurrent:
             block = MambaBlockConfig(mixer=MambaConfig(inner=32, step_rank=2, state=4), norm=NormConfig())
-        return StackConfig(blocks=(block,), num_layers=2, final_norm=NormConfig())
+        return StackConfig(blocks=(block,), num_layers=2, relative_positions=shared, final_norm=NormConfig())
 
     both = architecture is Architecture.ENCODER_DECODER
     config = LanguageModelConfig(

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxlm.architecture import Architecture
 from jaxlm.evaluation import scoring
 from jaxlm.evaluation.scoring import Request, Scorer, ScoringConfig
-from jaxlm.layers.positions import LearnedPositions
+from jaxlm.layers.positions import Alibi, LearnedPositions
 from tests.evaluation.models import T5_TABLE, make_model
 
 CAUSAL, PREFIX = Architecture.CAUSAL_DECODER, Architecture.PREFIX_DECODER
@@ -80,11 +80,13 @@ MODELS = {
     "causal": (CAUSAL, {}, True),
     "causal without start": (CAUSAL, {"start": None}, True),
     "causal, learned positions": (CAUSAL, {"embedded": LearnedPositions(48)}, True),
-    "causal, T5's table": (CAUSAL, {"position": T5_TABLE}, False),
+    "causal, T5's table": (CAUSAL, {"position": T5_TABLE}, True),
+    "causal, a table for all layers": (CAUSAL, {"position": None, "shared": T5_TABLE}, True),
+    "causal, ALiBi": (CAUSAL, {"position": Alibi()}, True),
     "causal, window": (CAUSAL, {"window": (4, 0)}, False),
     "causal, recurrent": (CAUSAL, {"recurrent": True}, False),
     "prefix": (PREFIX, {}, True),
-    "prefix, T5's table": (PREFIX, {"position": T5_TABLE}, False),
+    "prefix, T5's table": (PREFIX, {"position": T5_TABLE}, True),
     "encoder-decoder": (BOTH, {"position": T5_TABLE}, True),
     "encoder": (ENCODER, {}, False),
 }

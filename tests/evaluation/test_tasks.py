@@ -84,13 +84,15 @@ def test_rank_classification(model, make_task):
     measure = RankClassification(primary="accuracy_calibrated", unconditional="Answer:")
     result, records, _ = run(make_task(measure=measure, group="kind"), model)
     expected = {name: [] for name in ("accuracy", "accuracy_per_token", "accuracy_per_byte", "accuracy_calibrated")}
+    bits, size = 0.0, 0
     for row, record in zip(ROWS, records, strict=True):
         totals = [likelihood(model, row["q"], option) for option in row["options"]]
         alone = [likelihood(model, "Answer:", option) for option in row["options"]]
         np.testing.assert_allclose(record["log_likelihoods"], totals, atol=1e-4)
         np.testing.assert_allclose(record["unconditional"], alone, atol=1e-4)
         sizes = [len(option) for option in row["options"]]
-        tokens = [1 + size for size in sizes]  # bytes, and the space before them
+        bits, size = bits - totals[row["label"]] / np.log(2), size + sizes[row["label"]]
+        tokens = [1 + length for length in sizes]  # bytes, and the space before them
         for name, values in (
             ("accuracy", totals),
             ("accuracy_per_token", np.divide(totals, tokens)),
@@ -100,6 +102,7 @@ def test_rank_classification(model, make_task):
             expected[name].append(int(np.argmax(values)) == row["label"])
     for name, right in expected.items():
         assert result.metrics[name].value == np.mean(right)
+    assert result.metrics["gold_bits_per_byte"].value == pytest.approx(bits / size, rel=1e-4)
     chosen = "accuracy_calibrated"
     assert result.groups["sky"][chosen].value == np.mean([expected[chosen][0], expected[chosen][2]])
     assert (result.chance, result.rows, result.questions) == (0.5, 4, 4)

@@ -131,6 +131,8 @@ SENTENCES = {
     "gke --name=x --image=i --claim=c --type=v4 --topology=4x4": "--type is 'v4'; there are v5e, v5p, v6e and tpu7x",
     "gke --name=x --image=i --claim=c --type=v6e --topology=3x3": "has 9 chips, not a multiple of 4 a host",
     "slurm --nodes=two --gpu=h100": "--nodes is 'two'; it is a number",
+    "slurm --nodes=2 --gpu=h100 --cell=x": "a cell of a study runs on one node",
+    "gke --name=x --image=i --claim=c --type=v6e --topology=4x4 --cell=x": "1 x 4x4 has 4 hosts of 4 chips",
     "slurm --nodes=2 --gpu=a100": "--gpu is 'a100'; there are compiler flags for h100 and h200",
     "gpu_node": "needs --gpu=...",
 }

@@ -26,9 +26,10 @@ def turned(config, x, positions):
     return np.asarray(rotate(jnp.asarray(x, jnp.float32), rotation(config, jnp.asarray(positions), x.shape[-1])))
 
 
-@pytest.mark.parametrize("fraction", [1.0, 0.5])
-def test_scores_depend_on_distance_alone(fraction):
-    config = Rope(fraction=fraction)
+@pytest.mark.parametrize(("fraction", "base"), [(1.0, 1e4), (0.5, 1e4), (1.0, 5e6)])
+def test_scores_depend_on_distance_alone(fraction, base):
+    """For any base (yi: contexts are extended by raising it)."""
+    config = Rope(fraction=fraction, base=base)
     q, k = RNG.normal(size=(1, 1, 2, D)), RNG.normal(size=(1, 1, 2, D))
 
     def score(at_q, at_k):

@@ -14,6 +14,7 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "models"
 PUBLISHED = {
     "bert/base": 109_514_298,  # with the masked-LM head, without the pooler
     "bert/large": 335_174_458,
+    "bert/small": 28_795_194,
     "gemma2/2b": 2_614_341_888,
     "gemma2/9b": 9_241_705_984,
     "gemma2/27b": 27_227_128_320,
@@ -65,6 +66,25 @@ def test_bert_with_pooler_and_without_head(name, count):
     """The numbers usually quoted for BERT."""
     config = preset(f"bert/{name}", "LanguageModelConfig.pooler=True")
     assert count_parameters(config, where=lambda path: path[0] != "vocabulary_head") == count
+
+
+def test_the_24_miniatures_of_bert():
+    """well_read_students (i): counts are the closed form's, which gives the numbers usually quoted for known sizes."""
+
+    def closed_form(layers, width, head):
+        embedding = (30_522 + 512 + 2) * width + 2 * width
+        layer = 4 * (width**2 + width) + 8 * width**2 + 5 * width + 4 * width
+        # A dense transform and its norm and the bias of the output; or the pooler of a classifier.
+        top = width**2 + 3 * width + 30_522 if head else width**2 + width
+        return embedding + layers * layer + top
+
+    quoted = {(2, 128): 4_385_920, (4, 256): 11_170_560, (4, 512): 28_763_648, (8, 512): 41_373_184}
+    assert {size: closed_form(*size, head=False) for size in quoted} == quoted
+    assert closed_form(12, 768, head=True) == PUBLISHED["bert/base"]
+    for layers in range(2, 13, 2):
+        for width in (128, 256, 512, 768):
+            sizes = (f"NUM_LAYERS={layers}", f"WIDTH={width}", f"NUM_HEADS={width // 64}", f"HIDDEN={4 * width}")
+            assert count_parameters(preset("bert/small", *sizes)) == closed_form(layers, width, head=True)
 
 
 def test_deberta_without_head():

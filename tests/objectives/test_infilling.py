@@ -5,7 +5,9 @@ import objective_zoo as zoo
 import pytest
 
 from jaxlm.objectives.codegen2 import CodeGen2
+from jaxlm.objectives.full_lm import FullLM
 from jaxlm.objectives.infilling import Infilling
+from jaxlm.objectives.mixture import Mixture
 
 PRE, SUF, MID = (zoo.NAMED[f"<fim_{part}>"] for part in ("prefix", "suffix", "middle"))
 SEP, EOM, EOS = zoo.NAMED["<sep>"], zoo.NAMED["<eom>"], zoo.VOCABULARY.eos_id
@@ -95,6 +97,18 @@ def test_codegen2_without_an_end_of_document():
 def test_codegen2_rate():
     rows = [corrupt(CodeGen2(), np.tile(DOCUMENT[:-1], 5), seed) for seed in range(2000)]
     assert np.mean([SEP in row for row in rows]) == pytest.approx(0.5, abs=0.04)
+
+
+def test_rates_of_0_and_1_are_the_pure_objectives():
+    """codegen2 (ii): none infilled is language modelling; a mixture's weight of 0 leaves the other's examples."""
+    text = np.tile(DOCUMENT, 3)
+    always = CodeGen2(infill_rate=1.0, noise_density=0.4)
+    for seed in range(20):
+        assert corrupt(CodeGen2(infill_rate=0.0), text, seed).tolist() == corrupt(FullLM(), text, seed).tolist()
+        for k, pure in enumerate((FullLM(), always)):
+            mixture = Mixture((FullLM(), always), weights=tuple(float(i == k) for i in range(2)))
+            assert corrupt(mixture, text, seed).tolist() == corrupt(pure, text, seed).tolist()
+        assert (corrupt(always, text, seed) == SEP).sum() == 3
 
 
 def test_bad_settings():

@@ -73,6 +73,12 @@ def test_mean_span_length_and_density():
     )  # 50 starts, 49 ends before the last
 
 
+def test_counts_are_float32s_as_t5s():
+    """0.15 of 190 tokens is a half in float64, and a little more in T5's float32."""
+    assert noise_counts(190, 0.15, 3.0) == (29, 10)
+    assert noise_counts(30, 0.15, 3.0) == (4, 1)  # a half in both, to even
+
+
 def test_too_few_sentinels():
     vocabulary = VocabularyInfo(size=100, sentinel_ids=(99, 98))
     with pytest.raises(ValueError, match="needs 5 sentinels for a text of 100 tokens, the vocabulary has 2; add"):

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import dropout, masks
 from pallas_kernels.attention import Origin, attention, attention_gradients
-from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias
+from pallas_kernels.biases import AlibiBias, DenseBias, PlacedBias, RelativeBias
 
 B, TQ, TK, D, DV = 2, 6, 8, 4, 3
 
@@ -207,11 +207,32 @@ def test_shapes_that_do_not_fit(change, message):
         attention(*change(*arrays()), mask=masks.Full())
 
 
+PLACES = np.random.default_rng(3).integers(0, 40, (2, TQ)), np.random.default_rng(4).integers(0, 40, (2, TK))
+
+
+@pytest.mark.parametrize("backend", ["xla", "xla_chunked", "xla_blocks", "pallas_tpu"])
+@pytest.mark.parametrize("kind", ["relative", "alibi"])
+def test_biases_by_given_positions(backend, kind):
+    table = jnp.asarray(BIAS[0, :, :, 0].T)
+    bias = PlacedBias(RelativeBias(table, 20) if kind == "relative" else AlibiBias(table[0]), *PLACES)
+    expected = attention(*arrays(), mask=masks.Full(), bias=DenseBias(bias.dense(TQ, TK)), backend="xla")
+    found = attention(*arrays(), mask=masks.Full(), bias=bias, backend=backend)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    def loss(q, bias, backend):
+        return jnp.sum(attention(q, *arrays()[1:], mask=masks.Full(), bias=bias, backend=backend) ** 2)
+
+    gradient = jax.grad(loss)(arrays()[0], bias, backend)  # of all else there are gradients as ever
+    np.testing.assert_allclose(gradient, jax.grad(loss)(arrays()[0], DenseBias(bias.dense(TQ, TK)), "xla"), atol=1e-4)
+    assert np.abs(found - attention(*arrays(), mask=masks.Full(), backend=backend)).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda x: x[:, :, :1, :1], r"gradient was asked for of an array .* DenseBias\(array, differentiable=True\)"),
         (lambda x: AlibiBias(x[0, :, 0, 0]), "gradient was asked for of AlibiBias.slopes, which are constants"),
+        (lambda x: PlacedBias(RelativeBias(x[0, :, :4, 0]), *PLACES), "gradient was asked for of a PlacedBias"),
     ],
 )
 def test_gradients_that_kernels_do_not_compute_are_errors(make, message):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.biases import AlibiBias, DenseBias, RelativeBias, relative_buckets
+from pallas_kernels.biases import AlibiBias, DenseBias, PlacedBias, RelativeBias, relative_buckets
 
 
 def bucket(offset, buckets, max_distance, bidirectional):
@@ -65,13 +65,16 @@ def test_alibi_is_minus_slope_times_distance():
     np.testing.assert_array_equal(AlibiBias(np.array([0.5, 0.25])).dense(2, 4, jnp.int32(1)), bias[:, :, 1:])
 
 
-@pytest.mark.parametrize("kind", ["relative", "alibi", "dense"])
+@pytest.mark.parametrize("kind", ["relative", "alibi", "placed", "dense"])
 def test_a_part_is_the_bias_of_these_queries_and_keys(kind):
     """Starts are traced, as on a device that knows only then which part it has; slices of the part are right too."""
     rng, tq, tk = np.random.default_rng(0), 9, 11
     bias = {
         "relative": RelativeBias(jnp.asarray(rng.normal(size=(8, 2)), jnp.float32), 6, True),
         "alibi": AlibiBias(np.array([0.5, 0.25], np.float32)),
+        "placed": PlacedBias(
+            AlibiBias(np.array([0.5, 0.25], np.float32)), rng.integers(0, 20, (1, tq)), rng.integers(0, 20, (1, tk))
+        ),
         "dense": DenseBias(jnp.asarray(rng.normal(size=(2, tq, tk)), jnp.float32)),
     }[kind]
     whole = np.broadcast_to(np.asarray(bias.dense(tq, tk)), (1, 2, tq, tk))
@@ -86,3 +89,17 @@ def test_a_part_is_the_bias_of_these_queries_and_keys(kind):
         among = whole[:, :, query : query + 4, key : key + 3]
         for found, expected in zip(cut(query, key), (among, among[:, :, 1:3])):
             np.testing.assert_allclose(np.broadcast_to(found, expected.shape), expected, rtol=1e-6)
+
+
+def test_a_placed_bias_goes_by_positions():
+    """Tokens of two texts behind one beginning: each has the bias that it has in its text alone."""
+    bias = RelativeBias(jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)), jnp.float32), 6, True)
+    texts = np.arange(7), np.array([0, 1, 2, 7, 8, 9])  # columns of a beginning of 3 with each of its ends
+    positions = np.array([0, 1, 2, 3, 4, 5, 6, 3, 4, 5])[None]
+    placed = np.asarray(PlacedBias(bias, positions, positions).dense(10, 10))
+    for columns in texts:
+        expected = bias.dense(len(columns), len(columns))
+        np.testing.assert_array_equal(placed[:, :, columns][:, :, :, columns], expected)
+    assert not np.array_equal(placed, bias.dense(10, 10))
+    with pytest.raises(ValueError, match=r"PlacedBias.keys must be positions \[B, T\] = \[1, 9\], got \[1, 10\]"):
+        PlacedBias(bias, positions, positions).check(1, 2, 10, 9)

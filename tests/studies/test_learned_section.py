@@ -26,7 +26,7 @@ def result(validation, test, chosen, *, how="finetuning", diverged=False):
 
 
 def run(cell, seed, scores, leg="pretrain"):
-    return Run({"causal": cell}, leg, None, seed, {}, scores)
+    return Run({"causal": cell}, leg, None, seed, {}, {"labels": scores})
 
 
 def test_the_table_has_every_rate_the_choice_and_both_spreads(tmp_path):
@@ -37,7 +37,7 @@ def test_the_table_has_every_rate_the_choice_and_both_spreads(tmp_path):
         run("100%", 0, {"sentiment": result({1e-3: 0.1, 1e-2: 0.2}, 0.1, 1e-2)}, leg="continued"),
         run("100%", 1, {"hellaswag": {"primary": "accuracy", "metrics": {"accuracy": {"value": 0.3}}, "chance": 0.25}}),
     ]
-    text = learned_section("pretrain", runs, tmp_path)
+    text = learned_section("pretrain", "labels", runs, tmp_path)
     assert "**sentiment** (finetuning): accuracy, by learning rate." in text and "hellaswag" not in text
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "%" in line[:8]]
     # Mean over seeds of a model is 0.05 above its first; then over models.
@@ -49,13 +49,13 @@ def test_the_table_has_every_rate_the_choice_and_both_spreads(tmp_path):
 
 
 def test_legs_without_learnt_tasks_have_no_section(tmp_path):
-    assert learned_section("pretrain", [run("0%", 0, {})], tmp_path) == ""
+    assert learned_section("pretrain", "labels", [run("0%", 0, {})], tmp_path) == ""
     assert not list(tmp_path.iterdir())
 
 
 def test_a_probe_of_one_model_has_no_interval(tmp_path):
     probe = result({0.1: 0.4, 1.0: 0.6}, 0.5, 1.0, how="probe") | {"spread": None}
-    text = learned_section("pretrain", [run("0%", 0, {"words": probe})], tmp_path)
+    text = learned_section("pretrain", "labels", [run("0%", 0, {"words": probe})], tmp_path)
     (row,) = (line for line in text.splitlines() if line.startswith("| 0%"))
     assert row.split("|")[5].strip() == "0.5000" and row.split("|")[6].strip() == ""
     assert pytest.approx(0.65) == float(row.split("|")[3])

@@ -1,5 +1,6 @@
 """Every run of every shipped study resolves, and costs what its head says."""
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -8,7 +9,7 @@ from jaxlm.architecture import Architecture
 from jaxlm.configuration import resolve, resolved_text
 from jaxlm.layers.parameters import Scaling
 from jaxlm.studies.config import StudyConfig
-from jaxlm.studies.jobs import expand, label_of, resolved, size_of, steps_for
+from jaxlm.studies.jobs import ENDLESS, expand, label_of, resolved, size_of, steps_for
 
 STUDIES = sorted((pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "studies").glob("*.gin"))
 # A ladder's tokens are one of its factors, and clm_then_mlm's legs share a number of steps.
@@ -21,11 +22,11 @@ def test_budgets_match_over_all_cells(file):
     rows = {}
     for cell in study.cells:
         for leg in study.legs_of(cell):
-            settings = (*study.settings_of(cell, leg), "RunConfig.train_steps = 1")
+            settings = (*study.settings_of(cell, leg), ENDLESS)
             if leg.tune is not None:
                 settings = (*settings, f"{leg.tune.binding} = {leg.tune.values[0]}")
             run = resolved(settings)
-            one = size_of(run)
+            one = size_of(dataclasses.replace(run, train_steps=1, stages=()))
             rows[label_of(cell), leg.name] = steps_for(run, leg.budget) * one.tokens, run, one
     by_leg = {}
     for (_, leg), (tokens, _, one) in rows.items():
@@ -93,6 +94,38 @@ def test_the_ladder_is_what_its_levels_say_and_under_mup():
         widths.append((run.model.width, run.model.parametrization.base_width))
     assert {base for _, base in widths} == {min(width for width, _ in widths)}
     assert len({width for width, _ in widths}) == 4 and len(study.cells) == 16
+
+
+class Nothing:
+    """No run is finished."""
+
+    def is_finished(self, job):
+        return False
+
+    def value(self, job, seed, metric):
+        return None
+
+
+def test_an_unbalanced_model_starts_from_two_legs():
+    """Runs beside a leg's own parent: they come first, a run is known by theirs, and each seed has its own folder."""
+    (file,) = (path for path in STUDIES if path.stem == "t5gemma")
+    jobs = {}
+    for rate in (1e-2, 2e-2):
+        settings = f"('gin_configs/studies/parts/t5gemma.gin', 'LEARNING_RATE = {rate}')"
+        study = resolve(StudyConfig, [f"--gin_file={file}", f"--gin.StudyConfig.settings={settings}"])
+        plan = expand(study, Nothing())
+        jobs[rate] = {cell["start"]: job for cell, leg, job in plan.of_cells if leg.name == "encoder_decoder"}
+    unbalanced, copied = (jobs[1e-2][start] for start in ("unbalanced, random, alone first", "copied"))
+    assert [job.leg.name for job in unbalanced.needs] == ["decoder", "larger_decoder"]
+    assert [job.leg.name for job in copied.needs] == ["decoder"] and not jobs[1e-2]["scratch"].needs
+    folders = {job.address: pathlib.Path("/there") / job.leg.name for job in (unbalanced, copied, *unbalanced.needs)}
+    start = unbalanced.configuration(1, folders).warm_start
+    assert (start.path, start.rules[0].encoder_path) == ("/there/decoder", "/there/larger_decoder")
+    assert copied.configuration(1, folders).warm_start.rules[0].encoder_path is None
+    assert unbalanced.address != jobs[2e-2]["unbalanced, random, alone first"].address
+    stages = unbalanced.run.phases
+    assert (stages[0].end, stages[-1].end) == (15, unbalanced.run.train_steps)
+    assert unbalanced.run.model.width_of("encoder") > unbalanced.run.model.width
 
 
 def test_clm_then_mlm_spends_the_same_on_every_cell():

@@ -20,25 +20,7 @@ from jaxlm.studies.store import Store
 ROWS = "TASK_FEATURE_LENGTHS = {'targets': 32}"
 STUDY = """
 from __gin__ import dynamic_registration
-from jaxlm.evaluation import measures
-from jaxlm.data import prompts
-from jaxlm.evaluation import suite
-from jaxlm.evaluation import tasks
 from jaxlm.studies import config
-
-include 'gin_configs/evaluation/suite.gin'
-
-EVALUATION_DATA = '{tasks}'
-TASKS = [@tasks.EvaluationTask()]
-tasks.EvaluationTask.name = 'words'
-tasks.EvaluationTask.source = @tasks.rows_in()
-tasks.EvaluationTask.prompts = [@prompts.Prompt()]
-tasks.EvaluationTask.measure = @measures.RankClassification()
-tasks.rows_in.folder = %EVALUATION_DATA
-tasks.rows_in.validation = 'words.jsonl'
-prompts.Prompt.context = '{{{{ text }}}}'
-prompts.Prompt.choices = '["x", "qq"]'
-prompts.Prompt.gold = 'gold'
 
 LOST = {lost!r}
 
@@ -56,11 +38,12 @@ config.StudyConfig:
     legs = (@pretrain/config.Leg(), @adapt/config.Leg(), @longer/config.Leg())
     seeds = (0, 1)
     matches = (@config.Match(),)
+    findings = (@config.Finding(),)
 pretrain/config.Leg:
     name = 'pretrain'
     budget = @config.Budget()
     tune = @config.Tune()
-    evaluation = @suite.EvaluationConfig()
+    evaluations = {{'zero-shot': ('{tasks}/words.gin',)}}
 adapt/config.Leg:
     name = 'adapt'
     after = 'pretrain'
@@ -80,6 +63,30 @@ config.Tune.values = (1e-3, 1e-2)
 config.Match.name = 'adaptation'
 config.Match.adapted = {{'leg': 'adapt'}}
 config.Match.scratch = {{'leg': 'pretrain', 'objective': 'language'}}
+config.Finding.name = 'spans make xs likelier'
+config.Finding.less = {{'leg': 'pretrain', 'objective': 'spans'}}
+config.Finding.more = {{'leg': 'pretrain', 'objective': 'language'}}
+config.Finding.metric = 'zero-shot/words/gold_nll'
+"""
+WORDS = """
+from __gin__ import dynamic_registration
+from jaxlm.evaluation import measures
+from jaxlm.data import prompts
+from jaxlm.evaluation import tasks
+
+include 'gin_configs/evaluation/suite.gin'
+
+EVALUATION_DATA = '{folder}'
+TASKS = [@tasks.EvaluationTask()]
+tasks.EvaluationTask.name = 'words'
+tasks.EvaluationTask.source = @tasks.rows_in()
+tasks.EvaluationTask.prompts = [@prompts.Prompt()]
+tasks.EvaluationTask.measure = @measures.RankClassification()
+tasks.rows_in.folder = %EVALUATION_DATA
+tasks.rows_in.validation = 'words.jsonl'
+prompts.Prompt.context = '{{{{ text }}}}'
+prompts.Prompt.choices = '["x", "qq"]'
+prompts.Prompt.gold = 'gold'
 """
 
 
@@ -105,6 +112,7 @@ def write(workshop):
 
     rows = [json.dumps({"text": f"{word} ", "gold": i % 2}) for i, word in enumerate(["ab", "cd", "ef", "gh"])]
     (workshop.folder / "words.jsonl").write_text("\n".join(rows) + "\n")
+    (workshop.folder / "words.gin").write_text(WORDS.format(folder=workshop.folder))
 
     def write(lost):
         gin = workshop.folder / "study.gin"
@@ -176,6 +184,9 @@ def test_the_report_has_intervals_curves_trials_and_matches(study):
         "LEARNING_RATE for pretrain",
         "Tokens to the same loss",
         "| adaptation |",
+        "## zero-shot after pretrain",
+        "| words, accuracy | 0.5000 |",
+        "| spans make xs likelier |",
         "## Time",
     ):
         assert part in report
@@ -185,7 +196,7 @@ def test_the_report_has_intervals_curves_trials_and_matches(study):
     for objective in ("language", "spans"):
         losses = [float(row["validation/cross_entropy"]) for row in rows if row["objective"] == objective]
         assert len(losses) == 2 and losses[0] != losses[1], "seeds differ"
-        assert all(0 <= float(row["words/accuracy"]) <= 1 for row in rows if row["objective"] == objective)
+        assert all(0 <= float(row["zero-shot/words/accuracy"]) <= 1 for row in rows if row["objective"] == objective)
         assert f"{sum(losses) / 2:.4f}" in report
 
 
@@ -219,6 +230,10 @@ def test_budgets_and_commands(study, write):
     assert [line.split(" --cell=")[1] for line in done.stdout.splitlines()] == [
         f"'objective {level}'" for level in ("language", "spans", "lost")
     ]
+    launcher = "./launch/slurm.sh --nodes=1 --gpu=h100"
+    done = subprocess.run(command(gin, f"--commands={launcher}"), env=ENVIRONMENT, capture_output=True, text=True)
+    start = f"{launcher} --name=objective-language --gin_file={gin} --cell='objective language'"
+    assert done.stdout.splitlines()[0] == start
     bad = subprocess.run(command(gin, "--cell=objective x"), env=ENVIRONMENT, capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stderr.startswith("jaxlm.study: The study has no cell 'objective x'")
 
@@ -231,3 +246,6 @@ def test_an_illegal_cell_is_named_before_anything_runs(workshop, write, tmp_path
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "objective lost, leg pretrain: " in done.stderr and "ARCHITECTURE_" in done.stderr
     assert not (tmp_path / "study").exists()
+    gin.write_text(write(ROWS).read_text().replace("words.gin'", "words.gin', 'LIMITS = 3'"))
+    done = subprocess.run(command(gin, "--plan"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and "leg pretrain, evaluation 'zero-shot': " in done.stderr and "LIMITS" in done.stderr

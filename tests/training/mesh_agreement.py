@@ -1,26 +1,45 @@
 """Law 3, for programs that tests run with 8 devices: loss and gradients of one step, on meshes and on one device."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.language_model import LanguageModel
-from jaxlm.objectives.base import LossConfig
+from jaxlm.objectives.base import Distillation, LossConfig
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.parallel.mesh import MeshConfig
-from jaxlm.parallel.parallelism import ParallelConfig
+from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
 from jaxlm.training import optimizers, schedules
-from jaxlm.training.parameters import flatten
+from jaxlm.training.parameters import Tree, flatten, split_model, unflatten
 from jaxlm.training.prefetch import to_devices
 from jaxlm.training.state import abstract_model, init_state
 from jaxlm.training.step import StepConfig, make_train_step
+from jaxlm.training.teacher import Teacher
+
+
+def placed_teacher(config: LanguageModelConfig, parallel: Parallelism) -> tuple[Teacher, Tree]:
+    """A teacher of random parameters, and these on a mesh."""
+    definition, params, infos = split_model(LanguageModel(config, key=jax.random.key(7)))
+    kinds = flatten(infos)
+    placed = {
+        path: jax.device_put(leaf, parallel.sharding(kinds[path].axes, leaf.shape))
+        for path, leaf in flatten(params).items()
+    }
+    return Teacher(config, definition, params, 0, "", None), unflatten(placed)
 
 
 def agreement(
-    config: LanguageModelConfig, batch: dict[str, np.ndarray], meshes: dict[str, tuple[MeshConfig, int]]
+    config: LanguageModelConfig,
+    batch: dict[str, np.ndarray],
+    meshes: dict[str, tuple[MeshConfig, int]],
+    teacher: LanguageModelConfig | None = None,
 ) -> dict[str, dict[str, float]]:
     """How far one training step on each mesh (a configuration, a number of devices) is from that on one device.
+
+    With a teacher half of the loss is the divergence from it.
 
     Returns:
       for each mesh "start" and "loss", the largest differences; "gradients", the largest of
@@ -44,8 +63,13 @@ def agreement(
         state = init_state(make, optimizer, parallel, seed=3)
         before = jax.device_get(state.params)
         sharded = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
-        loss = LossConfig(z_loss=1e-4, token_chunk=64)
-        step = make_train_step(definition, FullLM(), optimizer, parallel, config=StepConfig(), loss=loss)
+        loss, taught_by, options = LossConfig(z_loss=1e-4, token_chunk=64), {}, {}
+        if teacher is not None:
+            loss = dataclasses.replace(loss, distillation=Distillation("", temperature=2.0, share=0.5))
+            options["teacher"], taught_by = placed_teacher(teacher, parallel)
+            sharded = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(taught_by))
+        step = make_train_step(definition, FullLM(), optimizer, parallel, config=StepConfig(), loss=loss, **options)
+        step = step.with_teacher(taught_by)
         state, metrics = step(state, to_devices(batch, parallel))
         grads = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), before, jax.device_get(state.params))
         metrics = {name: float(total / weight) for name, (total, weight) in metrics.items() if total.ndim == 0}

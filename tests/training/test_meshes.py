@@ -32,6 +32,15 @@ def test_experts_agree_across_meshes_and_drop_nothing(run_python):
     assert crowded["load"] == 2.0 and crowded["error"] <= 1e-5
 
 
+def test_a_taught_step_agrees_across_meshes(run_python):
+    """Labels and a teacher, half and half, at temperature 2; the teacher's parameters are spread as well."""
+    output = run_python(["tests/training/distillation_program.py"], devices=8, timeout=600).stdout
+    (found,) = json.loads(output.strip().splitlines()[-1]).values()
+    assert found["loss"] <= 1e-6, found
+    assert found["gradients"] <= 1e-5, found
+    assert found["sharded"] > 0
+
+
 def test_recurrent_layers_agree_across_meshes(run_python):
     """Each device scans its own rows and heads or channels; rows split along their length are refused."""
     output = run_python(["tests/training/recurrent_program.py"], devices=8, timeout=600).stdout

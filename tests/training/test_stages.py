@@ -14,7 +14,7 @@ from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.piecewise import Piecewise
 from jaxlm.training.optimizers import AdamW, Lion, OptimizerConfig, build_optimizer
 from jaxlm.training.schedules import Constant
-from jaxlm.training.stages import Carry, Stage, carry_over, phase_at, phases
+from jaxlm.training.stages import Carry, Stage, carry_over, phase_at, phases, with_steps
 from jaxlm.training.state import abstract_model, init_state
 
 
@@ -38,6 +38,14 @@ def test_phases_cover_the_run_and_inherit():
     assert (plan[1].stage_start, plan[1].stage_end) == (0, 20)
     assert [phase_at(plan, step).stage_index for step in (0, 19, 20, 29)] == [0, 0, 1, 2]
     assert phase_at(plan, 30) is None
+
+
+def test_one_stage_may_have_the_rest():
+    stages = (Stage(steps=20), Stage(steps=None), Stage(steps=5))
+    assert [stage.steps for stage in with_steps(stages, 100)] == [20, 75, 5]
+    for wrong, total in ((stages, 25), ((*stages, Stage(steps=None)), 100), (stages[:1], 21)):
+        with pytest.raises(ValueError, match=f"The stages have 20 .*do not add up to train_steps = {total}"):
+            with_steps(wrong, total)
 
 
 def test_what_cannot_be_is_refused():

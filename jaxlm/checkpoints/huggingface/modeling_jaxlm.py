@@ -7,13 +7,14 @@ Written with every model that no class of transformers computes; it needs torch 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, MaskedLMOutput, Seq2SeqLMOutput
 
 Description = dict[str, Any]  # a part of `config.language_model`: the fields of one of jaxlm's configuration classes
 _HIDDEN = -0.7 * torch.finfo(torch.float32).max  # score of a key that is not seen: finite, so that no row is NaN
@@ -193,6 +194,41 @@ def sinusoidal(positions: torch.Tensor, width: int, base: float) -> torch.Tensor
 # Layers ---------------------------------------------------------------------------------------------------------
 
 
+class Memory:
+    """Keys and values of what was read before, of every attention: a new token then costs its own row alone.
+
+    Attributes:
+      length: tokens of a row that it holds.
+    """
+
+    def __init__(self):
+        self.length = 0
+        self.held: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def grown(self, layer: nn.Module, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer, these [B, t, heads, D] of the newest tokens among them."""
+        if layer in self.held:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(self.held[layer], (k, v)))
+        self.held[layer] = k, v
+        return k, v
+
+    def once(
+        self, layer: nn.Module, make: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of an encoder's text, which `make` gives the first time."""
+        if layer not in self.held:
+            self.held[layer] = make()
+        return self.held[layer]
+
+    def get_seq_length(self, layer_index: int = 0) -> int:
+        """`length`, by the name that `generate` asks for."""
+        return self.length
+
+    def reorder_cache(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row rows[i] was: of beams."""
+        self.held = {layer: tuple(x[rows.to(x.device)] for x in pair) for layer, pair in self.held.items()}
+
+
 class Attention(nn.Module):
     """Queries of x [B, T, E] attend to keys and values of a source [B, S, E]."""
 
@@ -221,15 +257,32 @@ class Attention(nn.Module):
         visible: torch.Tensor,
         positions: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
+        memory: Memory | None = None,
     ) -> torch.Tensor:
-        """`visible`: bool [B, 1, T, S]; `positions`: [B, T], of both; `bias`: [1, H, T, S], the stack's own."""
-        q, k, v = self.query(x), self.key(source), self.value(source)
+        """What x finds, as it is or, in its own text, with what stood before it.
+
+        Args:
+          x: [B, T, E].
+          source: x, or an encoder's output.
+          visible: bool [B, 1, T, S]; where there is a memory, S counts what it holds.
+          positions: [B, T], of x.
+          bias: [1, H, T, S], the stack's own.
+          memory: of what was read before; x is added to it.
+        """
+        q = self.query(x)
         if self.query_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
+            q = self.query_norm(q)
         if self.position["class"] == "Rope":
-            q, k = rotate(q, positions, self.position), rotate(k, positions, self.position)
+            q = rotate(q, positions, self.position)
+        if memory is None:
+            k, v = self.keys_and_values(source, positions)
+        elif source is x:
+            k, v = memory.grown(self, *self.keys_and_values(source, positions))
+        else:
+            k, v = memory.once(self, lambda: self.keys_and_values(source, positions))
         k, v = (y.repeat_interleave(self.group, dim=2) for y in (k, v))
-        rows, columns = (torch.arange(n, device=x.device) for n in (q.shape[1], k.shape[1]))
+        columns = torch.arange(k.shape[1], device=x.device)
+        rows = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=x.device)  # x stands last
         offsets = columns[None] - rows[:, None]  # [T, S]
         if self.relative is not None:
             bias = self.relative(offsets)
@@ -250,6 +303,17 @@ class Attention(nn.Module):
             weights = torch.softmax(scores, dim=-1)
         weights = weights * visible.any(-1, keepdim=True)  # a query that sees nothing finds 0
         return self.output(torch.einsum("bhts,bshd->bthd", weights.to(v.dtype), v))
+
+    def keys_and_values(
+        self, source: torch.Tensor, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S, heads, D] each, the keys normalised and rotated."""
+        k = self.key(source)
+        if self.key_norm is not None:
+            k = self.key_norm(k)
+        if self.position["class"] == "Rope":
+            k = rotate(k, positions, self.position)
+        return k, self.value(source)
 
 
 class FeedForward(nn.Module):
@@ -345,7 +409,7 @@ class Block(nn.Module):
         """x [B, T, E] after the block."""
 
         def attend(y: torch.Tensor) -> torch.Tensor:
-            return self.attention(y, y, around.visible, around.positions, around.bias)
+            return self.attention(y, y, around.visible, around.positions, around.bias, around.memory)
 
         if self.arrangement != "sequential":
             y = _normed(x, self.attention_norms)
@@ -354,7 +418,7 @@ class Block(nn.Module):
         x = self._join(x, attend(_normed(x, self.attention_norms)), self.attention_norms)
         if self.cross_attention is not None:
             y = _normed(x, self.cross_attention_norms)
-            y = self.cross_attention(y, around.encoded, around.cross_visible)
+            y = self.cross_attention(y, around.encoded, around.cross_visible, memory=around.memory)
             x = self._join(x, y, self.cross_attention_norms)
         return self._join(x, self.feed_forward(_normed(x, self.feed_forward_norms)), self.feed_forward_norms)
 
@@ -373,15 +437,16 @@ class Surroundings:
     """What the blocks of a stack share.
 
     Attributes:
-      visible: bool [B, 1, T, T], which token sees which.
+      visible: bool [B, 1, T, columns], which token sees which; the T tokens are the last of the columns.
       positions: [B, T].
       encoded: [B, S, E], an encoder's output, or None.
       cross_visible: bool [B, 1, 1, S], which tokens of it are there.
-      bias: [1, H, T, T] of a table that all blocks share, or None.
+      bias: [1, H, T, columns] of a table that all blocks share, or None.
+      memory: of the tokens before these, or None.
     """
 
-    def __init__(self, visible, positions, encoded=None, cross_visible=None):
-        self.visible, self.positions = visible, positions
+    def __init__(self, visible, positions, encoded=None, cross_visible=None, memory=None):
+        self.visible, self.positions, self.memory = visible, positions, memory
         self.encoded, self.cross_visible, self.bias = encoded, cross_visible, None
 
 
@@ -405,8 +470,8 @@ class Stack(nn.Module):
     def forward(self, x: torch.Tensor, around: Surroundings, extra: nn.Module | None = None) -> torch.Tensor:
         """x [B, T, E] after all blocks, `extra` among them as the last, and the final norm."""
         if self.relative is not None:
-            index = torch.arange(x.shape[1], device=x.device)
-            around.bias = self.relative(index[None] - index[:, None])
+            index = torch.arange(around.visible.shape[-1], device=x.device)
+            around.bias = self.relative(index[None] - index[-x.shape[1] :, None])
         for block in [*(self.prologue or ()), *self.layers, *([] if extra is None else [extra])]:
             x = block(x, around)
         return x if self.norm is None else self.norm(x)
@@ -510,12 +575,16 @@ class JaxLM(PreTrainedModel):
         return self.vocabulary_head(hidden, self.embedding.tokens)
 
     def embed(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, types: torch.Tensor | None = None
+        self, ids: torch.Tensor, mask: torch.Tensor | None, types: torch.Tensor | None = None, before: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """([B, T, E], whether each token is there [B, T], positions [B, T]); padding may stand anywhere in a row."""
-        present = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        """([B, T, E], whether each token of the row is there, and its position); padding may stand anywhere in it.
+
+        `before` tokens of the row, which `mask` counts too, stand before these T; the last two are [B, before + T].
+        """
+        row = (len(ids), before + ids.shape[1])
+        present = torch.ones(row, dtype=torch.bool, device=ids.device) if mask is None else mask.bool()
         positions = (present.long().cumsum(-1) - 1).clamp(min=0)
-        return self.embedding(ids, positions, types), present, positions
+        return self.embedding(ids, positions[:, before:], types), present, positions
 
     def read(self, ids: torch.Tensor, mask: torch.Tensor | None, types: torch.Tensor | None = None) -> torch.Tensor:
         """[B, S, E]: every token sees its whole row."""
@@ -530,19 +599,53 @@ class JaxLM(PreTrainedModel):
         prefix_length: torch.Tensor | None = None,
         encoded: torch.Tensor | None = None,
         encoder_mask: torch.Tensor | None = None,
+        memory: Memory | None = None,
     ) -> torch.Tensor:
-        """[B, T, E]: every token sees what came before it, and those of a prefix see each other."""
-        x, present, positions = self.embed(ids, mask)
-        index = torch.arange(ids.shape[1], device=ids.device)
-        visible = (index[None] <= index[:, None])[None]
+        """[B, T, E]: every token sees what came before it, and those of a prefix, read at once, see each other."""
+        before = 0 if memory is None else memory.length
+        x, present, positions = self.embed(ids, mask, before=before)
+        index = torch.arange(before + ids.shape[1], device=ids.device)
+        visible = (index[None] <= index[before:, None])[None]
         if prefix_length is not None:
             inside = present & (positions < prefix_length[:, None])
-            visible = visible | (inside[:, :, None] & inside[:, None])
+            visible = visible | (inside[:, before:, None] & inside[:, None])
         visible = (visible & present[:, None])[:, None]
         cross = None if encoder_mask is None else encoder_mask.bool()[:, None, None]
         stack = self.encoder if self.decoder is None else self.decoder
         extra = None if self.future is None else self.future[0]
-        return stack(x, Surroundings(visible, positions, encoded, cross), extra)
+        hidden = stack(x, Surroundings(visible, positions[:, before:], encoded, cross, memory), extra)
+        if memory is not None:
+            memory.length = len(index)
+        return hidden
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """The memory is made here."""
+        return False
+
+    def _reorder_cache(self, memory: Memory, rows: torch.Tensor) -> Memory:
+        """For beams."""
+        memory.reorder_cache(rows)
+        return memory
+
+    def memory_for(self, options: dict[str, Any]) -> Memory | None:
+        """What `generate` has, or begins with; None where its `use_cache` is False.
+
+        None as well where rotations depend on the row's length (dynamic NTK): all of it is then computed anew.
+        """
+        held = options.get("past_key_values")
+        if held is not None or not options.get("use_cache") or _rotates_by_length(self.config.language_model):
+            return held
+        return Memory()
+
+
+def _rotates_by_length(description: Any) -> bool:
+    if isinstance(description, list):
+        return any(map(_rotates_by_length, description))
+    if not isinstance(description, dict):
+        return False
+    dynamic = description.get("class") == "NtkScaling" and description["original_length"] is not None
+    return dynamic or any(map(_rotates_by_length, description.values()))
 
 
 def shifted_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -559,8 +662,9 @@ class JaxLMForCausalLM(JaxLM, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         prefix_length: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        past_key_values: Memory | None = None,
         **unused: Any,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutputWithPast:
         """Logits of each next token.
 
         Args:
@@ -569,11 +673,13 @@ class JaxLMForCausalLM(JaxLM, GenerationMixin):
           prefix_length: int [B], of a prefix decoder: as many tokens at the beginning of each row see each other, the
             id that every text begins with among them. None: none do.
           labels: [B, T], usually input_ids, with -100 on what is not to be predicted.
+          past_key_values: of the tokens before these, which the mask counts too; these are added. None: there are none.
         """
         if prefix_length is not None and self.architecture != "prefix_decoder":
             raise ValueError(f"prefix_length was given, but this model is a {self.architecture}: leave it out.")
-        logits = self.logits(self.write(input_ids, attention_mask, prefix_length))
-        return CausalLMOutput(loss=None if labels is None else shifted_loss(logits, labels), logits=logits)
+        logits = self.logits(self.write(input_ids, attention_mask, prefix_length, memory=past_key_values))
+        loss = None if labels is None else shifted_loss(logits, labels)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def generate(self, inputs: torch.Tensor | None = None, **options: Any) -> Any:
         """As of every model in transformers. A prefix decoder sees the prompt in both directions."""
@@ -581,11 +687,14 @@ class JaxLMForCausalLM(JaxLM, GenerationMixin):
             ids = options["input_ids"] if inputs is None else inputs
             mask = options.get("attention_mask")
             options["prefix_length"] = (torch.ones_like(ids) if mask is None else mask).sum(-1)
-        return super().generate(inputs, **options | {"use_cache": False})
+        return super().generate(inputs, **options)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """There is no cache: the whole row each time."""
-        return {"input_ids": input_ids} | {name: kwargs.get(name) for name in ("attention_mask", "prefix_length")}
+        """The tokens that the memory has not."""
+        memory = self.memory_for(kwargs)
+        ids = input_ids if memory is None else input_ids[:, memory.length :]
+        given = {name: kwargs.get(name) for name in ("attention_mask", "prefix_length")}
+        return {"input_ids": ids, "past_key_values": memory} | given
 
 
 class JaxLMForMaskedLM(JaxLM):
@@ -636,25 +745,29 @@ class JaxLMForConditionalGeneration(JaxLM, GenerationMixin):
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         labels: torch.Tensor | None = None,
+        past_key_values: Memory | None = None,
         **unused: Any,
     ) -> Seq2SeqLMOutput:
-        """Logits of what follows each of `decoder_input_ids` [B, T]; without these, `labels` shifted by one."""
+        """Logits of what follows each of `decoder_input_ids` [B, T]; without these, `labels` shifted by one.
+
+        `past_key_values` is of the decoder's tokens before these, which its mask counts too; these are added.
+        """
         encoded = self.read(input_ids, attention_mask) if encoder_outputs is None else encoder_outputs[0]
         if attention_mask is None:
             attention_mask = torch.ones(encoded.shape[:2], device=encoded.device)
         if decoder_input_ids is None:
             start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
             decoder_input_ids = torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1)
-        hidden = self.write(decoder_input_ids, decoder_attention_mask, None, encoded, attention_mask)
+        memory = past_key_values
+        hidden = self.write(decoder_input_ids, decoder_attention_mask, None, encoded, attention_mask, memory)
         logits = self.logits(hidden)
         loss = None if labels is None else functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return Seq2SeqLMOutput(loss=loss, logits=logits, encoder_last_hidden_state=encoded)
-
-    def generate(self, inputs: torch.Tensor | None = None, **options: Any) -> Any:
-        """As of every model in transformers."""
-        return super().generate(inputs, **options | {"use_cache": False})
+        return Seq2SeqLMOutput(loss=loss, logits=logits, past_key_values=memory, encoder_last_hidden_state=encoded)
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        """There is no cache: the whole row each time."""
+        """The tokens that the memory has not."""
+        memory = self.memory_for(kwargs)
+        ids = input_ids if memory is None else input_ids[:, memory.length :]
         names = ("attention_mask", "encoder_outputs", "decoder_attention_mask")
-        return {"decoder_input_ids": input_ids} | {name: kwargs.get(name) for name in names}
+        given = {name: kwargs.get(name) for name in names}
+        return {"decoder_input_ids": ids, "past_key_values": memory} | given

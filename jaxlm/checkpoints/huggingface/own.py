@@ -114,7 +114,6 @@ class OwnDecoder(Family):
     auto = "AutoModelForCausalLM"
     computes = (Architecture.CAUSAL_DECODER, Architecture.PREFIX_DECODER)
     code = MODELLING
-    generation = {"use_cache": False}
 
     def read(self, fields: Fields) -> LanguageModelConfig:
         """See `Family`."""

@@ -128,6 +128,57 @@ def test_generate(name, opened):
     assert len(found) == row.shape[1] and found[: row.shape[1] - steps] == row[0, : row.shape[1] - steps].tolist()
 
 
+REMEMBERING = ["sandwich", "buckets", "experts", "encoder_decoder"]
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_what_a_memory_gives_is_what_the_whole_row_gives(name, opened):
+    """A row padded on the left, read in pieces of several lengths, the first the whole prompt."""
+    import torch
+
+    _, _, theirs = opened(name)
+    tokens = np.concatenate([np.zeros((2, 4), int), TOKENS], axis=1)
+    mask = np.ones_like(tokens)
+    mask[0, :4] = 0
+    crosses = name == "encoder_decoder"
+    expected = their_logits(
+        theirs, name, **({"decoder_attention_mask": torch.tensor(mask)} if crosses else {"mask": mask}), tokens=tokens
+    )
+    memory, found, start = theirs.memory_for({"use_cache": True}), [], 0
+    for stop in (PREFIX + 4, PREFIX + 5, PREFIX + 12, PREFIX + 13, LENGTH + 4):
+        piece, seen = tokens[:, start:stop], mask[:, :stop]
+        options = {"decoder_attention_mask": torch.tensor(seen)} if crosses else {"mask": seen}
+        found.append(their_logits(theirs, name, tokens=piece, past_key_values=memory, **options))
+        assert memory.get_seq_length() == stop
+        start = stop
+    difference = np.abs(np.concatenate(found, axis=1) - expected)[mask > 0]
+    assert difference.max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", [*REMEMBERING, "ahead"])
+def test_generate_reads_each_token_once(name, opened, monkeypatch):
+    """Beams that swap rows, with the memory and without: the same texts. Dynamic NTK has none."""
+    import torch
+
+    _, _, theirs = opened(name)
+    read = []
+    write = type(theirs).write
+    monkeypatch.setattr(
+        type(theirs), "write", lambda self, ids, *a, **o: read.append(ids.shape[1]) or write(self, ids, *a, **o)
+    )
+    given = torch.tensor((SOURCES if name == "encoder_decoder" else TOKENS)[:, :PREFIX])
+    mask = torch.ones_like(given)
+    mask[0, :3] = 0
+    found = []
+    for use_cache in (True, False):
+        options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+        found.append(theirs.generate(given, attention_mask=mask, use_cache=use_cache, **options).tolist())
+    assert found[0] == found[1]
+    first = 1 if name == "encoder_decoder" else PREFIX
+    whole = [first + i for i in range(5)]
+    assert read == (whole if name == "ahead" else [first, 1, 1, 1, 1]) + whole
+
+
 CHANGED = {"original_length": lambda n: 3 * n, "max_distance": lambda n: 2 * n, "epsilon": lambda x: x + 0.5}
 INERT = {"pooler", "future_tokens", "max_length", "beta_fast", "beta_slow"}  # sizes, parts unused, frequencies between
 

@@ -32,6 +32,7 @@ def runs(tmp_path_factory):
     for name, file in {
         "quickstart": "runs/quickstart.gin",
         "encoder_decoder": "adaptations/encoder_decoder.gin",
+        "wider": "adaptations/wider.gin",
     }.items():
         definition, params = zeros(resolved(f"gin_configs/{file}"))
         with CheckpointManager(folder / name, CheckpointConfig(), definition.layouts) as manager:
@@ -43,9 +44,12 @@ def runs(tmp_path_factory):
 def test_adaptation_fits(file, runs):
     config = resolved(file)
     path = runs / pathlib.Path(config.warm_start.path).name
-    config = resolved(file, f"--gin.INITIAL_CHECKPOINT_PATH='{path}'")
+    bindings = [f"--gin.INITIAL_CHECKPOINT_PATH='{path}'"]
+    if file.stem == "unbalanced_encoder_decoder":
+        bindings.append(f"--gin.ENCODER_PATH='{runs / 'wider'}'")
+    config = resolved(file, *bindings)
     definition, params = zeros(config)
     account = warm_start(params, config.warm_start, definition.layouts, report=lambda _: None).account
-    assert all(name.endswith("/router") for name in account.new)
-    assert bool(account.new) == (file.stem == "mixture_of_experts")
-    assert bool(account.dropped) == (file.stem in ("student", "decoder_of_encoder_decoder"))
+    fresh = {"mixture_of_experts": "/router", "unbalanced_encoder_decoder": "/cross_attention"}.get(file.stem)
+    assert bool(account.new) == bool(fresh) and all(fresh in name for name in account.new)
+    assert bool(account.dropped) == (file.stem in ("student", "distilled_student", "decoder_of_encoder_decoder"))

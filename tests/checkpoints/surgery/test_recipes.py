@@ -243,6 +243,7 @@ def test_a_decoder_becomes_an_encoder_decoder_and_comes_back(clinic, cross):
     for keep in Side:  # the encoder, under a causal mask, is the decoder it was
         again = clinic.operated(saved, LLAMA, EncoderDecoderToDecoder(keep))
         jax.tree.map(np.testing.assert_array_equal, again[1], params)
+        np.testing.assert_array_equal(clinic.logits(LLAMA, *again), expected)
 
 
 def test_an_encoder_of_another_size(clinic):

@@ -1,0 +1,143 @@
+"""The studies of adaptations, run to their end: losses by cell and claims by seed, and what layers do, as JSON.
+
+python -m benchmarks.adaptations t5gemma --folder=studies/t5gemma      # runs what is missing; results/t5gemma.json
+python -m benchmarks.adaptations yi codegen2 distillation
+"""
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import json
+import pathlib
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from benchmarks.step import RESULTS
+from jaxlm.configuration import resolve
+from jaxlm.studies.config import Finding, Match, StudyConfig
+from jaxlm.studies.findings import Decision
+from jaxlm.studies.results import interval
+from jaxlm.training import machine
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    """Runs the studies and writes a file for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", help="of gin_configs/studies")
+    parser.add_argument("--folder", help="of the study, if there is one; default: as the study says")
+    parser.add_argument("--read", action="store_true", help="run nothing: the study is finished")
+    args = parser.parse_args()
+    for name in args.studies:
+        file = f"--gin_file=gin_configs/studies/{name}.gin"
+        study = resolve(StudyConfig, [file])
+        folder = pathlib.Path(args.folder or study.study_dir)
+        if not args.read:
+            command = [sys.executable, "-m", "jaxlm.study", file, f"--gin.STUDY_DIR='{folder}'"]
+            subprocess.run(command, cwd=ROOT, check=True)
+        rows = list(csv.DictReader((folder / "cells.csv").open()))
+        results: dict[str, Any] = {
+            "losses": losses(study, rows),
+            "claims": [claim(finding, rows) for finding in study.findings],
+            "matches": [match(one, rows, folder) for one in study.matches],
+        }
+        if name == "yi":
+            results["layers"] = layers(rows, folder)
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        results |= {"seeds": study.seeds, "cpu_seconds": round(used.ru_utime + used.ru_stime)}
+        results["machine"] = machine.facts()
+        (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(json.dumps(results, indent=1))
+
+
+def value_of(row: Mapping[str, str], metric: str) -> float:
+    """A number of a finished run."""
+    if row["status"] != "finished":
+        raise SystemExit(f"{row['leg']}, seed {row['seed']}, is {row['status']}: the study is not finished.")
+    return float(row[metric])
+
+
+def losses(study: StudyConfig, rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The measures of each leg and cell, with 95% intervals over seeds."""
+    found = []
+    for leg, cell in itertools.product((leg.name for leg in study.legs), study.cells):
+        of_cell = [row for row in rows if row["leg"] == leg and cell.items() <= row.items()]
+        for metric in study.measures if of_cell else ():
+            over = interval([value_of(row, metric) for row in of_cell])
+            entry = {"leg": leg, **cell, "metric": metric, "mean": over.mean, "half_width": (over.high - over.low) / 2}
+            found.append(entry | {"values": over.values})
+    return found
+
+
+def side(rows: list[dict[str, str]], of: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """{seed: row} of the runs that a claim speaks of."""
+    return {row["seed"]: row for row in rows if of.items() <= row.items()}
+
+
+def claim(finding: Finding, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """The difference that a claim says is above 0, seed by seed, with its 95% interval."""
+    less, more = side(rows, finding.less), side(rows, finding.more)
+    differences = [value_of(more[seed], finding.metric) - value_of(less[seed], finding.metric) for seed in sorted(less)]
+    decision = Decision(finding, interval(differences))
+    difference = dataclasses.asdict(decision.difference)
+    return {
+        "claim": finding.name,
+        "metric": finding.metric,
+        "difference": difference,
+        "verdict": decision.verdict.value,
+    }
+
+
+def match(one: Match, rows: list[dict[str, str]], folder: pathlib.Path) -> dict[str, Any]:
+    """Share of the other runs' steps after which the adapted runs are at their last loss, by seed.
+
+    Between evaluations by a straight line; "at most", where the first evaluation is already below.
+    """
+    adapted, scratch = side(rows, one.adapted), side(rows, one.scratch)
+    shares, bounded = [], False
+    for seed in sorted(adapted):
+        steps, values = curve(folder, adapted[seed], one.metric)
+        below = np.flatnonzero(values <= value_of(scratch[seed], one.metric))
+        if not len(below):
+            return {"match": one.name, "share": None}
+        i = int(below[0])
+        at = float(steps[i])
+        if i:
+            done = (values[i - 1] - value_of(scratch[seed], one.metric)) / (values[i - 1] - values[i])
+            at = float(steps[i - 1] + done * (steps[i] - steps[i - 1]))
+        bounded |= i == 0
+        shares.append(at / float(scratch[seed]["steps"]))
+    return {"match": one.name, "share": shares, "at_most": bounded}
+
+
+def curve(folder: pathlib.Path, row: Mapping[str, str], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a run."""
+    lines = (folder / "runs" / row["address"] / f"seed{row['seed']}" / "metrics.jsonl").read_text().splitlines()
+    found = [(line["step"], line[metric]) for line in map(json.loads, lines) if metric in line]
+    steps, values = zip(*found, strict=True)
+    return np.array(steps), np.array(values)
+
+
+def layers(rows: list[dict[str, str]], folder: pathlib.Path) -> list[dict[str, Any]]:
+    """What `tools.layer_similarity` says of each seed's shallow run, two layers at a time."""
+    runs = dict.fromkeys(
+        folder / "runs" / row["address"] / f"seed{row['seed']}" for row in rows if row["leg"] == "shallow"
+    )
+    found = []
+    for run in runs:
+        out = folder / "layers.json"
+        command = [sys.executable, "-m", "tools.layer_similarity", run, "--span=2", "--batches=16", f"--out={out}"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        found.append(json.loads(out.read_text()))
+    return found
+
+
+if __name__ == "__main__":
+    main()

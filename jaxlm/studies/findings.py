@@ -1,0 +1,92 @@
+"""Claims about a study's runs, put to the test: a difference by seed, with its interval, and what follows from it."""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Sequence
+
+from jaxlm.studies.config import Finding
+from jaxlm.studies.page import table
+from jaxlm.studies.results import Interval, Run, interval, runs_of
+
+
+class Verdict(enum.Enum):
+    """What a difference says of a claim."""
+
+    HOLDS = "holds"
+    OPPOSITE = "the opposite holds"
+    UNDECIDED = "not decided"
+    ONE_SEED = "one seed"
+    MISSING = "runs are missing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """The outcome of a `Finding`.
+
+    Attributes:
+      finding: the claim.
+      difference: `more` less `less`, over seeds; above 0 the claim is right. None where runs are missing.
+    """
+
+    finding: Finding
+    difference: Interval | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """By whether the interval has 0 in it."""
+        if self.difference is None:
+            return Verdict.MISSING
+        if math.isnan(self.difference.low):
+            return Verdict.ONE_SEED
+        if self.difference.low > 0:
+            return Verdict.HOLDS
+        return Verdict.OPPOSITE if self.difference.high < 0 else Verdict.UNDECIDED
+
+
+def decide(finding: Finding, runs: Sequence[Run]) -> Decision:
+    """Compares the two kinds of runs seed by seed, which takes out what a seed's data and start do to both."""
+    less, more = (runs_of(side, runs) for side in (finding.less, finding.more))
+    seeds = sorted(less.keys() & more.keys())
+    pairs = [(_value(finding.metric, less[seed]), _value(finding.metric, more[seed])) for seed in seeds]
+    if not pairs or any(None in pair for pair in pairs):
+        return Decision(finding, None)
+    return Decision(finding, interval([high - low for low, high in pairs]))
+
+
+def _value(metric: str, run: Run) -> float | None:
+    evaluation, *rest = metric.split("/")
+    if evaluation not in run.scores:
+        return run.last(metric)
+    *task, name = rest
+    return run.score(evaluation, name, task[0] if task else None)
+
+
+def findings_section(found: Sequence[Decision]) -> str:
+    """Of a report; empty for no claims."""
+    if not found:
+        return ""
+    rows = [
+        (
+            one.finding.name,
+            one.verdict.value,
+            "" if one.difference is None else _shown(one.difference),
+            one.finding.metric,
+        )
+        for one in found
+    ]
+    return "\n".join(
+        [
+            "## Findings",
+            "",
+            "A claim holds where the 95% interval of the difference, taken seed by seed, lies above 0. Each is tested "
+            f"alone: of {len(rows)} claims with nothing in them, {0.05 * len(rows):.1f} would be decided by chance.",
+            "",
+            *table(("claim", "verdict", "difference (95% interval)", "of"), rows),
+        ]
+    )
+
+
+def _shown(difference: Interval) -> str:
+    bounds = "" if math.isnan(difference.low) else f" ({difference.low:.4f} to {difference.high:.4f})"
+    return f"{difference.mean:.4f}{bounds}"
