@@ -1,7 +1,8 @@
-"""The studies of adaptations, run to their end: losses by cell and claims by seed, and what layers do, as JSON.
+"""A study of adaptations, run to its end: losses by cell, claims by seed, and what layers do, as JSON.
 
 python -m benchmarks.adaptations t5gemma --folder=studies/t5gemma      # runs what is missing; results/t5gemma.json
-python -m benchmarks.adaptations yi codegen2 distillation
+python -m benchmarks.adaptations t5gemma --name=t5gemma_slow --gin.ADAPTATION_RATE="'LEARNING_RATE = 3e-3'"
+python -m benchmarks.adaptations yi
 """
 
 import argparse
@@ -10,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -29,38 +29,37 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    """Runs the studies and writes a file for each."""
+    """Runs a study and writes its file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", help="of gin_configs/studies")
+    parser.add_argument("study", help="of gin_configs/studies")
     parser.add_argument("--folder", help="of the study, if there is one; default: as the study says")
-    parser.add_argument("--read", action="store_true", help="run nothing: the study is finished")
-    args = parser.parse_args()
-    for name in args.studies:
-        file = f"--gin_file=gin_configs/studies/{name}.gin"
-        study = resolve(StudyConfig, [file])
-        folder = pathlib.Path(args.folder or study.study_dir)
-        if not args.read:
-            command = [sys.executable, "-m", "jaxlm.study", file, f"--gin.STUDY_DIR='{folder}'"]
-            subprocess.run(command, cwd=ROOT, check=True)
-        rows = list(csv.DictReader((folder / "cells.csv").open()))
-        results: dict[str, Any] = {
-            "losses": losses(study, rows),
-            "claims": [claim(finding, rows) for finding in study.findings],
-            "matches": [match(one, rows, folder) for one in study.matches],
-        }
-        if name == "yi":
-            results["layers"] = layers(rows, folder)
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        results |= {"seeds": study.seeds, "cpu_seconds": round(used.ru_utime + used.ru_stime)}
-        results["machine"] = machine.facts()
-        (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-        print(json.dumps(results, indent=1))
+    parser.add_argument("--name", help="of the file in results/; default: the study's")
+    parser.add_argument("--read", action="store_true", help="run nothing: take what is finished")
+    args, bindings = parser.parse_known_args()
+    file = f"--gin_file=gin_configs/studies/{args.study}.gin"
+    study = resolve(StudyConfig, [file, *bindings])
+    folder = pathlib.Path(args.folder or study.study_dir)
+    if not args.read:
+        command = [sys.executable, "-m", "jaxlm.study", file, f"--gin.STUDY_DIR='{folder}'", *bindings]
+        subprocess.run(command, cwd=ROOT, check=True)
+    rows = [row for row in csv.DictReader((folder / "cells.csv").open()) if row["status"] == "finished"]
+    claims = (claim(finding, rows) for finding in study.findings)
+    matches = (match(one, rows, folder) for one in study.matches)
+    results: dict[str, Any] = {
+        "losses": losses(study, rows),
+        "claims": list(filter(None, claims)),
+        "matches": list(filter(None, matches)),
+    }
+    if args.study == "yi":
+        results["layers"] = layers(rows, folder)
+    results |= {"seeds": study.seeds, "bindings": bindings, "machine": machine.facts()}
+    text = json.dumps(results, indent=1) + "\n"
+    (RESULTS / f"{args.name or args.study}.json").write_text(text)
+    print(text)
 
 
 def value_of(row: Mapping[str, str], metric: str) -> float:
     """A number of a finished run."""
-    if row["status"] != "finished":
-        raise SystemExit(f"{row['leg']}, seed {row['seed']}, is {row['status']}: the study is not finished.")
     return float(row[metric])
 
 
@@ -81,9 +80,11 @@ def side(rows: list[dict[str, str]], of: Mapping[str, str]) -> dict[str, dict[st
     return {row["seed"]: row for row in rows if of.items() <= row.items()}
 
 
-def claim(finding: Finding, rows: list[dict[str, str]]) -> dict[str, Any]:
-    """The difference that a claim says is above 0, seed by seed, with its 95% interval."""
+def claim(finding: Finding, rows: list[dict[str, str]]) -> dict[str, Any] | None:
+    """The difference that a claim says is above 0, seed by seed, with its 95% interval; None where runs are missing."""
     less, more = side(rows, finding.less), side(rows, finding.more)
+    if not less or less.keys() != more.keys():
+        return None
     differences = [value_of(more[seed], finding.metric) - value_of(less[seed], finding.metric) for seed in sorted(less)]
     decision = Decision(finding, interval(differences))
     difference = dataclasses.asdict(decision.difference)
@@ -95,12 +96,15 @@ def claim(finding: Finding, rows: list[dict[str, str]]) -> dict[str, Any]:
     }
 
 
-def match(one: Match, rows: list[dict[str, str]], folder: pathlib.Path) -> dict[str, Any]:
+def match(one: Match, rows: list[dict[str, str]], folder: pathlib.Path) -> dict[str, Any] | None:
     """Share of the other runs' steps after which the adapted runs are at their last loss, by seed.
 
-    Between evaluations by a straight line; "at most", where the first evaluation is already below.
+    Between evaluations by a straight line; "at most", where the first evaluation is already below. None where runs are
+    missing.
     """
     adapted, scratch = side(rows, one.adapted), side(rows, one.scratch)
+    if not adapted or adapted.keys() != scratch.keys():
+        return None
     shares, bounded = [], False
     for seed in sorted(adapted):
         steps, values = curve(folder, adapted[seed], one.metric)
