@@ -27,7 +27,7 @@ from jaxlm.models.labeller import Labeller, Pooling, body_config, body_of
 from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
-from jaxlm.training.parameters import ModelDefinition, Tree, split_model
+from jaxlm.training.parameters import ModelDefinition, Tree, map_infos, split_model
 from jaxlm.training.prefetch import to_devices
 from jaxlm.training.state import abstract_model
 
@@ -161,7 +161,8 @@ class LearnedTask(abc.ABC):
             parallel.batch_sharding(self.batch_size)  # raises where devices would be left idle
         except (ValueError, OSError) as error:
             raise TaskError(f"Task {self.name}: {str(error).rstrip('.')}.") from error
-        body = split_model(body_of(pretrained.model, self.architecture))[1]
+        _, body, infos = split_model(body_of(pretrained.model, self.architecture))
+        body = map_infos(lambda info, x: jax.device_put(x, parallel.sharding(info.axes, x.shape)), infos, body)
         return Opened(self, config, body, rows, examples, classes, parallel)
 
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 from flax import nnx
-from models import make_model
+from models import ROPE, T5_TABLE, make_model
 
 from jaxlm.architecture import Architecture
 from jaxlm.evaluation.scoring import Request, Scorer, ScoringConfig
@@ -31,8 +31,8 @@ requests = [
 ]
 parallel = ParallelConfig(mesh=MeshConfig(fsdp=2, tensor=2)).on()
 differences = {}
-for architecture in (Architecture.PREFIX_DECODER, Architecture.ENCODER_DECODER):
-    model = make_model(architecture)
+for architecture, position in ((Architecture.PREFIX_DECODER, T5_TABLE), (Architecture.ENCODER_DECODER, ROPE)):
+    model = make_model(architecture, position=position)
     one = Scorer(model, start_id=0, config=CONFIG).score(requests)
     many = Scorer(on_mesh(model, parallel), start_id=0, config=CONFIG, parallel=parallel).score(requests)
     pairs = [(a, b) for x, y in zip(one, many, strict=True) for a, b in zip(x, y, strict=True)]

@@ -197,6 +197,27 @@ def test_every_kind_is_learnt_and_probed(kinds):
     assert result.architecture == "encoder" and result.metrics["accuracy"].value > 0.8
 
 
+def test_meshes_agree(folder, run_python):
+    """Parameters and examples over two devices: features and a trained trial are those of one."""
+    found = json.loads(
+        run_python(["tests/evaluation/learned_program.py", str(folder)], devices=2).stdout.splitlines()[-1]
+    )
+    np.testing.assert_allclose(found["two"]["features"], found["one"]["features"], atol=1e-5)
+    assert found["two"]["pearson"] == pytest.approx(found["one"]["pearson"], abs=1e-3)
+    with pytest.raises(TaskError, match="Task t: A batch of 3 examples cannot be split"):
+        LinearProbe(
+            "t", SequenceClassification(LabelledRows(str(folder), "train.jsonl", "test.jsonl")), batch_size=3
+        ).opened(opened_model(Architecture.ENCODER), TwoParts())
+
+
+class TwoParts:
+    """A mesh of two devices, as far as a batch is concerned."""
+
+    def batch_sharding(self, batch_size):
+        if batch_size % 2:
+            raise ValueError(f"A batch of {batch_size} examples cannot be split over 2 devices.")
+
+
 def test_the_test_split_chooses_nothing(kinds, monkeypatch):
     def trial(task, opened, rate, seed):
         validation, test = {1e-3: (0.6, 0.9), 1e-2: (0.8, 0.2)}[rate]
