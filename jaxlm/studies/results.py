@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -246,7 +245,7 @@ _WORK = (Activity.STEP, Activity.COMPILE, Activity.EVALUATION)
 
 
 def account(plan: Plan, store: Store) -> Account:
-    """Of all workers that ended, and all runs."""
+    """Of all workers and all runs."""
     runs: dict[Activity, float] = {}
     lost = 0.0
     for job in plan.jobs.values():
@@ -256,6 +255,4 @@ def account(plan: Plan, store: Store) -> Account:
             for activity, spent in found.seconds.items():
                 runs[activity] = runs.get(activity, 0.0) + spent
     runs[Activity.EVALUATION] = runs.get(Activity.EVALUATION, 0.0) + store.evaluation_seconds
-    lines = store.workers.read_text().splitlines() if store.workers.exists() else []
-    records = [json.loads(line) for line in lines]
-    return Account(sum(record["ended"] - record["began"] for record in records), runs, lost)
+    return Account(store.worker_seconds, runs, lost)

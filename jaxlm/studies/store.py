@@ -2,7 +2,7 @@
 
 study.gin           the study's resolved configuration
 runs/<address>/     the runs of a job: seed<seed>/ (run folders, with evaluations/), failed.json, lock
-workers/<i>.log     what a worker printed; workers.jsonl  when each began and ended
+workers/            <i>.log: what a worker printed; <began>-<pid>.alive: touched while it lives
 cells.csv report.md figures/    see `jaxlm.studies.report`
 
 A job is being worked on while its lock is held, which the kernel lets go of even after SIGKILL.
@@ -15,6 +15,8 @@ import functools
 import json
 import os
 import pathlib
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +25,9 @@ from jaxlm.studies.jobs import Job
 from jaxlm.studies.settings import evaluation_digest
 from jaxlm.training.report import Curve, read_curves
 from jaxlm.training.run_folder import RunFolder
+
+_HEARTBEAT = 5.0
+"""Seconds between a worker's signs of life."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +58,33 @@ class Store:
         self.path.mkdir(parents=True, exist_ok=True)
         record.write_text(configuration)
 
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """Notes that a worker lives, every few seconds until the block ends, so that a killed one's time counts too."""
+        folder, began = self.path / "workers", time.time()
+        folder.mkdir(exist_ok=True)
+        note = folder / f"{began:.3f}-{os.getpid()}.alive"
+        note.touch()
+        over = threading.Event()
+
+        def touch() -> None:
+            while not over.wait(_HEARTBEAT):
+                note.touch()
+
+        heart = threading.Thread(target=touch, daemon=True)
+        heart.start()
+        try:
+            yield
+        finally:
+            over.set()
+            heart.join()
+            note.touch()
+
     @property
-    def workers(self) -> pathlib.Path:
-        """When each worker began and ended, JSON lines."""
-        return self.path / "workers.jsonl"
+    def worker_seconds(self) -> float:
+        """How long all workers lived, together."""
+        notes = self.path.glob("workers/*.alive")
+        return sum(max(note.stat().st_mtime - float(note.name.partition("-")[0]), 0.0) for note in notes)
 
     def note_evaluation(self, seconds: float) -> None:
         """Adds to the time spent on evaluations of trained models, for the account."""

@@ -1,7 +1,5 @@
 """A worker: takes one job after another that nobody else works on, and runs its seeds in this process."""
 
-import json
-import os
 import time
 from collections.abc import Callable
 
@@ -43,8 +41,8 @@ def work(
     Returns:
       FINISHED where all jobs are done or have failed; PREEMPTED after a SIGTERM.
     """
-    programs, began = Programs(), time.time()
-    try:
+    programs = Programs()
+    with store.alive():
         while True:
             # Anew each time: trials that ended say what comes next.
             left = unfinished(expand(study, store), store, only)
@@ -64,10 +62,6 @@ def work(
                     break
             else:
                 time.sleep(_PATIENCE)
-    finally:
-        record = {"pid": os.getpid(), "began": began, "ended": time.time()}
-        with store.workers.open("a") as lines:
-            lines.write(json.dumps(record) + "\n")
 
 
 def unfinished(plan: Plan, store: Store, only: str | None = None) -> list[Job]:

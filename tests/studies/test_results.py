@@ -1,6 +1,8 @@
 """Intervals over seeds, and tokens to a loss, on curves written by hand."""
 
 import math
+import os
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from jaxlm.studies.config import Match
 from jaxlm.studies.results import Run, interval, matched, tokens_to
+from jaxlm.studies.store import Store
 from jaxlm.training.report import Curve
 
 METRIC = "validation/cross_entropy"
@@ -47,3 +50,19 @@ def test_a_match_is_the_ratio_of_tokens_at_the_scratch_runs_last_loss():
     never = matched(match, [*scratch, run("adapt", [3.0, 2.5], cell={"kind": "x"})])
     assert never.ratio is None and never.bound == pytest.approx(1.5)
     assert matched(match, scratch) is None
+
+
+def test_workers_are_counted_while_they_live_and_when_they_were_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlm.studies.store._HEARTBEAT", 0.01)
+    folder = Store(tmp_path)
+    with folder.alive():
+        (note,) = tmp_path.glob("workers/*.alive")
+        os.utime(note, (0, 0))
+        while not note.stat().st_mtime:  # a sign of life
+            time.sleep(0.01)
+    assert 0 < folder.worker_seconds < 60
+    killed = tmp_path / "workers" / f"{1000.5:.3f}-7.alive"
+    killed.touch()
+    os.utime(killed, (1100.5, 1100.5))
+    os.utime(note, (1.0, 1.0))
+    assert folder.worker_seconds == pytest.approx(100.0)
