@@ -93,6 +93,12 @@ def test_deberta_without_head():
     assert count_parameters(config, where=lambda path: path[0] != "vocabulary_head") == 183_831_552
 
 
+@pytest.mark.parametrize("name, count", [("210m", 211_766_016), ("610m", 607_874_688)])
+def test_eurobert_without_head(name, count):
+    """As transformers counts EuroBertModel; the names are these, rounded."""
+    assert count_parameters(preset(f"eurobert/{name}"), where=lambda path: path[0] != "vocabulary_head") == count
+
+
 @pytest.mark.parametrize("name", STUDY)
 def test_the_architecture_study(name):
     assert count_parameters(preset(name), where=lambda path: path[-1] not in ("scale", "table")) == STUDY[name]
@@ -106,7 +112,8 @@ def test_the_studys_prefix_decoder_is_its_causal_decoder():
 def test_every_size_is_covered():
     """A new preset needs a published number here, or a place among the sizes that nobody published."""
     names = {str(p.relative_to(FOLDER).with_suffix("")) for p in FOLDER.rglob("*.gin") if p.stem != "family"}
-    assert {n for n in names if not n.startswith("tiny/")} == {*PUBLISHED, *STUDY, *OURS, "deberta/v3_base"}
+    without_head = {"deberta/v3_base", "eurobert/210m", "eurobert/610m"}
+    assert {n for n in names if not n.startswith("tiny/")} == {*PUBLISHED, *STUDY, *OURS, *without_head}
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in (FOLDER / "tiny").glob("*.gin") if p.stem != "family"))
