@@ -205,7 +205,7 @@ def gradients(folder: pathlib.Path, step: int, b1: float = 0.9) -> dict[str, np.
         checkpoint = stored.open_checkpoint(folder / "checkpoints", number)
         wanted = {path: leaf for path, leaf in checkpoint.leaves.items() if path[0] == "opt_state" and "mu" in path}
         found = checkpoint.read(
-            {path: stored.Request((path,), False, x.shape, x.dtype, device) for path, x in wanted.items()}
+            {path: stored.Request((path,), None, x.shape, x.dtype, device) for path, x in wanted.items()}
         )
         moments.append({naming.show(path): np.asarray(x, np.float64) for path, x in found.items()})
     before, after = moments
