@@ -204,7 +204,7 @@ train() {
   if [[ "$1" == cpu ]]; then
     # jax is told so: an installed libtpu would look for TPUs first and complain for a screenful.
     run export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-    # Large pages for large buffers (glibc 2.35 and later): without, a fifth of a step is the kernel's, mapping small ones.
+    # Large pages for large buffers (glibc 2.35 and later): without, the kernel maps them anew each step, page by page.
     run export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
   fi
   run cd "$root" || exit
