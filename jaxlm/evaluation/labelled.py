@@ -110,7 +110,7 @@ class LabelKind(abc.ABC):
     rows: LabelledRows
     primary: str
 
-    def _check_primary(self) -> None:
+    def __post_init__(self):
         if self.primary not in self.metrics:
             raise ValueError(f"{type(self).__name__}.primary is {self.primary!r}; it has {', '.join(self.metrics)}.")
 
@@ -175,6 +175,8 @@ class LabelKind(abc.ABC):
 class _Classes(LabelKind):
     """What the two kinds of classification share."""
 
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+
     @override
     def head_size(self, classes):
         return len(classes)
@@ -208,15 +210,10 @@ class SequenceClassification(_Classes):
       primary: the metric that stands for it.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
-
     rows: LabelledRows
     text: str = "{{ text }}"
     label: str = "label"
     primary: str = "accuracy"
-
-    def __post_init__(self):
-        self._check_primary()
 
     @override
     def read(self, vocabulary, limit):
@@ -268,16 +265,11 @@ class TokenClassification(_Classes):
       primary: the metric that stands for it.
     """
 
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
-
     rows: LabelledRows
     words: str = "tokens"
     labels: str = "labels"
     separator: str = " "
     primary: str = "accuracy"
-
-    def __post_init__(self):
-        self._check_primary()
 
     @override
     def read(self, vocabulary, limit):
@@ -377,7 +369,7 @@ class SentenceSimilarity(LabelKind):
     primary: str = "spearman"
 
     def __post_init__(self):
-        self._check_primary()
+        super().__post_init__()
         if not self.low < self.high:
             raise ValueError(f"SentenceSimilarity needs low < high, got {self.low} and {self.high}.")
 

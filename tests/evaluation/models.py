@@ -3,6 +3,7 @@
 import jax
 
 from jaxlm.architecture import Architecture
+from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.block import BlockConfig
 from jaxlm.layers.embeddings import EmbeddingConfig
@@ -48,3 +49,18 @@ def make_model(
 
 
 T5_TABLE = RelativePositions(buckets=8, max_distance=16)
+
+
+def as_pretrained(module, vocabulary):
+    """A model as if it had been read from a folder, with a context of 64."""
+    return Pretrained(
+        model=module,
+        config=module.config,
+        vocabulary=vocabulary,
+        no_vocabulary=None,
+        start_id=0,
+        input_end_id=None,
+        eos_ids=(1,),
+        context_length=64,
+        source="a model",
+    )

@@ -8,7 +8,6 @@ import pytest
 seqio = pytest.importorskip("seqio", reason="the seqio extra is not installed", exc_type=ImportError)
 
 from jaxlm.architecture import Architecture  # noqa: E402
-from jaxlm.checkpoints.pretrained import Pretrained  # noqa: E402
 from jaxlm.data.prompts import Prompt  # noqa: E402
 from jaxlm.data.vocabularies import ByteVocabulary  # noqa: E402
 from jaxlm.evaluation.measures import Continuation, Generation, RankClassification, TextLikelihood  # noqa: E402
@@ -17,7 +16,7 @@ from jaxlm.evaluation.seqio_tasks import model_functions, register_with_seqio  #
 from jaxlm.evaluation.tasks import EvaluationTask, TaskError, evaluate_task, rows_in  # noqa: E402
 from jaxlm.evaluation.text_model import TextFormat, TextModel  # noqa: E402
 from jaxlm.objectives.supervised import Eos  # noqa: E402
-from tests.evaluation.models import T5_TABLE, make_model  # noqa: E402
+from tests.evaluation.models import T5_TABLE, as_pretrained, make_model  # noqa: E402
 
 VOCABULARY = ByteVocabulary(extra_ids=0)
 ROWS = [
@@ -126,17 +125,7 @@ def test_generation_is_judged_by_its_predictions(make_task):
 def model(request):
     """A small model with random parameters, asked as supervised finetuning had its texts."""
     module = make_model(request.param, vocab_size=VOCABULARY.size, position=T5_TABLE)
-    trained = Pretrained(
-        model=module,
-        config=module.config,
-        vocabulary=VOCABULARY,
-        no_vocabulary=None,
-        start_id=0,
-        input_end_id=None,
-        eos_ids=(1,),
-        context_length=64,
-        source="a model",
-    )
+    trained = as_pretrained(module, VOCABULARY)
     scoring = ScoringConfig(row_length=64, batch_tokens=256)
     return TextModel(trained, format=TextFormat(tokenize="apart", eos="targets"), scoring=scoring)
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from jaxlm.architecture import Architecture
-from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.data.prompts import Prompt
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.evaluate import main
@@ -20,7 +19,7 @@ from jaxlm.evaluation.suite import EvaluationConfig, evaluate
 from jaxlm.evaluation.tasks import EvaluationTask, FewShot, TaskError, evaluate_task, rows_in
 from jaxlm.evaluation.text_model import TextFormat, TextModel
 from jaxlm.exit_status import ExitStatus
-from tests.evaluation.models import make_model
+from tests.evaluation.models import as_pretrained, make_model
 
 VOCABULARY = ByteVocabulary(extra_ids=0)
 SCORING = ScoringConfig(row_length=64, batch_tokens=256)
@@ -37,17 +36,7 @@ RANK = Prompt(context="{{ q }}", choices="options", gold="label")
 @pytest.fixture(scope="module")
 def trained():
     module = make_model(Architecture.CAUSAL_DECODER, vocab_size=VOCABULARY.size)
-    return Pretrained(
-        model=module,
-        config=module.config,
-        vocabulary=VOCABULARY,
-        no_vocabulary=None,
-        start_id=0,
-        input_end_id=None,
-        eos_ids=(1,),
-        context_length=64,
-        source="a model",
-    )
+    return as_pretrained(module, VOCABULARY)
 
 
 @pytest.fixture(scope="module")
