@@ -1,7 +1,8 @@
 """Finetuning sweeps: a task learnt by a whole model, at every learning rate with every seed, from the same parameters.
 
 The rate is an argument of one compiled step, so that all trials of a sweep, and those of other models of the same form,
-share it. A trial is small beside pretraining and leaves nothing behind but its figures.
+share it. A trial is small beside pretraining and leaves nothing behind but its figures, and the best of a sweep what it
+says of further texts, if asked (`annotation.py`).
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlm.evaluation.annotation import Annotation, annotate, check
 from jaxlm.evaluation.intervals import student
 from jaxlm.evaluation.learned import (
     Form,
@@ -51,6 +53,8 @@ class FinetuningSweep(LearnedTask):
       epochs: over the training split.
       warmup: share of the steps.
       weight_decay: of matrices, multiplied by the learning rate.
+      annotation: texts that the trial which is best on the validation split labels in the end, for a student to learn
+        from; None labels none.
     """
 
     rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4)
@@ -58,9 +62,15 @@ class FinetuningSweep(LearnedTask):
     epochs: float = 3.0
     warmup: float = 0.1
     weight_decay: float = 0.01
+    annotation: Annotation | None = None
 
     def __post_init__(self):
         super().__post_init__()
+        if self.annotation is not None:
+            try:
+                check(self.annotation, self.labels)
+            except ValueError as error:
+                raise ValueError(f"FinetuningSweep {self.name!r}: {error}.") from error
         if not self.rates or not self.seeds or min(self.rates) <= 0 or self.epochs <= 0:
             raise ValueError(
                 f"FinetuningSweep {self.name!r} needs rates above 0, seeds and epochs; got {self.rates}, {self.seeds}, "
@@ -73,23 +83,28 @@ class FinetuningSweep(LearnedTask):
     ) -> tuple[LearnedResult, Iterator[dict[str, Any]]]:
         del samples, seed  # intervals are over the sweep's own seeds
         opened = self.opened(subject.pretrained, subject.parallel)
-        trials = []
+        if self.annotation is not None:
+            self._annotating(self.annotation.source.shards, "train")  # before hours are spent on training
+        trials, primary, best = [], self.labels.primary, None
         for rate in self.rates:
             for attempt in self.seeds:
                 try:
-                    trials.append(run_trial(self, opened, rate, attempt))
+                    done, params = run_trial(self, opened, rate, attempt)
                 except ValueError as error:
                     raise TaskError(f"Task {self.name}: {error}") from error
-                done = trials[-1]
-                primary = self.labels.primary
+                trials.append(done)
+                if self.annotation and (best is None or done.validation[primary] > best[0].validation[primary]):
+                    best = done, params
                 report(
                     f"{self.name}, rate {rate:g}, seed {attempt}: validation {primary} {done.validation[primary]:.4f}"
                     f"{', diverged' if done.diverged else ''}"
                 )
-        chosen = best_setting(trials, self.labels.primary)
+        if best is not None:
+            report(self._annotated(opened, subject, *best))
+        chosen = best_setting(trials, primary)
         at_best = [trial for trial in trials if trial.setting == chosen]
         metrics = {name: student([trial.test[name] for trial in at_best]) for name in self.labels.metrics}
-        values = [trial.test[self.labels.primary] for trial in at_best]
+        values = [trial.test[primary] for trial in at_best]
         result = opened.result(
             trials,
             metrics,
@@ -100,9 +115,27 @@ class FinetuningSweep(LearnedTask):
         )
         return result, ({"task": self.name, **dataclasses.asdict(trial)} for trial in trials)
 
+    def _annotated(self, opened: Opened, subject: Subject, trial: Trial, params: Tree) -> str:
+        judge, vocabulary = outputs_program(opened.form), subject.pretrained.vocabulary
+        rows, cut = self._annotating(annotate, self.annotation, opened, vocabulary, lambda batch: judge(params, batch))
+        return (
+            f"{self.name}: the model of rate {trial.setting:g}, seed {trial.seed} labelled {rows:,} texts"
+            f"{f' ({cut:,} of them cut)' if cut else ''} in {self.annotation.output}"
+        )
 
-def run_trial(task: FinetuningSweep, opened: Opened, rate: float, seed: int) -> Trial:
-    """Finetunes once, from the trained parameters, and judges the result on validation and test."""
+    def _annotating[T](self, do: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return do(*arguments)
+        except (ValueError, OSError) as error:
+            raise TaskError(f"Task {self.name}, its annotation: {str(error).rstrip('.')}.") from error
+
+
+def run_trial(task: FinetuningSweep, opened: Opened, rate: float, seed: int) -> tuple[Trial, Tree]:
+    """Finetunes once, from the trained parameters, and judges the result on validation and test.
+
+    Returns:
+      what came of it, and the finetuned parameters.
+    """
     examples = len(opened.examples["train"])
     recipe = Recipe(task.warmup, task.weight_decay, max(1, round(task.epochs * examples / task.batch_size)))
     start, step, judge = _start(opened.form, recipe), _step(opened.form, recipe), outputs_program(opened.form)
@@ -111,12 +144,13 @@ def run_trial(task: FinetuningSweep, opened: Opened, rate: float, seed: int) -> 
     for index, chosen in enumerate(order(examples, task.batch_size, recipe.steps, seed)):
         params, moments = step(params, moments, opened.batch("train", chosen), np.float32(rate), np.int32(index), key)
     found = {split: opened.everything(split, lambda batch: judge(params, batch)) for split in ("validation", "test")}
-    return Trial(
+    trial = Trial(
         setting=rate,
         seed=seed,
         **{split: opened.judged(split, outputs) for split, outputs in found.items()},
         diverged=not all(np.isfinite(outputs).all() for outputs in found.values()),
     )
+    return trial, params
 
 
 def order(examples: int, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:

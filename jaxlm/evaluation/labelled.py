@@ -183,8 +183,11 @@ class _Classes(LabelKind):
 
     @override
     def loss(self, outputs, batch):
-        labels = batch["labels"]
-        nats = -jnp.take_along_axis(jax.nn.log_softmax(outputs), jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+        labels, log_p = batch["labels"], jax.nn.log_softmax(outputs)
+        if labels.ndim == outputs.ndim:  # distributions: what is left to learn of them, 0 for who has learnt all
+            nats = (jax.scipy.special.xlogy(labels, labels) - labels * log_p).sum(-1)
+        else:
+            nats = -jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
         return _mean(nats, batch["weights"])
 
     @override
@@ -207,33 +210,54 @@ class SequenceClassification(_Classes):
       rows: the data.
       text: Jinja template of the text; of several fields it is one text (a cross-encoder's pair).
       label: Jinja expression of its class: a number or a name.
+      taught: Jinja expression of a distribution, {class: probability}, which is learnt on the training split in place
+        of a class: what a teacher wrote (`annotation.Annotation`). None learns `label`, which judges in either case.
       primary: the metric that stands for it.
     """
 
     rows: LabelledRows
     text: str = "{{ text }}"
     label: str = "label"
+    taught: str | None = None
     primary: str = "accuracy"
 
     @override
     def read(self, vocabulary, limit):
         text, label = text_of(self.text), value_of(self.label)
-        found = {split: _rendered(self.rows, split, limit, lambda row: (text(row), label(row))) for split in SPLITS}
-        classes = _numbered(label for _, label in found["train"])
-        return {
-            split: Labelled(
-                [(ids,) for ids in _encoded(vocabulary, [text for text, _ in pairs], split)],
-                [_index(classes, label, split, i) for i, (_, label) in enumerate(pairs)],
-            )
-            for split, pairs in found.items()
-        }, tuple(classes)
+        of_split = {"train": value_of(self.taught)} if self.taught else {}
+
+        def pairs_of(split: str) -> list[tuple[str, Any]]:
+            value = of_split.get(split, label)
+            return _rendered(self.rows, split, limit, lambda row: (text(row), value(row)))
+
+        found = {split: pairs_of(split) for split in SPLITS}
+        if self.taught:  # classes are keys of JSON, so texts
+            classes = _numbered(name for _, chances in found["train"][:1] for name in chances)
+            labels = {split: [(text, str(label)) for text, label in found[split]] for split in SPLITS[1:]}
+            labels["train"] = [(text, _distribution(classes, of, i)) for i, (text, of) in enumerate(found["train"])]
+        else:
+            classes, labels = _numbered(label for _, label in found["train"]), found
+        examples = {}
+        for split, pairs in labels.items():
+            texts = [(ids,) for ids in _encoded(vocabulary, [text for text, _ in pairs], split)]
+            given = [label for _, label in pairs]
+            if split not in of_split:
+                given = [_index(classes, label, split, i) for i, label in enumerate(given)]
+            examples[split] = Labelled(texts, given)
+        return examples, tuple(classes)
 
     @override
     def _labels(self, examples, chosen, rows, size):
-        labels, weights = np.zeros(size, np.int32), np.zeros(size, np.float32)
-        labels[: len(chosen)] = [examples.labels[i] for i in chosen]
-        weights[: len(chosen)] = 1.0
-        return {"labels": labels, "weights": weights}
+        labels = np.stack([np.asarray(examples.labels[i]) for i in chosen])
+        filler = np.zeros((size - len(chosen), *labels.shape[1:]), labels.dtype)
+        weights = (np.arange(size) < len(chosen)).astype(np.float32)
+        dtype = np.int32 if labels.ndim == 1 else np.float32
+        return {"labels": np.concatenate([labels, filler]).astype(dtype), "weights": weights}
+
+    @override
+    def gold(self, examples, rows):
+        labels = np.asarray(examples.labels)
+        return labels if labels.ndim == 1 else labels.argmax(-1), np.arange(len(examples))
 
     @override
     def features(self, model, batch, pooling, context):
@@ -470,6 +494,20 @@ def _numbered(labels: Any) -> dict[Any, int]:
         raise ValueError(f"the training rows have the labels {sorted(found, key=str)} alone; there is nothing to learn")
     ordered = sorted(found) if len({type(label) for label in found}) == 1 else sorted(found, key=str)
     return {label: i for i, label in enumerate(ordered)}
+
+
+def _distribution(classes: Mapping[str, int], chances: Any, row: int) -> np.ndarray:
+    """Probabilities [C] in the order of the classes."""
+    if not isinstance(chances, Mapping) or set(chances) != set(classes):
+        given = f"the classes {', '.join(map(str, chances))[:60]}" if isinstance(chances, Mapping) else repr(chances)
+        raise ValueError(
+            f"row {row} of the split 'train' teaches {given}, but must give a probability for each of the "
+            f"{len(classes)} classes of row 0"
+        )
+    found = np.array([chances[name] for name in classes], np.float32)
+    if not (found >= 0).all() or abs(found.sum() - 1.0) > 1e-3:
+        raise ValueError(f"row {row} of the split 'train' has probabilities that sum to {found.sum():g} and not to 1")
+    return found
 
 
 def _index(classes: Mapping[Any, int], label: Any, split: str, row: int) -> int:

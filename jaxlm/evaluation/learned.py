@@ -197,7 +197,11 @@ class Opened:
 
     def batch(self, split: str, chosen: Sequence[int]) -> dict[str, jax.Array]:
         """Examples of a split on the devices."""
-        made = self.task.labels.batch(self.examples[split], chosen, self.rows, self.task.batch_size)
+        return self.on_devices(self.examples[split], chosen)
+
+    def on_devices(self, examples: Labelled, chosen: Sequence[int]) -> dict[str, jax.Array]:
+        """Some of these examples, laid out as a batch on the devices."""
+        made = self.task.labels.batch(examples, chosen, self.rows, self.task.batch_size)
         texts, labels = (to_devices(part, self.parallel) for part in made)
         return texts | labels
 

@@ -1,6 +1,7 @@
 """Finetuning sweeps and linear probes: what is read, what is learnt, and that the test split chooses nothing."""
 
 import dataclasses
+import functools
 import gzip
 import json
 
@@ -16,9 +17,10 @@ from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.evaluate import main
 from jaxlm.evaluation import finetuning, label_metrics, probing
+from jaxlm.evaluation.annotation import Annotation
 from jaxlm.evaluation.finetuning import FinetuningSweep, order
 from jaxlm.evaluation.labelled import LabelledRows, SentenceSimilarity, SequenceClassification, TokenClassification
-from jaxlm.evaluation.learned import Trial, features_program, labeller_of
+from jaxlm.evaluation.learned import Trial, features_program, labeller_of, outputs_program
 from jaxlm.evaluation.probing import LinearProbe, fit
 from jaxlm.evaluation.subject import Subject
 from jaxlm.evaluation.tasks import TaskError
@@ -222,7 +224,7 @@ def test_the_test_split_chooses_nothing(kinds, monkeypatch):
     def trial(task, opened, rate, seed):
         validation, test = {1e-3: (0.6, 0.9), 1e-2: (0.8, 0.2)}[rate]
         shift = 0.05 * seed
-        return Trial(rate, seed, *({"accuracy": x + shift, "macro_f1": 0.0} for x in (validation, test)))
+        return Trial(rate, seed, *({"accuracy": x + shift, "macro_f1": 0.0} for x in (validation, test))), {}
 
     monkeypatch.setattr(finetuning, "run_trial", trial)
     sweep = FinetuningSweep("t", kinds["sequence"], rates=(1e-3, 1e-2), seeds=(0, 1, 2))
@@ -231,6 +233,98 @@ def test_the_test_split_chooses_nothing(kinds, monkeypatch):
     assert result.spread == pytest.approx(0.05)
     half = 4.3027 * 0.05 / np.sqrt(3)  # Student's t for two degrees of freedom
     assert result.metrics["accuracy"].low == pytest.approx(0.25 - half, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def annotated(folder, kinds):
+    """(the training texts as a teacher labelled them, what the sweep reported)."""
+    output, lines = folder / "taught.jsonl.gz", []
+    annotation = Annotation(str(folder / "train.jsonl"), str(output))
+    sweep = FinetuningSweep(
+        "t", kinds["sequence"], rates=(1e-2, 1e-9), seeds=(0,), epochs=5, limit=64, annotation=annotation
+    )
+    sweep.evaluate(Subject(opened_model(Architecture.ENCODER)), report=lines.append)
+    return output, lines
+
+
+def as_taught(rows, **changes):
+    return SequenceClassification(dataclasses.replace(rows, train="taught.jsonl.gz", **changes), taught="taught")
+
+
+def test_annotations_are_the_best_trials_outputs(annotated, folder, kinds):
+    """Computed once for all texts, in batches of the sweep's size: what the same model says of other batches."""
+    output, lines = annotated
+    assert lines[-1] == f"t: the model of rate 0.01, seed 0 labelled 96 texts in {output}"
+    written = [json.loads(line) for line in gzip.open(output, "rt")]
+    rows = [json.loads(line) for line in (folder / "train.jsonl").open()]
+    assert [{name: row[name] for name in row if name != "taught"} for row in written] == rows
+    sweep = FinetuningSweep("t", kinds["sequence"], epochs=5, limit=64)
+    opened = sweep.opened(opened_model(Architecture.ENCODER), None)
+    _, params = finetuning.run_trial(sweep, opened, 1e-2, 0)
+    opened = dataclasses.replace(
+        opened, task=dataclasses.replace(sweep, batch_size=7), examples=kinds["sequence"].read(VOCABULARY, None)[0]
+    )
+    online = opened.everything("train", functools.partial(outputs_program(opened.form), params))
+    given = np.array([list(row["taught"].values()) for row in written])
+    np.testing.assert_allclose(given, jax.nn.softmax(online), rtol=1e-4, atol=1e-7)
+    assert list(written[0]["taught"]) == ["x", "y", "z"]
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(annotated, rows, kinds):
+    sweep = FinetuningSweep("t", kinds["sequence"], epochs=5, limit=64)
+    opened = sweep.opened(opened_model(Architecture.ENCODER), None)
+    _, params = finetuning.run_trial(sweep, opened, 1e-2, 0)
+    taught = FinetuningSweep("t", as_taught(rows)).opened(opened_model(Architecture.ENCODER), None)
+    definition, batch = labeller_of(taught.form)[0], taught.batch("train", range(32))
+
+    def loss(params):
+        return taught.form.kind.loss(
+            taught.form.kind.outputs(definition.merge(params), batch, Pooling.MEAN, LOCAL)[0], batch
+        )
+
+    value, grads = jax.value_and_grad(loss)(params)
+    moved = jax.grad(loss)(params | {"body": taught.body})
+    assert abs(float(value)) < 1e-6
+    assert optax.tree.norm(grads) < 1e-5 * optax.tree.norm(moved)
+
+
+def test_a_student_learns_without_labels(annotated, rows):
+    """From a teacher's word alone, judged by labels it never saw."""
+    student = Subject(opened_model(Architecture.ENCODER, seed=7))
+    sweep = FinetuningSweep("t", as_taught(rows), rates=(1e-2,), seeds=(0,), epochs=5)
+    result, _ = sweep.evaluate(student, report=lambda line: None)
+    assert result.metrics["accuracy"].value > 0.9 and result.chance < 0.6
+
+
+@pytest.mark.parametrize(
+    ("chances", "sentence"),
+    [
+        ({"x": 0.5, "y": 0.5}, "row 1 of the split 'train' teaches the classes x, y, but must give"),
+        ({"x": 0.5, "y": 0.1, "z": 0.1}, "row 1 of the split 'train' has probabilities that sum to 0.7 and not to 1"),
+    ],
+)
+def test_distributions_that_are_none_are_named(chances, sentence, annotated, rows, folder):
+    (folder / "bad.jsonl").write_text(
+        "".join(json.dumps({"text": "a", "taught": of}) + "\n" for of in ({"x": 1.0, "y": 0.0, "z": 0.0}, chances))
+    )
+    task = FinetuningSweep("t", dataclasses.replace(as_taught(rows), rows=dataclasses.replace(rows, train="bad.jsonl")))
+    with pytest.raises(TaskError, match=sentence):
+        task.opened(opened_model(Architecture.ENCODER), None)
+
+
+def test_what_cannot_be_annotated_is_one_sentence(kinds, folder, tmp_path):
+    annotation = Annotation(str(folder / "train.jsonl"), str(tmp_path / "out.jsonl"))
+    with pytest.raises(ValueError, match=r"FinetuningSweep 't': an Annotation gives .* TokenClassification has none"):
+        FinetuningSweep("t", kinds["words"], annotation=annotation)
+    nowhere = dataclasses.replace(annotation, texts=str(tmp_path / "none.jsonl"))
+    sweep = FinetuningSweep("t", kinds["sequence"], rates=(1e-3,), seeds=(0,), epochs=0.1, limit=8, annotation=nowhere)
+    with pytest.raises(TaskError, match="Task t, its annotation: .*none.jsonl"):
+        sweep.evaluate(Subject(opened_model(Architecture.ENCODER)), report=pytest.fail)
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n{"text": ""}\n')
+    empty = dataclasses.replace(sweep, annotation=dataclasses.replace(annotation, texts=str(tmp_path / "one.jsonl")))
+    with pytest.raises(TaskError, match=r"Task t, its annotation: row 1 of .*one.jsonl has no text"):
+        empty.evaluate(Subject(opened_model(Architecture.ENCODER)), report=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.jsonl"]
 
 
 def test_probes_are_at_their_optimum():
