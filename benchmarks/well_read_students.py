@@ -34,8 +34,8 @@ from jaxlm.run import RunConfig
 from jaxlm.train import Outcome, train
 from jaxlm.training import machine
 
-LABELS, TEXTS = 1000, (1000, 3000, 8000)
-STEPS, BATCH, RATES, SEEDS = 600, 32, (1e-3, 3e-3), (0, 1, 2)
+LABELS, TEXTS = 1000, (1000, 8000)
+STEPS, BATCH, RATES, SEEDS = 400, 32, (1e-3, 3e-3), (0, 1, 2)
 LENGTH = 128
 SIZES = {
     "teacher": {"NUM_LAYERS": 3, "WIDTH": 96, "NUM_HEADS": 3, "NUM_KV_HEADS": 3, "HEAD_DIM": 32, "HIDDEN": 384},

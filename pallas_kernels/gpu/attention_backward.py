@@ -75,12 +75,13 @@ class PerQuery(NamedTuple):
     hashes: Callable[[], jax.Array]
 
     @classmethod
-    def of_rows(cls, tile: Tile, refs: Refs) -> "PerQuery":
-        """Of queries that are rows: loaded once."""
+    def of_rows(cls, tile: Tile, refs: Refs, *, keep_bounds: bool) -> "PerQuery":
+        """Of queries that are rows: loaded once, but for bounds that are not kept, which masked tiles alone load."""
         statistics = refs["statistics"].at[tile.batch, tile.head]
-        lse, delta, bounds = tile.per_query(statistics.at[0]), tile.per_query(statistics.at[1]), tile.bounds(refs)
+        lse, delta = tile.per_query(statistics.at[0]), tile.per_query(statistics.at[1])
+        bounds = tile.bounds(refs) if keep_bounds else None
         hashes = tile.hashes(refs) if "hashes" in refs else None
-        return cls(lambda: lse, lambda: delta, lambda: bounds, lambda: hashes)
+        return cls(lambda: lse, lambda: delta, lambda: bounds or tile.bounds(refs), lambda: hashes)
 
     @classmethod
     def of_columns(cls, tile: Tile, refs: Refs, statistics: jax.Ref) -> "PerQuery":
@@ -184,14 +185,18 @@ class _QueryGradient:
             q, barrier = queries.at[warpgroup], loaded.at[warpgroup]
             plgpu.copy_gmem_to_smem(refs["q"].at[batch, rows, head], q, barrier)
             plgpu.copy_gmem_to_smem(refs["gradient"].at[batch, rows, head], gradients.at[warpgroup], barrier)
-            per_query = PerQuery.of_rows(tile, refs)
+            # Beside the widest heads' sum there are no registers for what is not needed all the time.
+            widest = max(q.shape[-1], gradients.shape[-1]) == 256
+            per_query = PerQuery.of_rows(tile, refs, keep_bounds=not widest)
             plgpu.barrier_wait(barrier)
 
             def step(number, total):
                 visit = seen.visits[number]
                 here = dataclasses.replace(tile, key=seen.place(visit))
                 k = seen.keys.wait(number)
-                mine = warpgroup + self._zero(visit, widest=max(q.shape[-1], gradients.shape[-1]))
+                # An index that seems to change with the step, but is 0: else the compiler computes all addresses in an
+                # operand before the loop.
+                mine = warpgroup + (visit >> 30 if widest else 0)
                 products = product(queries.at[mine], k.T)
                 weights = Weights.of(products, here, self.inputs, refs, per_query, whole=visit & 1)
                 d_weights = product(gradients.at[mine], seen.values.wait(number).T)
@@ -210,14 +215,6 @@ class _QueryGradient:
             plgpu.wait_smem_to_gmem(0)
 
         specialise(copy, compute, computing=self.blocks.warpgroups)
-
-    def _zero(self, visit: jax.Array, widest: int) -> jax.Array | int:
-        """0; beside the widest heads one that the compiler does not know.
-
-        An index that seems to change with the step keeps it from computing all addresses in an operand before the loop,
-        for which, beside a sum 256 wide, there are no registers.
-        """
-        return visit >> 30 if widest == 256 else 0
 
 
 def key_value_gradients(saved: Saved, blocks: KeyBlocks, interpret: dict[str, Any]) -> tuple[jax.Array, jax.Array]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import decontamination, memory_levers, plan, precision
+from benchmarks import decontamination, memory_levers, plan, precision, train_step_gpu
 from benchmarks.guides import DOCS, with_tables
 
 COPIES = {
@@ -10,6 +10,7 @@ COPIES = {
     "plan": ("scaling.md", plan.table, "python -m benchmarks.plan --only floor"),
     "memory_levers": ("memory_and_precision.md", memory_levers.committed, "python -m benchmarks.memory_levers --only"),
     "precision": ("memory_and_precision.md", precision.committed, "python -m benchmarks.precision"),
+    "train_step_gpu": ("memory_and_precision.md", train_step_gpu.committed, "python -m benchmarks.train_step_gpu"),
 }
 
 
