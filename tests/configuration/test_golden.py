@@ -33,6 +33,7 @@ ROOTS = {
 BEFORE = {
     "parallel": ("--gin_file=gin_configs/runs/quickstart.gin",),
     "evaluation": ("--gin.EVALUATION_DATA=eval",),
+    "evaluation/distilled.gin": (),
     "evaluation/t0.gin": ("--gin.EVALUATION_DATA=eval", "--gin.TEMPLATES=templates"),
 }
 
@@ -43,7 +44,7 @@ OPEN = ("a value is required here; give it with", "no macro MODEL is defined")
 def resolved(file: pathlib.Path) -> object | str:
     """The configuration; of a file that leaves values to those that include it, the sentence that asks for them."""
     try:
-        before = BEFORE.get(str(file)) or BEFORE.get(file.parts[0], ())
+        before = BEFORE.get(str(file), BEFORE.get(file.parts[0], ()))
         return resolve(ROOTS[file.parts[0]], [*before, f"--gin_file=gin_configs/{file}"])
     except ConfigError as error:
         if not any(sentence in str(error) for sentence in OPEN):
