@@ -207,8 +207,8 @@ class Units:
 
     Attributes:
       bundles: very long instruction words.
-      used: {unit: instructions}; units are MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE,
-        VSTORE:SPILL, SALU.
+      used: {unit: instructions}; units are MATMUL, MATPUSH (to older compilers both are MXU), XLU, VALU, VPOP, EUP,
+        VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU.
       slots: {unit: instructions that one bundle has room for}.
     """
 

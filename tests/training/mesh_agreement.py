@@ -19,6 +19,9 @@ from jaxlm.training.state import abstract_model, init_state
 from jaxlm.training.step import StepConfig, make_train_step
 from jaxlm.training.teacher import Teacher
 
+RATE = 1024.0
+"""Of the step that gradients are read from: large, or what parameters are rounded to would show in small gradients."""
+
 
 def placed_teacher(config: LanguageModelConfig, parallel: Parallelism) -> tuple[Teacher, Tree]:
     """A teacher of random parameters, and these on a mesh."""
@@ -50,9 +53,9 @@ def agreement(
         return LanguageModel(config, key=key)
 
     definition, _, infos = abstract_model(make)
-    # Plain SGD with rate 1: what the step takes from the parameters is the gradient.
+    # Plain SGD: what the step takes from the parameters is the rate times the gradient.
     optimizer = optimizers.build_optimizer(
-        optimizers.OptimizerConfig(optimizers.SGD(), schedules.Constant(1.0), clip_global_norm=None),
+        optimizers.OptimizerConfig(optimizers.SGD(), schedules.Constant(RATE), clip_global_norm=None),
         infos,
         total_steps=1,
         parametrization=Parametrization(),
@@ -71,7 +74,8 @@ def agreement(
         step = make_train_step(definition, FullLM(), optimizer, parallel, config=StepConfig(), loss=loss, **options)
         step = step.with_teacher(taught_by)
         state, metrics = step(state, to_devices(batch, parallel))
-        grads = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), before, jax.device_get(state.params))
+        after = jax.device_get(state.params)
+        grads = jax.tree.map(lambda a, b: (np.float64(a) - np.float64(b)) / RATE, before, after)
         metrics = {name: float(total / weight) for name, (total, weight) in metrics.items() if total.ndim == 0}
         return before, metrics, flatten(grads), sharded
 
