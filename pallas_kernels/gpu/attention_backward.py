@@ -75,7 +75,7 @@ class PerQuery(NamedTuple):
     hashes: Callable[[], jax.Array]
 
     @classmethod
-    def of_rows(cls, tile: Tile, refs: Refs, *, keep_bounds: bool) -> "PerQuery":
+    def of_rows(cls, tile: Tile, refs: Refs, *, keep_bounds: bool = True) -> "PerQuery":
         """Of queries that are rows: loaded once, but for bounds that are not kept, which masked tiles alone load."""
         statistics = refs["statistics"].at[tile.batch, tile.head]
         lse, delta = tile.per_query(statistics.at[0]), tile.per_query(statistics.at[1])
