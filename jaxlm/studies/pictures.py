@@ -40,6 +40,8 @@ def heat_map(
 
 def learning_curves(path: pathlib.Path, runs: Sequence[Run], groups: Mapping[str, str], metric: str) -> None:
     """A metric over the tokens seen, a line a run, a colour a cell, a panel for each group of cells that compare."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     by_cell: dict[str, list[Run]] = {}
     for run in runs:
         if metric in run.curves:
@@ -57,6 +59,8 @@ def learning_curves(path: pathlib.Path, runs: Sequence[Run], groups: Mapping[str
             axes.plot(run.tokens(curve.steps), curve.values, color=f"C{i % 10}", alpha=0.8, linewidth=1.2, label=label)
     for axes in panels.values():
         axes.set(xlabel="tokens seen", ylabel=metric)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize=8)
