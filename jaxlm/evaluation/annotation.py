@@ -8,6 +8,7 @@ A file of such rows is a teacher's outputs computed once: a student's `SequenceC
 
 import dataclasses
 import gzip
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.data.prompts import text_of
+from jaxlm.data.prompts import Row, text_of
 from jaxlm.data.sources import TextFiles
 from jaxlm.data.vocabularies import Vocabulary
 from jaxlm.evaluation.labelled import LabelKind, Labelled, SequenceClassification
@@ -40,6 +41,11 @@ class Annotation:
     def source(self) -> TextFiles:
         """The texts' files."""
         return TextFiles(self.texts, held_out=0.0)
+
+    def rows(self) -> Iterator[Row]:
+        """All rows of the files, in order."""
+        for shard in self.source.shards("train"):
+            yield from self.source.read(shard)
 
 
 def check(annotation: Annotation, labels: LabelKind) -> None:
@@ -85,7 +91,7 @@ def annotate(
     pack = gzip.open if path.suffix == ".gz" else open
     try:
         with pack(unfinished, "wt", encoding="utf-8") as file:
-            for taken in _chunks(annotation.source, chunk):
+            for taken in itertools.batched(annotation.rows(), chunk):
                 ids = vocabulary.encode_batch([text(row) for row in taken])
                 if empty := [i for i, each in enumerate(ids) if not len(each)]:
                     raise ValueError(f"row {rows + empty[0]} of {annotation.texts} has no text")
@@ -103,15 +109,3 @@ def annotate(
     finally:
         unfinished.unlink(missing_ok=True)
     return rows, cut
-
-
-def _chunks(source: TextFiles, size: int) -> Iterator[list[dict[str, Any]]]:
-    waiting = []
-    for shard in source.shards("train"):
-        for row in source.read(shard):
-            waiting.append(row)
-            if len(waiting) == size:
-                yield waiting
-                waiting = []
-    if waiting:
-        yield waiting
