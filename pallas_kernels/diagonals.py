@@ -1,4 +1,4 @@
-"""Sums along the diagonals of score matrices, by reshaping: no index arrays, and nothing is scattered."""
+"""Sums along the diagonals of score matrices, by slices and sums of neighbouring rows: nothing is scattered."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,11 @@ import jax.numpy as jnp
 def diagonal_sums(scores: jax.Array) -> jax.Array:
     """The sum of each diagonal of [..., n, m] matrices: [..., n + m - 1], entry k - q + n - 1 for row q, column k."""
     *lead, n, m = scores.shape
-    # Laid out in rows of n + m numbers and read in rows of one less, row r of the reversed matrix moves r to the right.
-    padded = jnp.pad(scores[..., ::-1, :], [(0, 0)] * (len(lead) + 1) + [(0, n)])
-    skewed = padded.reshape(*lead, n * (n + m))[..., : n * (n + m - 1)]
-    return skewed.reshape(*lead, n, n + m - 1).sum(axis=-2)
+    whole = [(0, 0)] * len(lead)
+    rows, shift = scores[..., ::-1, :], 1  # row r is to move r columns to the right
+    while (count := rows.shape[-2]) > 1:  # half as many, each the sum of two that lie `shift` apart
+        rows = jnp.pad(rows, [*whole, (0, count % 2), (0, 0)])
+        even, odd = rows[..., ::2, :], rows[..., 1::2, :]
+        rows = jnp.pad(even, [*whole, (0, 0), (0, shift)]) + jnp.pad(odd, [*whole, (0, 0), (shift, 0)])
+        shift *= 2
+    return rows[..., 0, : n + m - 1]
