@@ -39,6 +39,8 @@ ROWS = {
     "banking77": "finetune/banking77/test",
     "xquad/xquad.en": "eval/xquad/en.validation",
 }
+# As Hugging Face has them, and templates expect, in ARC, OpenBookQA and CommonsenseQA.
+NESTED_CHOICES = {"choices": "{'label': choices_labels, 'text': choices}"}
 
 
 def unpack(data: pathlib.Path, folder: str) -> pathlib.Path:
@@ -67,20 +69,17 @@ def all_of(templates: pathlib.Path, dataset: str) -> tuple[str, ...]:
 
 
 def rows(data: pathlib.Path, dataset: str, count: int) -> Iterator[Row]:
-    """The first rows, with the fields of the Hugging Face data set: choices of three sets are nested there."""
+    """The first rows."""
     with gzip.open(data / f"{ROWS[dataset]}.jsonl.gz", "rt", encoding="utf-8") as file:
-        for line in itertools.islice(file, count):
-            row = json.loads(line)
-            if "choices_labels" in row:
-                row["choices"] = {"label": row["choices_labels"], "text": row["choices"]}
-            yield row
+        yield from map(json.loads, itertools.islice(file, count))
 
 
 def render(data: pathlib.Path, templates: pathlib.Path, dataset: str, count: int) -> list[dict[str, Any]]:
     """An account of each template of a data set on its first rows."""
     accounts = []
     some = list(rows(data, dataset, count))
-    for template in PromptsourceTemplates(str(templates), dataset, all_of(templates, dataset)).templates():
+    fields = NESTED_CHOICES if "choices_labels" in some[0] else {}
+    for template in PromptsourceTemplates(str(templates), dataset, all_of(templates, dataset), fields).templates():
         found, reason = collections.Counter(), None
         for number, row in enumerate(some):
             try:

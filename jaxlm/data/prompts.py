@@ -166,15 +166,18 @@ class PromptsourceTemplates(Prompts):
       folder: that holds `<dataset>/<subset>/templates.yaml`.
       dataset: data set and subset, such as "super_glue/copa".
       names: of the templates wanted; () takes all that have choices, for the original task.
+      fields: {field as the templates know it: Jinja expression}, where the rows have others, say
+        {"choices": "{'text': choices, 'label': choices_labels}"} for ARC's with the choices not nested.
     """
 
     folder: str
     dataset: str
     names: tuple[str, ...] = ()
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @override
     def templates(self) -> tuple[QuestionTemplate, ...]:
-        found = self._found()
+        found, fields = self._found(), {name: value_of(expression) for name, expression in self.fields.items()}
         if missing := [name for name in self.names if name not in found]:
             raise ValueError(f"{self._path} has no template {missing[0]!r}; it has {sorted(found)}.")
         wanted = self.names or [
@@ -186,14 +189,15 @@ class PromptsourceTemplates(Prompts):
             raise ValueError(
                 f"{self._path} has no template with choices for the original task; name some of {sorted(found)}."
             )
-        return tuple(_Promptsource(name, found[name]["jinja"], found[name].get("answer_choices")) for name in wanted)
+        return tuple(
+            _Promptsource(name, found[name]["jinja"], found[name].get("answer_choices"), fields) for name in wanted
+        )
 
     def fingerprint(self) -> str:
         """A digest of the templates themselves, for caches: it changes when they are edited, not when they move."""
         found = self._found()
-        return fingerprint(
-            [(t.name, found[t.name]["jinja"], found[t.name].get("answer_choices")) for t in self.templates()]
-        )
+        texts = [(t.name, found[t.name]["jinja"], found[t.name].get("answer_choices")) for t in self.templates()]
+        return fingerprint(texts, dict(self.fields))
 
     def all_names(self) -> tuple[str, ...]:
         """Names of all templates of the data set, for other tasks than its own too.
@@ -254,8 +258,8 @@ _PROTECTED = "\ue000\ue001\ue000"  # stands for a separator in a row's own text
 
 
 class _Promptsource(QuestionTemplate):
-    def __init__(self, name: str, jinja: str, choices: str | None):
-        self.name = name
+    def __init__(self, name: str, jinja: str, choices: str | None, fields: Mapping[str, Callable[[Row], Any]]):
+        self.name, self._fields = name, fields
         environment = _environment(jinja2.Undefined)
         try:
             self._jinja = environment.from_string(jinja)
@@ -265,6 +269,7 @@ class _Promptsource(QuestionTemplate):
 
     @override
     def question(self, row: Row) -> Question | None:
+        row = dict(row) | {name: value(row) for name, value in self._fields.items()}
         row = {k: v.replace(_SEPARATOR, _PROTECTED) if isinstance(v, str) else v for k, v in row.items()}
         chance = {"_random": random.Random(zlib.crc32(repr(sorted(row.items())).encode()))}
         given = None

@@ -1,5 +1,7 @@
 """Templates give the questions that they say, and a row that they fail on is told from one they do not apply to."""
 
+import dataclasses
+
 import pytest
 
 from jaxlm.data import prompts
@@ -115,6 +117,24 @@ def test_promptsource_templates_as_they_are(templates):
         templates("mine").templates()
     with pytest.raises(ValueError, match="There are no promptsource templates at"):
         PromptsourceTemplates(str(templates().folder), "nothing").templates()
+
+
+def test_rows_with_other_fields_than_the_templates_expect(templates):
+    row = {"text": "It rained.", "options": ["Wet.", "Dry."], "right": "A", "question": "effect"}
+    fields = {
+        "premise": "text",
+        "choice1": "options[0]",
+        "choice2": "options[1]",
+        "label": "['A', 'B'].index(right)",
+    }
+    named = dataclasses.replace(templates(), fields=fields)
+    (so,) = named.templates()
+    assert so.question(row) == Question(("It rained. So?",), ("Wet.", "Dry."), 0)
+    assert fingerprint(named) != fingerprint(templates())  # a cache of the one is not the other's
+    with pytest.raises(TemplateError, match="'options' is undefined"):
+        so.question({"text": "It rained."})
+    with pytest.raises(ValueError, match="The expression 'options\\[' is not Jinja"):
+        dataclasses.replace(templates(), fields={"choice1": "options["}).templates()
 
 
 def test_edited_templates_make_other_caches(templates):
