@@ -55,6 +55,8 @@ class FinetuningSweep(LearnedTask):
       weight_decay: of matrices, multiplied by the learning rate.
       annotation: texts that the trial which is best on the validation split labels in the end, for a student to learn
         from; None labels none.
+      after: a sweep of the same classes, run first; trials start from the model, head and all, of its best trial on the
+        validation split. None starts them from the trained model.
     """
 
     rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4)
@@ -63,6 +65,7 @@ class FinetuningSweep(LearnedTask):
     warmup: float = 0.1
     weight_decay: float = 0.01
     annotation: Annotation | None = None
+    after: "FinetuningSweep | None" = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,36 +74,27 @@ class FinetuningSweep(LearnedTask):
                 check(self.annotation, self.labels)
             except ValueError as error:
                 raise ValueError(f"FinetuningSweep {self.name!r}: {error}.") from error
+        if (first := self.after) is not None and self._reads() != first._reads():
+            raise ValueError(
+                f"FinetuningSweep {self.name!r} starts from what {first.name!r} has learnt, so that labels, "
+                f"architecture and pooling must be of the same kind; they are {self._reads()} and {first._reads()}."
+            )
         if not self.rates or not self.seeds or min(self.rates) <= 0 or self.epochs <= 0:
             raise ValueError(
                 f"FinetuningSweep {self.name!r} needs rates above 0, seeds and epochs; got {self.rates}, {self.seeds}, "
                 f"{self.epochs}."
             )
 
+    def _reads(self) -> tuple[str, str, str]:
+        return type(self.labels).__name__, getattr(self.architecture, "value", "its own"), self.pooling.value
+
     @override
     def evaluate(
         self, subject: Subject, *, samples: int = 1000, seed: int = 0, report: Callable[[str], None] = print
     ) -> tuple[LearnedResult, Iterator[dict[str, Any]]]:
         del samples, seed  # intervals are over the sweep's own seeds
-        opened = self.opened(subject.pretrained, subject.parallel)
-        if self.annotation is not None:
-            self._annotating(self.annotation.source.shards, "train")  # before hours are spent on training
-        trials, primary, best = [], self.labels.primary, None
-        for rate in self.rates:
-            for attempt in self.seeds:
-                try:
-                    done, params = run_trial(self, opened, rate, attempt)
-                except ValueError as error:
-                    raise TaskError(f"Task {self.name}: {error}") from error
-                trials.append(done)
-                if self.annotation and (best is None or done.validation[primary] > best[0].validation[primary]):
-                    best = done, params
-                report(
-                    f"{self.name}, rate {rate:g}, seed {attempt}: validation {primary} {done.validation[primary]:.4f}"
-                    f"{', diverged' if done.diverged else ''}"
-                )
-        if best is not None:
-            report(self._annotated(opened, subject, *best))
+        opened, primary = self.opened(subject.pretrained, subject.parallel), self.labels.primary
+        trials, _ = self._swept(subject, opened, report, keep=self.annotation is not None)
         chosen = best_setting(trials, primary)
         at_best = [trial for trial in trials if trial.setting == chosen]
         metrics = {name: student([trial.test[name] for trial in at_best]) for name in self.labels.metrics}
@@ -114,6 +108,45 @@ class FinetuningSweep(LearnedTask):
             chosen=chosen,
         )
         return result, ({"task": self.name, **dataclasses.asdict(trial)} for trial in trials)
+
+    def _swept(
+        self, subject: Subject, opened: Opened, report: Callable[[str], None], *, keep: bool
+    ) -> tuple[list[Trial], tuple[Trial, Tree] | None]:
+        """All trials, and if kept the best on the validation split with its parameters; they annotate what is asked."""
+        if self.annotation is not None:
+            self._annotating(self.annotation.source.shards, "train")  # before hours are spent on training
+        start = {"body": opened.body} if self.after is None else self._model_of(self.after, subject, opened, report)
+        trials, primary, best = [], self.labels.primary, None
+        for rate in self.rates:
+            for attempt in self.seeds:
+                try:
+                    done, params = run_trial(self, opened, start, rate, attempt)
+                except ValueError as error:
+                    raise TaskError(f"Task {self.name}: {error}") from error
+                trials.append(done)
+                if keep and (best is None or done.validation[primary] > best[0].validation[primary]):
+                    best = done, params
+                report(
+                    f"{self.name}, rate {rate:g}, seed {attempt}: validation {primary} {done.validation[primary]:.4f}"
+                    f"{', diverged' if done.diverged else ''}"
+                )
+        if self.annotation is not None:
+            report(self._annotated(opened, subject, *best))
+        return trials, best
+
+    def _model_of(
+        self, sweep: "FinetuningSweep", subject: Subject, opened: Opened, report: Callable[[str], None]
+    ) -> Tree:
+        """The parameters that another sweep ends with."""
+        other = sweep.opened(subject.pretrained, subject.parallel)
+        mine, its = (list(map(str, x.classes)) for x in (opened, other))  # those of distributions are texts
+        if mine != its:
+            raise TaskError(
+                f"Task {self.name} starts from what {sweep.name} has learnt, whose {len(its)} classes "
+                f"({', '.join(its)[:60]}) are not its own {len(mine)} ({', '.join(mine)[:60]})."
+            )
+        _, best = sweep._swept(subject, other, report, keep=True)
+        return best[1]
 
     def _annotated(self, opened: Opened, subject: Subject, trial: Trial, params: Tree) -> str:
         judge, vocabulary = outputs_program(opened.form), subject.pretrained.vocabulary
@@ -130,17 +163,25 @@ class FinetuningSweep(LearnedTask):
             raise TaskError(f"Task {self.name}, its annotation: {str(error).rstrip('.')}.") from error
 
 
-def run_trial(task: FinetuningSweep, opened: Opened, rate: float, seed: int) -> tuple[Trial, Tree]:
-    """Finetunes once, from the trained parameters, and judges the result on validation and test.
+def run_trial(task: FinetuningSweep, opened: Opened, start: Tree, rate: float, seed: int) -> tuple[Trial, Tree]:
+    """Finetunes once and judges the result on validation and test.
+
+    Args:
+      task: the sweep.
+      opened: what it was opened on.
+      start: parameters {"body": ...} of the trained model, or {"body": ..., "head": ...}; a head that is not given is
+        drawn by the seed.
+      rate: the learning rate's peak.
+      seed: of the trial.
 
     Returns:
       what came of it, and the finetuned parameters.
     """
     examples = len(opened.examples["train"])
     recipe = Recipe(task.warmup, task.weight_decay, max(1, round(task.epochs * examples / task.batch_size)))
-    start, step, judge = _start(opened.form, recipe), _step(opened.form, recipe), outputs_program(opened.form)
+    begin, step, judge = _begin(opened.form, recipe), _step(opened.form, recipe), outputs_program(opened.form)
     key = seed_data(seed)
-    params, moments = start(opened.body, key)
+    params, moments = begin(start, key)
     for index, chosen in enumerate(order(examples, task.batch_size, recipe.steps, seed)):
         params, moments = step(params, moments, opened.batch("train", chosen), np.float32(rate), np.int32(index), key)
     found = {split: opened.everything(split, lambda batch: judge(params, batch)) for split in ("validation", "test")}
@@ -188,19 +229,19 @@ def _optimizer(form: Form, recipe: Recipe) -> Optimizer:
 
 
 @functools.lru_cache(maxsize=8)
-def _start(form: Form, recipe: Recipe) -> Callable[[Tree, np.ndarray], tuple[Tree, Any]]:
-    """(trained body, seed) -> parameters in float32 with a fresh head, and the optimizer's state."""
+def _begin(form: Form, recipe: Recipe) -> Callable[[Tree, np.ndarray], tuple[Tree, Any]]:
+    """(parameters to start from, seed) -> all parameters in float32, and the optimizer's state."""
     optimizer = _optimizer(form, recipe)
 
-    def start(body: Tree, seed: jax.Array) -> tuple[Tree, Any]:
+    def begin(given: Tree, seed: jax.Array) -> tuple[Tree, Any]:
         key = jax.random.wrap_key_data(seed)
         params = split_model(Labeller(form.config, form.head_size, key=key))[1]
         # A trained model may have been read in the type it computes in; what is learnt on top needs float32.
-        params |= {"body": jax.tree.map(lambda x: x.astype(jnp.float32), body)}
+        params |= jax.tree.map(lambda x: x.astype(jnp.float32), given)
         return params, optimizer.init(params)
 
-    abstract = jax.eval_shape(start, labeller_of(form)[1]["body"], seed_data(0))
-    return jax.jit(start, out_shardings=state_shardings(abstract, optimizer.infos, form.parallel))
+    abstract = jax.eval_shape(begin, labeller_of(form)[1], seed_data(0))
+    return jax.jit(begin, out_shardings=state_shardings(abstract, optimizer.infos, form.parallel))
 
 
 @functools.lru_cache(maxsize=8)

@@ -28,6 +28,6 @@ for name, mesh, count in (("one", MeshConfig(), 1), ("two", MeshConfig(fsdp=2), 
     opened = sweep.opened(model, ParallelConfig(mesh).on(jax.devices()[:count]))
     read = features_program(dataclasses.replace(opened.form, head_size=None))
     features = opened.everything("test", functools.partial(read, {"body": opened.body}))
-    trial, _ = run_trial(sweep, opened, 1e-3, 0)
+    trial, _ = run_trial(sweep, opened, {"body": opened.body}, 1e-3, 0)
     found[name] = {"features": np.asarray(features)[:5].tolist(), "pearson": trial.test["pearson"]}
 print(json.dumps(found))

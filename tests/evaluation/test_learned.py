@@ -153,7 +153,7 @@ def test_a_rate_is_the_optimizers(kinds):
     task = FinetuningSweep("t", kinds["sequence"], batch_size=8, rates=(3e-3,), epochs=0.5, weight_decay=0.1)
     opened = task.opened(opened_model(Architecture.ENCODER), None)
     recipe = finetuning.Recipe(task.warmup, task.weight_decay, 6)
-    params, moments = finetuning._start(opened.form, recipe)(opened.body, seed_data(1))
+    params, moments = finetuning._begin(opened.form, recipe)({"body": opened.body}, seed_data(1))
     unit = finetuning._optimizer(opened.form, recipe)
     schedule = Join((Linear(0.0, 3e-3), Linear(3e-3, 0.0)), lengths=(task.warmup,))
     config = dataclasses.replace(unit.config, learning_rate=schedule)
@@ -221,7 +221,7 @@ class TwoParts:
 
 
 def test_the_test_split_chooses_nothing(kinds, monkeypatch):
-    def trial(task, opened, rate, seed):
+    def trial(task, opened, start, rate, seed):
         validation, test = {1e-3: (0.6, 0.9), 1e-2: (0.8, 0.2)}[rate]
         shift = 0.05 * seed
         return Trial(rate, seed, *({"accuracy": x + shift, "macro_f1": 0.0} for x in (validation, test))), {}
@@ -260,7 +260,7 @@ def test_annotations_are_the_best_trials_outputs(annotated, folder, kinds):
     assert [{name: row[name] for name in row if name != "taught"} for row in written] == rows
     sweep = FinetuningSweep("t", kinds["sequence"], epochs=5, limit=64)
     opened = sweep.opened(opened_model(Architecture.ENCODER), None)
-    _, params = finetuning.run_trial(sweep, opened, 1e-2, 0)
+    _, params = finetuning.run_trial(sweep, opened, {"body": opened.body}, 1e-2, 0)
     opened = dataclasses.replace(
         opened, task=dataclasses.replace(sweep, batch_size=7), examples=kinds["sequence"].read(VOCABULARY, None)[0]
     )
@@ -273,7 +273,7 @@ def test_annotations_are_the_best_trials_outputs(annotated, folder, kinds):
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(annotated, rows, kinds):
     sweep = FinetuningSweep("t", kinds["sequence"], epochs=5, limit=64)
     opened = sweep.opened(opened_model(Architecture.ENCODER), None)
-    _, params = finetuning.run_trial(sweep, opened, 1e-2, 0)
+    _, params = finetuning.run_trial(sweep, opened, {"body": opened.body}, 1e-2, 0)
     taught = FinetuningSweep("t", as_taught(rows)).opened(opened_model(Architecture.ENCODER), None)
     definition, batch = labeller_of(taught.form)[0], taught.batch("train", range(32))
 
@@ -294,6 +294,34 @@ def test_a_student_learns_without_labels(annotated, rows):
     sweep = FinetuningSweep("t", as_taught(rows), rates=(1e-2,), seeds=(0,), epochs=5)
     result, _ = sweep.evaluate(student, report=lambda line: None)
     assert result.metrics["accuracy"].value > 0.9 and result.chance < 0.6
+
+
+def test_a_sweep_goes_on_from_the_best_model_of_another(annotated, rows, kinds):
+    """Trials of a vanishing rate are that model; the trials of the first sweep are run, and the worse are left."""
+    student, lines = Subject(opened_model(Architecture.ENCODER, seed=7)), []
+    first = FinetuningSweep("first", as_taught(rows), rates=(1e-9, 1e-2), seeds=(0,), epochs=5)
+    then = FinetuningSweep("then", kinds["sequence"], rates=(1e-9,), seeds=(0, 1), epochs=1, limit=64, after=first)
+    alone, _ = first.evaluate(student, report=lambda line: None)
+    result, _ = then.evaluate(student, report=lines.append)
+    assert result.metrics["accuracy"].value == alone.metrics["accuracy"].value > 0.9
+    assert [line.split(":")[0] for line in lines] == [
+        "first, rate 1e-09, seed 0",
+        "first, rate 0.01, seed 0",
+        "then, rate 1e-09, seed 0",
+        "then, rate 1e-09, seed 1",
+    ]
+    with pytest.raises(ValueError, match="must be of the same kind; they are .*'TokenClassification'.* and "):
+        FinetuningSweep("then", kinds["words"], after=first)
+
+
+def test_a_sweep_does_not_go_on_with_other_classes(rows, kinds, folder):
+    (folder / "two.jsonl").write_text("".join(json.dumps({"text": x * 8, "label": x}) + "\n" for x in "xy" * 16))
+    two = SequenceClassification(dataclasses.replace(rows, train="two.jsonl", validation="two.jsonl", test="two.jsonl"))
+    sweep = FinetuningSweep("then", kinds["sequence"], after=FinetuningSweep("first", two))
+    with pytest.raises(
+        TaskError, match=r"what first has learnt, whose 2 classes \(x, y\) are not its own 3 \(x, y, z\)"
+    ):
+        sweep.evaluate(Subject(opened_model(Architecture.ENCODER)))
 
 
 @pytest.mark.parametrize(
