@@ -6,8 +6,9 @@ DATA holds finetune/banking77: requests to a bank of 77 intents. Teacher and stu
 as masked language models on the requests without their labels. The teacher is finetuned on LABELS of them and labels
 TEXTS of the others; students learn from these for as many steps as one that is finetuned on the same LABELS labels, and
 all of them again from random parameters: pre-trained distillation (PD), distillation, pretraining and finetuning (PF),
-finetuning. Students are judged on the test split, by the learning rate that the validation split chose, over SEEDS of
-head, order and dropout. What WORK holds already is not done again.
+finetuning. One goes on with the labels after distillation, the paper's last step. Students are judged on the test
+split, by the learning rate that the validation split chose, over SEEDS of head, order and dropout. What WORK holds
+already is not done again.
 """
 
 import argparse
@@ -129,17 +130,16 @@ def main() -> None:
         ):
             task = sweep(f"{start}, {name}", file, rows, examples)
             found[task.name] = judged(task, model, known, cached)
+    most = sweep("texts first", f"taught_{max(TEXTS)}.jsonl", rows, max(TEXTS))
+    both = sweep(f"pretrained, {max(TEXTS)} texts of the teacher's, then {LABELS} labels", "labels.jsonl", rows, LABELS)
+    found[both.name] = judged(dataclasses.replace(both, after=most), small, known, cached)
+    pairs = [(both.name, f"pretrained, {max(TEXTS)} texts of the teacher's")]
+    for count in TEXTS:
+        taught = f"{count} texts of the teacher's"
+        pairs += [(f"pretrained, {taught}", other) for other in (f"pretrained, {LABELS} labels", f"random, {taught}")]
     differences = {
         f"{of}, less {other}": dataclasses.asdict(interval(np.subtract(found[of]["test"], found[other]["test"])))
-        for of, other in (
-            pair
-            for count in TEXTS
-            for taught in [f"pretrained, {count} texts of the teacher's"]
-            for pair in (
-                (taught, f"pretrained, {LABELS} labels"),
-                (taught, f"random, {count} texts of the teacher's"),
-            )
-        )
+        for of, other in pairs
     }
     record = {"accuracy": found, "differences": differences, "labels": LABELS, "steps": STEPS, "sizes": SIZES}
     args.out.write_text(json.dumps(record | {"machine": machine.facts()}, indent=1) + "\n")
