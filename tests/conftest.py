@@ -8,6 +8,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+MAPPINGS, MOST_MAPPINGS = pathlib.Path("/proc/self/maps"), pathlib.Path("/proc/sys/vm/max_map_count")  # of Linux
 
 # Set before anything imports jax, and inherited by subprocesses.
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxlm" / "xla"
@@ -36,6 +37,19 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("full"):  # not `in item.keywords`, which holds names of parameters too
             item.add_marker(pytest.mark.skip(reason="part of the complete set: run with --full"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_forgotten():
+    """Forgets compiled programs after a module, once they take half of the memory mappings that a process may have.
+
+    Each takes several; where XLA gets no more it ends with a segmentation fault.
+    """
+    yield
+    if MAPPINGS.exists() and sum(1 for _ in MAPPINGS.open()) > int(MOST_MAPPINGS.read_text()) // 2:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
