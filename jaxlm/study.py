@@ -8,10 +8,12 @@ python -m jaxlm.study --ladder                       # sizes x tokens under muP:
 
 --workers=N               processes on this machine (1); more may be started anywhere that sees the folder
 --cell="NAME, ..."        works on this cell alone, in this process (what --commands prints)
+--worker                  works on any cell in this process; what fails is in the report, not in the exit status
 --xla_preset=NAME         compiler flags of a chip, as of jaxlm.train
 --gin_file, --gin.NAME    as of jaxlm.train; they describe a jaxlm.studies.StudyConfig
 
-Started again, a study runs what is missing; what failed is tried again. Exits with 1 if cells failed, 75 after SIGTERM.
+Started again, a study or a cell runs what is missing; what failed is tried again, unless it diverged. Exits with 1 if
+cells failed, 75 after SIGTERM.
 """
 
 import os
@@ -32,9 +34,9 @@ from jaxlm.parallel import xla_flags
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, expand, label_of
 from jaxlm.studies.report import status_rows, write_report
-from jaxlm.studies.results import cell_name
+from jaxlm.studies.results import cell_name, failed_jobs
 from jaxlm.studies.store import Store
-from jaxlm.studies.worker import work
+from jaxlm.studies.worker import jobs_of, work
 from jaxlm.train import train
 from jaxlm.training import machine
 from jaxlm.training.loop import Outcome
@@ -141,15 +143,20 @@ def work_here(study: StudyConfig, store: Store, only: str | None) -> int:
     labels = [label_of(cell) for cell in study.cells]
     if only is not None and only not in labels:
         raise ValueError(f"The study has no cell {only!r}; it has {'; '.join(labels)}.")
+    if only is not None:
+        store.forget_failures(jobs_of(expand(study, store), only))
     outcome = work(study, store, train, only=only, report=lambda line: print(line, flush=True))
-    return ExitStatus.PREEMPTED if outcome is Outcome.PREEMPTED else ExitStatus.FINISHED
+    if outcome is Outcome.PREEMPTED:
+        return ExitStatus.PREEMPTED
+    failed = [cell for cell, _, _ in failed_jobs(expand(study, store), store) if label_of(cell) == only]
+    return ExitStatus.FAILED if failed else ExitStatus.FINISHED
 
 
 def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: int) -> int:
     """Starts workers, shows what they do, and writes the report when they are done."""
 
-    expand(study, store)  # what is wrong with a cell is said before anything starts
-    store.forget_failures()
+    plan = expand(study, store)  # what is wrong with a cell is said before anything starts
+    store.forget_failures(plan.jobs.values())
     console = make_console()
     processes = [_start_worker(store, arguments, i) for i in range(workers)]
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])  # they keep what they have
@@ -194,8 +201,8 @@ def finish(study: StudyConfig, store: Store) -> int:
 
     plan = expand(study, store)
     path = write_report(study, plan, store)
-    failed = [job for job in plan.jobs.values() if store.failure(job) is not None]
-    for job in failed:
+    failed = {job.address: job for _, _, job in failed_jobs(plan, store)}
+    for job in failed.values():
         print(f"{job.address} ({job.label}) failed: {store.failure(job).error}")
     print(f"The report is {path}.")
     return ExitStatus.FAILED if failed else ExitStatus.FINISHED

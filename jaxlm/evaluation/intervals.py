@@ -44,7 +44,12 @@ def student(values: Sequence[float]) -> Estimate:
 
 
 def estimate(
-    sums: np.ndarray, weights: np.ndarray, *, samples: int, seed: int, transform: Callable[[float], float] | None = None
+    sums: np.ndarray,
+    weights: np.ndarray,
+    *,
+    samples: int,
+    seed: int,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Estimate:
     """The median over prompts of the ratio of sums, with an interval from resampled rows.
 
@@ -54,18 +59,18 @@ def estimate(
       sums, weights: float [prompts, rows]; both 0 where a prompt has nothing for a row.
       samples: resamplings; 0 gives no interval.
       seed: of the resampling.
-      transform: applied to each prompt's ratio.
+      transform: applied to each prompt's ratio; one that overflows is infinite.
     """
 
     def medians(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:  # [..., prompts] -> [...]
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             ratios = sums / weights
-        if transform is not None:
-            ratios = np.vectorize(transform)(ratios)
+            if transform is not None:
+                ratios = transform(ratios)
         return np.median(ratios, axis=-1)
 
     value = float(medians(sums.sum(1), weights.sum(1)))
-    if not samples:
+    if not samples or math.isinf(value):
         return Estimate(value)
     rows, chance = sums.shape[1], np.random.default_rng(seed)
     drawn, step = [], max(_AT_ONCE // rows, 1)

@@ -13,6 +13,8 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, override
 
+import numpy as np
+
 from jaxlm.data.prompts import Question
 from jaxlm.evaluation.scoring import Score
 from jaxlm.evaluation.text_model import TextModel
@@ -41,7 +43,7 @@ class Measure(abc.ABC):
     primary: str
     """The metric that stands for the task."""
 
-    transforms: ClassVar[Mapping[str, Callable[[float], float]]] = {}
+    transforms: ClassVar[Mapping[str, Callable[[np.ndarray], np.ndarray]]] = {}
     """What is applied to a metric's ratio before it is shown: exp for perplexities."""
 
     @abc.abstractmethod
@@ -144,7 +146,7 @@ class Continuation(Measure):
     """The first right answer after the context: its likelihood, and whether greedy decoding gives it (LAMBADA)."""
 
     primary: str = "accuracy"
-    transforms: ClassVar = {"perplexity": math.exp, "word_perplexity": math.exp}
+    transforms: ClassVar = {"perplexity": np.exp, "word_perplexity": np.exp}
 
     @override
     def refuses(self, question: Question) -> str | None:
@@ -168,7 +170,7 @@ class TextLikelihood(Measure):
     """Perplexity and bits per byte of whole texts, however long; the text is the question's answer."""
 
     primary: str = "bits_per_byte"
-    transforms: ClassVar = {"perplexity": math.exp, "word_perplexity": math.exp}
+    transforms: ClassVar = {"perplexity": np.exp, "word_perplexity": np.exp}
 
     @override
     def refuses(self, question: Question) -> str | None:

@@ -41,7 +41,7 @@ class FewShot:
 
     Attributes:
       count: how many.
-      split: of the task's source that they are drawn from; never the question's own row.
+      split: of the task's source that they are drawn from; never the question itself.
       seed: which ones; a row gets the same whatever else is evaluated.
       separator: stands after each example.
     """
@@ -299,7 +299,6 @@ class _Shots:
 
     def __init__(self, task: EvaluationTask):
         self._task, self._few = task, task.few_shot
-        self._own = self._few.split == task.split
         self._rows = list(_rows(task, self._few.split, None))
         if len(self._rows) <= self._few.count:
             raise ValueError(
@@ -315,13 +314,12 @@ class _Shots:
         for other in order.sample(range(len(self._rows)), len(self._rows)):
             if not wanted:
                 break
-            if self._own and other == index:
-                continue
             try:
                 solved = template.question(self._rows[other])
             except TemplateError:
                 continue
-            if solved is None or (answer := solved.right_answer) is None:
+            # Another split may hold the very row, or the same one twice.
+            if solved is None or solved == question or (answer := solved.right_answer) is None:
                 continue
             text += " ".join(part for part in answer if part) + self._few.separator
             wanted -= 1

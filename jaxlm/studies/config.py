@@ -337,8 +337,9 @@ class StudyConfig:
       together: settings of some combinations.
       seeds: one run each: a seed is both the run's (`RunConfig.seed`) and the data's (`DataConfig.seed`).
       measures: metrics of the last evaluation while training that the report compares; lower is better.
-      incomparable: factors whose levels change what the measures mean, so that runs are compared within a level alone
-        by the legs that have their settings: ('objective',) where a loss is of the objective's own targets.
+      incomparable: factors whose levels change what the measures mean, such as the vocabulary, so that runs are
+        compared within a level alone by the legs that have their settings. Runs whose losses are of different
+        objectives never compare.
       matches: comparisons of learning curves by tokens.
       findings: claims that the report says to hold, not to hold, or not to be decided.
       ladder: a scaling law over the runs' sizes and tokens; None fits none.
@@ -396,10 +397,29 @@ class StudyConfig:
         for side in sides:
             if side.get("leg") not in names:
                 raise ValueError(f"{who} needs a 'leg' among {names}, not {side.get('leg')!r}.")
-            for factor, level in side.items():
-                if factor != "leg":
-                    self._check_factor(factor, who)
-                    self._check_levels(factor, (level,), who)
+            levels = {factor: level for factor, level in side.items() if factor != "leg"}
+            for factor, level in levels.items():
+                self._check_factor(factor, who)
+                self._check_levels(factor, (level,), who)
+            fitting = [cell for cell in self.cells if levels.items() <= cell.items()]
+            ways = {way: cell for cell in fitting if (way := self._way_to(cell, side["leg"])) is not None}
+            if len(ways) > 1:
+                free = [factor for factor in self.factors if len({cell[factor] for cell in ways.values()}) > 1]
+                raise ValueError(
+                    f"{who} compares one kind of runs with another, but {dict(side)} are the runs of {len(ways)} "
+                    f"cells; name a level of {' and of '.join(map(repr, free))}."
+                )
+
+    def _way_to(self, cell: Cell, leg: str) -> tuple | None:
+        """The settings of all legs that a cell goes through to a leg; None where it does not."""
+        taken = {of.name: of for of in self.legs_of(cell)}
+        if leg not in taken:
+            return None
+        way, name = [], leg
+        while name is not None:
+            way.append((name, taken[name].step, self.settings_of(cell, taken[name])))
+            name = taken[name].after
+        return tuple(way)
 
     def _check_ladder(self, ladder: Ladder) -> None:
         legs = {leg.name: leg for leg in self.legs}

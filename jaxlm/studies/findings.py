@@ -17,6 +17,8 @@ class Verdict(enum.Enum):
     OPPOSITE = "the opposite holds"
     UNDECIDED = "not decided"
     ONE_SEED = "one seed"
+    NOT_FINITE = "not finite"
+    NO_METRIC = "no such metric"
     MISSING = "runs are missing"
 
 
@@ -26,18 +28,23 @@ class Decision:
 
     Attributes:
       finding: the claim.
-      difference: `more` less `less`, over seeds; above 0 the claim is right. None where runs are missing.
+      seeds: of which both kinds of runs are there.
+      difference: `more` less `less`, over these seeds; above 0 the claim is right. None where there is no seed, or a
+        run has no such metric.
     """
 
     finding: Finding
+    seeds: tuple[int, ...]
     difference: Interval | None
 
     @property
     def verdict(self) -> Verdict:
         """By whether the interval has 0 in it."""
         if self.difference is None:
-            return Verdict.MISSING
-        if math.isnan(self.difference.low):
+            return Verdict.NO_METRIC if self.seeds else Verdict.MISSING
+        if not math.isfinite(self.difference.mean):
+            return Verdict.NOT_FINITE
+        if len(self.seeds) == 1:
             return Verdict.ONE_SEED
         if self.difference.low > 0:
             return Verdict.HOLDS
@@ -47,11 +54,11 @@ class Decision:
 def decide(finding: Finding, runs: Sequence[Run]) -> Decision:
     """Compares the two kinds of runs seed by seed, which takes out what a seed's data and start do to both."""
     less, more = (runs_of(side, runs) for side in (finding.less, finding.more))
-    seeds = sorted(less.keys() & more.keys())
+    seeds = tuple(sorted(less.keys() & more.keys()))
     pairs = [(_value(finding.metric, less[seed]), _value(finding.metric, more[seed])) for seed in seeds]
     if not pairs or any(None in pair for pair in pairs):
-        return Decision(finding, None)
-    return Decision(finding, interval([high - low for low, high in pairs]))
+        return Decision(finding, seeds, None)
+    return Decision(finding, seeds, interval([high - low for low, high in pairs]))
 
 
 def _value(metric: str, run: Run) -> float | None:
@@ -62,8 +69,8 @@ def _value(metric: str, run: Run) -> float | None:
     return run.score(evaluation, name, task[0] if task else None)
 
 
-def findings_section(found: Sequence[Decision]) -> str:
-    """Of a report; empty for no claims."""
+def findings_section(found: Sequence[Decision], seeds: int) -> str:
+    """Of a report whose study has so many seeds; empty for no claims."""
     if not found:
         return ""
     rows = [
@@ -71,6 +78,7 @@ def findings_section(found: Sequence[Decision]) -> str:
             one.finding.name,
             one.verdict.value,
             "" if one.difference is None else _shown(one.difference),
+            f"{len(one.seeds)} of {seeds}",
             one.finding.metric,
         )
         for one in found
@@ -82,7 +90,7 @@ def findings_section(found: Sequence[Decision]) -> str:
             "A claim holds where the 95% interval of the difference, taken seed by seed, lies above 0. Each is tested "
             f"alone: of {len(rows)} claims with nothing in them, {0.05 * len(rows):.1f} would be decided by chance.",
             "",
-            *table(("claim", "verdict", "difference (95% interval)", "of"), rows),
+            *table(("claim", "verdict", "difference (95% interval)", "seeds", "of"), rows),
         ]
     )
 

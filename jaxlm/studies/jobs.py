@@ -107,6 +107,9 @@ class Results(Protocol):
     def is_finished(self, job: Job) -> bool:
         """Whether all its runs are."""
 
+    def diverged(self, job: Job) -> bool:
+        """Whether one of its runs did."""
+
     def value(self, job: Job, seed: int, metric: str) -> float | None:
         """The last value of a metric, or None."""
 
@@ -175,7 +178,8 @@ def _job_of(
     def made(settings: Settings, budget: Budget | None, **options) -> Job:
         job = _make(study, leg, settings, budget, parent, beside, label=label_of(cell), **options)
         known = plan.jobs.get(job.address)
-        if known is None or set(known.seeds) < set(job.seeds):  # the chosen value's trial is the first seed's run
+        # The chosen value's trial is the first seed's run, but is asked nothing.
+        if known is None or (known.trial is not None and job.trial is None):
             plan.jobs[job.address] = job
         return job
 
@@ -183,7 +187,7 @@ def _job_of(
         return made(settings, leg.budget)
     trials = tuple(_trials(leg.tune, leg, settings, study.seeds[0], made))
     plan.trials.append((cell, leg, trials))
-    if not all(results.is_finished(trial) for trial in trials):
+    if not all(results.is_finished(trial) or results.diverged(trial) for trial in trials):
         return None
     chosen = best_trial(trials, leg.tune, results)
     if chosen is None:
@@ -198,8 +202,9 @@ def _trials(tune: Tune, leg: Leg, settings: Settings, seed: int, made) -> Iterat
 
 
 def best_trial(trials: tuple[Job, ...], tune: Tune, results: Results) -> float | None:
-    """The value whose trial has the lowest metric; None where no trial has a finite one."""
-    found = {job.trial[1]: results.value(job, job.seeds[0], tune.metric) for job in trials}
+    """The value whose trial has the lowest metric; None where all diverged."""
+    ended = [job for job in trials if not results.diverged(job)]
+    found = {job.trial[1]: results.value(job, job.seeds[0], tune.metric) for job in ended}
     finite = {value: loss for value, loss in found.items() if loss is not None and math.isfinite(loss)}
     return min(finite, key=finite.get) if finite else None
 

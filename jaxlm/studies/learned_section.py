@@ -1,6 +1,7 @@
 """What finetuning sweeps and linear probes found, in a study's report: every setting, the chosen one, seeds apart."""
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def learned_section(leg: str, evaluation: str, runs: Sequence[Run], figures: pat
         "apart from it the standard deviation over finetuning seeds on one model.",
     ]
     for task, cells in found.items():
-        picture = f"{leg}_{task}_settings.png"
+        picture = re.sub(r"\W+", "_", f"{leg}_{evaluation}_{task}_settings") + ".png"
         parts += ["", *_table(task, cells), "", f"![{task} by setting](figures/{picture})"]
         _curves(figures / picture, task, cells)
     return "\n".join(parts)

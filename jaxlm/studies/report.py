@@ -22,6 +22,7 @@ from jaxlm.studies.results import (
     account,
     answered,
     cell_name,
+    failed_jobs,
     finished_runs,
     matched,
     measured,
@@ -41,12 +42,12 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
     runs = finished_runs(plan, store)
     sections = [_head(study, plan, store, runs)]
     for metric in study.measures:
-        sections += _measure(study, metric, runs, figures)
+        sections += _measure(study, metric, plan, runs, figures)
     for leg in study.legs:
         for name in leg.evaluations:
             sections.append(_evaluation(study, leg, name, runs, figures))
             sections.append(learned_section(leg.name, name, runs, figures))
-    sections.append(findings_section([decide(finding, runs) for finding in study.findings]))
+    sections.append(findings_section([decide(finding, runs) for finding in study.findings], len(study.seeds)))
     if plan.trials:
         sections += _tuning(plan, store, figures)
     if study.matches:
@@ -100,7 +101,7 @@ def _span(numbers: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _measure(study: StudyConfig, metric: str, runs: Sequence[Run], figures: pathlib.Path) -> list[str]:
+def _measure(study: StudyConfig, metric: str, plan: Plan, runs: Sequence[Run], figures: pathlib.Path) -> list[str]:
     """A table and pictures of one metric for every leg."""
     sections = []
     found = measured(runs, metric)
@@ -110,9 +111,10 @@ def _measure(study: StudyConfig, metric: str, runs: Sequence[Run], figures: path
             continue
         name = re.sub(r"\W+", "_", f"{leg.name}_{metric}")
         lines = [f"## {metric} after {leg.name}", ""]
-        groups = _comparable(study, leg)
+        groups = _comparable(study, leg, plan)
         if len(set(groups.values())) > 1:
-            lines += [f"Cells compare where they agree in {', '.join(study.incomparable)}.", ""]
+            agree = " and in ".join(("the objective that is measured", *study.incomparable))
+            lines += [f"Cells compare where they agree in {agree}.", ""]
         lines += table(("cell", "mean", "95% interval", "seeds"), _by_group(values, groups))
         if len(study.factors) == 2 and len(values) > 1:
             heat_map(figures / f"{name}_grid.png", study, values, groups, f"{metric} after {leg.name}")
@@ -123,10 +125,19 @@ def _measure(study: StudyConfig, metric: str, runs: Sequence[Run], figures: path
     return sections
 
 
-def _comparable(study: StudyConfig, leg: Leg) -> dict[str, str]:
-    """{cell's name: its group}: the measures of a leg's runs mean the same within a group."""
+def _comparable(study: StudyConfig, leg: Leg, plan: Plan) -> dict[str, str]:
+    """{cell's name: its group}: the measures of a leg's runs mean the same within a group.
+
+    A loss is of the tokens that an objective predicts: that of the evaluation, or else that of the last steps.
+    """
     own = [factor for factor in study.incomparable if leg.factors is None or factor in leg.factors]
-    return {cell_name(cell): " · ".join(cell[factor] for factor in own) for cell in study.cells}
+    groups = {}
+    for cell, of, job in plan.of_cells:
+        if of.name == leg.name and job is not None:
+            asked = job.run.evaluation and job.run.evaluation.objective
+            objective = asked or job.run.phases[-1].stage.objective
+            groups[cell_name(cell)] = " · ".join((*(cell[factor] for factor in own), objective.name))
+    return groups
 
 
 def _by_group(values: Mapping[str, Interval], groups: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -195,12 +206,16 @@ def _tuning(plan: Plan, store: Store, figures: pathlib.Path) -> list[str]:
         for cell, of, jobs in plan.trials:
             if of.name != leg.name:
                 continue
+            diverged = {job.trial[1] for job in jobs if store.diverged(job)}
             losses = {job.trial[1]: store.value(job, job.seeds[0], tune.metric) for job in jobs}
-            known = {value: loss for value, loss in losses.items() if loss is not None}
-            complete = all(store.is_finished(job) for job in jobs)
+            known = {value: loss for value, loss in losses.items() if loss is not None and value not in diverged}
+            complete = all(store.is_finished(job) or store.diverged(job) for job in jobs)
             best = best_trial(jobs, tune, store) if complete else None
             edge = " (at the edge: try further)" if best in (min(tune.values), max(tune.values)) else ""
-            shown = [f"{losses[value]:.4f}" if value in known else "" for value in tune.values]
+            shown = [
+                f"{known[value]:.4f}" if value in known else "diverged" if value in diverged else ""
+                for value in tune.values
+            ]
             rows.append((cell_name(cell), *shown, "" if best is None else f"{best:g}{edge}"))
             curves[cell_name(cell)] = known
         lines = [f"## {tune.binding} for {leg.name}", "", f"{tune.metric} of a trial with one seed.", ""]
@@ -217,7 +232,8 @@ def _matches(found: Sequence[tuple[str, Matched | None]]) -> str:
         if result is None:
             rows.append((name, "runs are missing", ""))
         elif result.ratio is None:
-            rows.append((name, f"not reached: below {result.bound:.2f}", _losses(result)))
+            some = f"reached by {result.reached} of {len(result.loss)} seeds" if result.reached else "not reached"
+            rows.append((name, f"{some}: below {result.bound:.2f}", _losses(result)))
         else:
             ratio = result.ratio
             bounds = "" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})"
@@ -241,16 +257,15 @@ def _losses(result: Matched) -> str:
 
 
 def _failures(plan: Plan, store: Store) -> str:
-    of_cells = [(cell, leg, job) for cell, leg, job in plan.of_cells if job is not None]
-    of_cells += [(cell, leg, trial) for cell, leg, trials in plan.trials for trial in trials]
-    rows = [
-        (cell_name(cell), leg.name, str(failure.seed), failure.error)
-        for cell, leg, job in of_cells
-        if (failure := store.failure(job)) is not None
-    ]
-    if not rows:
+    found = [(cell, leg, job, store.failure(job)) for cell, leg, job in failed_jobs(plan, store)]
+    if not found:
         return ""
-    return "## Failed\n\n" + "\n".join(table(("cell", "leg", "seed", "why"), list(dict.fromkeys(rows))))
+    rows = [(cell_name(cell), leg.name, str(failure.seed), failure.error) for cell, leg, _, failure in found]
+    lines = ["## Failed", "", *table(("cell", "leg", "seed", "why"), list(dict.fromkeys(rows)))]
+    if diverged := dict.fromkeys(job.address for _, _, job, failure in found if failure.diverged):
+        notes = ", ".join(f"runs/{address}/failed.json" for address in diverged)
+        lines += ["", f"What diverged would again; to have it tried all the same, delete {notes}."]
+    return "\n".join(lines)
 
 
 def _time(spent: Account) -> str:

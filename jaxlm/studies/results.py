@@ -134,14 +134,16 @@ class Matched:
     Attributes:
       match: what was compared.
       ratio: T_scratch / T_adapted over seeds; None where a seed did not get there.
-      bound: where it did not: the ratio is below this.
+      bound: where one did not: the mean ratio is below this.
       loss: the scratch runs' last losses, by seed.
+      reached: how many seeds did get there.
     """
 
     match: Match
     ratio: Interval | None
     bound: float | None
     loss: tuple[float, ...]
+    reached: int
 
 
 def matched(match: Match, runs: Sequence[Run]) -> Matched | None:
@@ -150,16 +152,16 @@ def matched(match: Match, runs: Sequence[Run]) -> Matched | None:
     seeds = sorted(sides[0].keys() & sides[1].keys())
     if not seeds or any(match.metric not in side[seed].curves for side in sides for seed in seeds):
         return None
-    ratios, bounds, losses = [], [], []
+    ratios, losses, reached = [], [], 0
     for seed in seeds:
         adapted, scratch = sides[0][seed], sides[1][seed]
         losses.append(scratch.last(match.metric))
         spent = tokens_to(adapted, match.metric, losses[-1])
-        bounds.append(scratch.job.size.tokens / adapted.job.size.tokens)
-        ratios.append(None if spent is None else scratch.job.size.tokens / spent)
-    if any(ratio is None for ratio in ratios):
-        return Matched(match, None, max(bounds), tuple(losses))
-    return Matched(match, interval(ratios), None, tuple(losses))
+        reached += spent is not None
+        ratios.append(scratch.job.size.tokens / (adapted.job.size.tokens if spent is None else spent))
+    if reached < len(seeds):
+        return Matched(match, None, float(np.mean(ratios)), tuple(losses), reached)
+    return Matched(match, interval(ratios), None, tuple(losses), reached)
 
 
 def runs_of(side: Mapping[str, str], runs: Sequence[Run]) -> dict[int, Run]:
@@ -211,13 +213,25 @@ def status(plan: Plan, cell: Cell, leg: Leg, job: Job | None, seed: int, store: 
     """finished, failed, running, to do, or waiting: for trials, or for a leg before it."""
     if job is None:
         of_cell = [trials for known, of, trials in plan.trials if known == cell and of.name in (leg.name, leg.after)]
-        failed = any(store.failure(trial) is not None for trials in of_cell for trial in trials)
-        return "failed" if failed else "waiting"
+        return "failed" if any(failed_trials(trials, store) for trials in of_cell) else "waiting"
     if store.run_is_finished(job, seed):
         return "finished"
     if store.failure(job) is not None:
         return "failed"
     return "running" if store.is_claimed(job) else "to do"
+
+
+def failed_trials(trials: Sequence[Job], store: Store) -> list[Job]:
+    """Those that keep a cell from a choice: not one that diverged, unless all did."""
+    failed = [trial for trial in trials if store.failure(trial) is not None]
+    lost = [trial for trial in failed if not store.diverged(trial)]
+    return lost or (failed if len(failed) == len(trials) else [])
+
+
+def failed_jobs(plan: Plan, store: Store) -> list[tuple[Cell, Leg, Job]]:
+    """The (cell, leg, job) that failed, so that the study is not complete."""
+    found = [entry for entry in plan.of_cells if entry[2] is not None and store.failure(entry[2]) is not None]
+    return found + [(cell, leg, job) for cell, leg, trials in plan.trials for job in failed_trials(trials, store)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxlm.checkpoints.stored import committed_steps
@@ -32,10 +32,17 @@ _HEARTBEAT = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a job failed: a sentence, and the seed."""
+    """Why a job failed.
+
+    Attributes:
+      error: a sentence.
+      seed: of the run.
+      diverged: its numbers did; they would again, so that it is not tried again.
+    """
 
     error: str
     seed: int
+    diverged: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,15 +146,24 @@ class Store:
         path = self.job_folder(job) / "failed.json"
         return Failure(**json.loads(path.read_text())) if path.exists() else None
 
-    def fail(self, job: Job, seed: int, error: str) -> None:
+    def diverged(self, job: Job) -> bool:
+        """Whether one of its runs did."""
+        failure = self.failure(job)
+        return failure is not None and failure.diverged
+
+    def fail(self, job: Job, failure: Failure) -> None:
         """Notes that a run failed."""
         path = self.job_folder(job) / "failed.json"
-        path.write_text(json.dumps(dataclasses.asdict(Failure(error, seed)), indent=1) + "\n")
+        path.write_text(json.dumps(dataclasses.asdict(failure), indent=1) + "\n")
 
-    def forget_failures(self) -> None:
-        """So that what failed is tried again."""
-        for path in self.path.glob("runs/*/failed.json"):
-            path.unlink()
+    def forget_failures(self, jobs: Iterable[Job]) -> None:
+        """So that those of the jobs that failed, but did not diverge, are tried again; not one that is worked on."""
+        for job in jobs:
+            if self.failure(job) is None or self.diverged(job):
+                continue
+            with self.claim(job) as free:
+                if free:
+                    (self.job_folder(job) / "failed.json").unlink(missing_ok=True)
 
     def steps_done(self, job: Job, seed: int) -> int:
         """The newest committed step of a run."""

@@ -1,6 +1,7 @@
 """A worker: takes one job after another that nobody else works on, and runs its seeds in this process."""
 
 import time
+import traceback
 from collections.abc import Callable
 
 from jaxlm.checkpoints import pretrained
@@ -10,7 +11,7 @@ from jaxlm.run import Programs
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, Plan, expand, label_of
 from jaxlm.studies.settings import resolved_evaluation
-from jaxlm.studies.store import Store
+from jaxlm.studies.store import Failure, Store
 from jaxlm.training.loop import Outcome, TrainingDiverged
 
 _PATIENCE = 2.0
@@ -66,11 +67,11 @@ def work(
 
 def unfinished(plan: Plan, store: Store, only: str | None = None) -> list[Job]:
     """The jobs of a study, or of the cell labelled `only`, that are not done and have not failed."""
-    wanted = plan.jobs.values() if only is None else _jobs_of(plan, only)
+    wanted = plan.jobs.values() if only is None else jobs_of(plan, only)
     return [job for job in wanted if not store.is_finished(job) and store.failure(job) is None]
 
 
-def _jobs_of(plan: Plan, label: str) -> list[Job]:
+def jobs_of(plan: Plan, label: str) -> list[Job]:
     """A cell's jobs and those that they start from."""
     own = [job for cell, _, job in plan.of_cells if label_of(cell) == label and job is not None]
     own += [job for cell, _, jobs in plan.trials if label_of(cell) == label for job in jobs]
@@ -94,16 +95,20 @@ def _run(job: Job, store: Store, train: Train, programs: Programs, report: Calla
                 outcome = train(run, programs=programs)
             if outcome is Outcome.FINISHED:
                 _evaluate(job, seed, store, report)
-        except (ValueError, CheckpointError, TrainingDiverged, OSError) as error:
+        except Exception as error:  # one that is out of memory, say, must not take the next cells' worker with it
+            if not isinstance(error, ValueError | CheckpointError | TrainingDiverged | OSError):
+                report(traceback.format_exc())
+                error = RuntimeError(f"{type(error).__name__}: {error}")
             report(f"{job.address}, seed {seed}, failed: {error}")
-            store.fail(job, seed, str(error))
+            store.fail(job, Failure(str(error), seed, isinstance(error, TrainingDiverged)))
             continue
         finally:
             folder.release()
         if outcome is Outcome.PREEMPTED:
             return outcome
         if outcome is not Outcome.FINISHED:
-            store.fail(job, seed, f"it ended early ({outcome.value}); give it more data or fewer steps.")
+            error = f"it ended early ({outcome.value}); give it more data or fewer steps."
+            store.fail(job, Failure(error, seed))
     return Outcome.FINISHED
 
 
@@ -117,10 +122,13 @@ def _evaluate(job: Job, seed: int, store: Store, report: Callable[[str], None]) 
     if not left:
         return
     began = time.time()
-    model = pretrained.load(store.run_folder(job, seed).path)
+    model, mesh = None, None
     for name in left:
-        folder = store.evaluation_folder(job, seed, name)
-        result = evaluate(resolved_evaluation(job.evaluations[name]), model, folder=folder, report=report)
+        asked, folder = resolved_evaluation(job.evaluations[name]), store.evaluation_folder(job, seed, name)
+        if model is None or asked.parallel != mesh:
+            model, mesh = None, asked.parallel  # never two at a time
+            model = pretrained.load(store.run_folder(job, seed).path, parallel=mesh.on() if mesh else None)
+        result = evaluate(asked, model, folder=folder, report=report)
         if result.failures:
             (folder / "results.json").unlink()
             raise ValueError(" ".join(result.failures.values()))

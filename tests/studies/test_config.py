@@ -2,7 +2,20 @@
 
 import pytest
 
-from jaxlm.studies.config import Budget, Grid, Leg, Listed, Match, Range, Sample, Start, StudyConfig, Together, Tune
+from jaxlm.studies.config import (
+    Budget,
+    Finding,
+    Grid,
+    Leg,
+    Listed,
+    Match,
+    Range,
+    Sample,
+    Start,
+    StudyConfig,
+    Together,
+    Tune,
+)
 
 FACTORS = {
     "architecture": {"causal": ("causal.gin",), "prefix": ("prefix.gin",)},
@@ -89,6 +102,19 @@ def test_a_cell_that_skips_a_leg_goes_on_from_the_one_before():
     assert [(leg.after, leg.step) for leg in alone] == [(None, None)]
 
 
+def test_a_side_of_a_claim_may_be_runs_that_cells_share():
+    """And the cells that go through its leg alone are asked."""
+    alike = {"kind": {"a": ("x.gin",), "b": ("x.gin",), "c": ("y.gin",)}}
+    legs = (Leg("pretrain"), Leg("adapt", ("y.gin",), factors=(), after="pretrain", only={"kind": ("c",)}))
+    claim = Finding("f", {"leg": "pretrain", "kind": "a"}, {"leg": "adapt"})
+    assert study(factors=alike, legs=legs, findings=(claim,)).findings == (claim,)
+    shared = {"kind": {"a": ("x.gin",), "b": ("x.gin",)}}
+    both = Finding("f", {"leg": "pretrain"}, {"leg": "pretrain"})
+    assert study(factors=shared, legs=legs[:1], findings=(both,)).findings == (both,)
+    with pytest.raises(ValueError, match="are the runs of 2 cells; name a level of 'kind'"):
+        study(factors=alike, legs=legs, findings=(both,))
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -100,6 +126,10 @@ def test_a_cell_that_skips_a_leg_goes_on_from_the_one_before():
         (lambda: study(design=Listed(({"architecture": "x", "rate": "1"},))), "The design names the level 'x'"),
         (lambda: study(together=(Together({"architecture": "x"}, ()),)), "Together.when names the level 'x'"),
         (lambda: study(matches=(Match("m", {"leg": "b"}, {"leg": "pretrain"}),)), "needs a 'leg' among"),
+        (
+            lambda: study(findings=(Finding("f", {"leg": "pretrain", "architecture": "causal"}, {"leg": "pretrain"}),)),
+            "'architecture': 'causal'} are the runs of 3 cells; name a level of 'rate'",
+        ),
         (lambda: Budget(), "one of tokens, flops and steps"),
         (lambda: Budget(tokens=1, steps=1), "one of tokens, flops and steps"),
         (lambda: Tune("X", (1.0, 1.0)), "nothing to choose between"),

@@ -32,13 +32,14 @@ def runs(a, b):
         ([1.5, 2.4, 3.6], [1.0, 2.0, 3.0], Verdict.OPPOSITE),
         ([1.0, 2.0, 3.0], [1.5, 1.4, 3.6], Verdict.UNDECIDED),
         ([1.0], [2.0], Verdict.ONE_SEED),
+        ([1.0, 2.0, math.nan], [1.5, 2.5, 3.5], Verdict.NOT_FINITE),
         ([1.0], [], Verdict.MISSING),
     ],
 )
 def test_a_claim_is_decided_by_its_interval(a, b, verdict):
     found = decide(CLAIM, runs(a, b))
     assert found.verdict is verdict
-    assert f"| a below b | {verdict.value} |" in findings_section([found])
+    assert f"| a below b | {verdict.value} |" in findings_section([found], 3)
 
 
 def test_the_difference_is_taken_seed_by_seed():
@@ -46,6 +47,7 @@ def test_the_difference_is_taken_seed_by_seed():
     assert found.difference.values == pytest.approx((0.5, 0.7))
     half = 12.7062 * 0.1 / 1  # t(0.975, 1); both values are 0.1 off their mean
     assert found.difference.high - found.difference.mean == pytest.approx(half, rel=1e-4)
+    assert "| 2 of 3 |" in findings_section([found], 3)  # seed 7 has one side alone
 
 
 def test_a_score_is_the_mean_over_tasks_or_one_tasks():
@@ -60,7 +62,9 @@ def test_a_score_is_the_mean_over_tasks_or_one_tasks():
     assert decide(claim, asked).difference.mean == pytest.approx(3.5 - 2.0)
     of_one = Finding("nll", CLAIM.less, CLAIM.more, "zero/x/gold_nll")
     assert decide(of_one, asked).difference.mean == pytest.approx(1.0)
-    assert decide(Finding("nll", CLAIM.less, CLAIM.more, "zero/z/gold_nll"), asked).verdict is Verdict.MISSING
+    assert decide(Finding("nll", CLAIM.less, CLAIM.more, "zero/z/gold_nll"), asked).verdict is Verdict.NO_METRIC
+    in_one = [*asked[:1], run("b", 0, 0, {"x": metrics(2.0), "y": {"accuracy": {"value": 0.5}}})]
+    assert decide(claim, in_one).verdict is Verdict.NO_METRIC
     table = answered(asked, "train", "zero", "gold_nll")
     assert list(table) == ["x", "y", "mean"] and table["mean"]["b"].mean == 3.5
     assert math.isnan(table["mean"]["b"].low)

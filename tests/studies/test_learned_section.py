@@ -45,7 +45,7 @@ def test_the_table_has_every_rate_the_choice_and_both_spreads(tmp_path):
     half = 12.7062 * 0.1414214 / 2**0.5  # Student's t for one degree of freedom
     assert rows[0][4] == f"0.7000 ± {half:.4f}" and rows[0][5:] == ["0.0700", ""]
     assert rows[1] == ["100%", "0.8500", "0.2500", "0.001 (at the edge)", "0.9000", "0.0700", "4"]
-    assert (tmp_path / "pretrain_sentiment_settings.png").stat().st_size > 5000
+    assert (tmp_path / "pretrain_labels_sentiment_settings.png").stat().st_size > 5000
 
 
 def test_legs_without_learnt_tasks_have_no_section(tmp_path):

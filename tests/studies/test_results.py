@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.studies.config import Match
+from jaxlm.studies.report import _matches
 from jaxlm.studies.results import Run, interval, matched, tokens_to
 from jaxlm.studies.store import Store
 from jaxlm.training.report import Curve
@@ -48,7 +49,12 @@ def test_a_match_is_the_ratio_of_tokens_at_the_scratch_runs_last_loss():
     found = matched(match, scratch + other + adapted)
     assert found.ratio.values == pytest.approx((2.0, 2.0)) and found.loss == (2.0, 2.0)
     never = matched(match, [*scratch, run("adapt", [3.0, 2.5], cell={"kind": "x"})])
-    assert never.ratio is None and never.bound == pytest.approx(1.5)
+    assert never.ratio is None and never.bound == pytest.approx(1.5) and never.reached == 0
+    # Two seeds of three get there: what is known of the mean is what each says.
+    scratch.append(run("scratch", [4.0, 3.0, 2.0], seed=2))
+    some = matched(match, [*scratch, *adapted, run("adapt", [3.0, 2.5], seed=2, cell={"kind": "x"})])
+    assert some.ratio is None and some.reached == 2 and some.bound == pytest.approx((2.0 + 2.0 + 1.5) / 3)
+    assert "| m | reached by 2 of 3 seeds: below 1.83 |" in _matches([("m", some)])
     assert matched(match, scratch) is None
 
 
