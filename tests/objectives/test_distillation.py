@@ -138,7 +138,9 @@ def test_what_does_not_count_reaches_nothing():
 @pytest.mark.parametrize("architecture", [Architecture.CAUSAL_DECODER, Architecture.PREFIX_DECODER])
 def test_a_decoder_reads_an_encoder_decoders_batch_as_one_text(architecture):
     """Packed pairs in two rows, one without inputs: hidden states at the targets are those of the joined texts."""
-    teacher = model(3, dataclasses.replace(DECODER, architecture=architecture))
+    # Two layers: the second reads what the inputs' columns saw in the first.
+    deep = dataclasses.replace(STACK, num_layers=2)
+    teacher = model(3, dataclasses.replace(DECODER, architecture=architecture, decoder=deep))
     pairs = [(text(4, 3), text(5, 4)), (text(6, 5), text(7, 2)), (text(8, 0), text(9, 3))]
     encoder, decoder = batch_of(*(pair[0] for pair in pairs), length=10), batch_of(*(p[1] for p in pairs), length=11)
     batch = decoder | {
