@@ -28,6 +28,8 @@ def rows(plan: Plan) -> Iterator[Row]:
         f"{plan.batch_size} rows of {plan.row_tokens} tokens in {plan.microbatches} microbatch(es); "
         f"rematerialisation {plan.remat}",
     )
+    for sentence in plan.replicated:
+        yield "not split", "", sentence
     yield from _memory_rows(plan)
     if plan.costs is not None:
         yield from _cost_rows(plan)

@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm.configuration import resolve
 from jaxlm.layers.remat import Remat
+from jaxlm.planning import report
 from jaxlm.planning.advice import advice
 from jaxlm.planning.memory import refused
 from jaxlm.planning.program import Memory, compile_plan, prepare, with_remat
@@ -51,6 +52,19 @@ def test_the_command_plans_without_data_and_saves(run_python, tmp_path):
     # Of matrix products alone, the model's own work on a device is nearly all that it does.
     assert saved["model_flops"] / 4 <= 1.05 * saved["costs"]["matmul_flops"]
     assert "| memory, a device |" in (tmp_path / "plan" / "plan.md").read_text()
+
+
+def test_dimensions_that_the_mesh_cannot_split_are_said():
+    """In the table and in Markdown; none where all can be split."""
+    if reason := ahead_of_time.why_not("v5e:2x2"):
+        pytest.skip(reason)
+    found = {}
+    for size in (385, 384):
+        prepared = prepare(tiny(VOCAB_SIZE=size, **{"MeshConfig.tensor": 2}), topology("v5e:2x2"))
+        plan = compile_plan_refused(prepared)
+        found[size] = [remark for what, _, remark in report.rows(plan) if what == "not split"]
+        assert all(sentence in report.markdown(plan) for sentence in found[size])
+    assert found == {385: ["vocab (385) is not a multiple of 2 (tensor), so it is replicated."], 384: []}
 
 
 @pytest.mark.parametrize(
