@@ -69,7 +69,7 @@ def _plan(run, machine, tries: int, folder: pathlib.Path | None) -> int:
     from jaxlm.planning import report
     from jaxlm.planning.advice import advice
     from jaxlm.planning.program import compile_plan, prepare
-    from jaxlm.planning.variants import levers_of, worth_trying
+    from jaxlm.planning.variants import levers_of, why_left_out, worth_trying
     from jaxlm.training.progress import make_console
 
     console = make_console()
@@ -87,6 +87,7 @@ def _plan(run, machine, tries: int, folder: pathlib.Path | None) -> int:
             console.print(f"compiling: {levers.name}")
             plans.append((levers.name, compile_plan(candidate)))
         rest = f"{len(good[tries:])} further candidates were not compiled (--search=N); {len(left_out)} cannot work."
+        rest = "\n- ".join([rest, *why_left_out(left_out)])
         search = plans, rest
         console.print(report.ranking_table(plans))
         console.print(rest)

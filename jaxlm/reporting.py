@@ -22,7 +22,7 @@ from jaxlm.training.parameters import flatten
 from jaxlm.training.progress import Plan, ProgressLine, duration, human
 from jaxlm.training.report import ReportContents, write_report
 from jaxlm.training.run_folder import RunFolder
-from jaxlm.training.state import TrainState
+from jaxlm.training.state import TrainState, unsplit_dimensions
 from jaxlm.training.writers import Writers
 
 
@@ -55,6 +55,8 @@ def make_plan(run: RunConfig, parts: Parts, parallel: Parallelism, step: int) ->
         facts["pipeline"] = pipeline_line(parts.definition.layouts, parallel)
     rows_per_step = rows / run.train_steps
     tokens = round(rows_per_step * parts.row_tokens)
+    if whole := unsplit_dimensions(parts.infos, parallel):
+        facts["not split"] = "\n".join(whole)
     return Plan(groups, run.train_steps, tokens, rows_per_step * flops, flops * rows_left / speed, facts)
 
 

@@ -373,6 +373,19 @@ class Intervals(Mask):
     def dense(self, tq: int, tk: int, start: Array = 0) -> jax.Array:
         return Rows(*(jax.lax.dynamic_slice_in_dim(x, start, tq, axis=2) for x in (self.lo, self.hi))).dense(tk)
 
+    def near(self, left: int, right: int, positions: Array) -> "Intervals":
+        """Of these keys those that stand at most `left` before their query in the text, or `right` after it.
+
+        Args:
+          left, right: as in `Window`.
+          positions: int32 [B, T], of the tokens of both in their text; along an interval they grow by one.
+        """
+        lo, hi = jnp.asarray(self.lo, jnp.int32), jnp.asarray(self.hi, jnp.int32)
+        own = jnp.asarray(positions, jnp.int32)[:, None]  # [B, 1, T]
+        places = jnp.broadcast_to(jnp.clip(lo, 0, own.shape[-1] - 1), (own.shape[0], *lo.shape[1:]))
+        ahead = own - jnp.take_along_axis(own, places, axis=-1)  # of the interval's first key to the query
+        return Intervals(jnp.maximum(lo, lo + ahead - left), jnp.minimum(hi, lo + ahead + right + 1))
+
     @override
     def check(self, batch: int, heads: int, tq: int, tk: int) -> None:
         shapes = [(b, intervals, tq) for b in {batch, 1} for intervals in (1, 2)]

@@ -86,8 +86,8 @@ class ScoredBatch:
 def can_share(config: LanguageModelConfig) -> bool:
     """Whether several continuations can stand beside each other in a row after one context, with the same numbers.
 
-    In an encoder-decoder always. In a decoder if every layer is `Attention` without a window: a window, or a state that
-    runs along the row, would see the other continuations in between.
+    In an encoder-decoder always. In a decoder if every layer is `Attention` without a window: a state that runs along
+    the row would see the other continuations in between, and kernels are told how far a window reaches along columns.
     """
     if config.architecture is Architecture.ENCODER_DECODER:
         return True

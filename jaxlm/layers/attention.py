@@ -188,7 +188,7 @@ class Attention(nnx.Module):
         Args:
           x: [B, T, E].
           source: [B, S, source width]; x itself for self-attention.
-          mask: which query sees which key; `config.window` narrows it.
+          mask: which query sees which key, `Intervals` where there are `positions`; `config.window` narrows it.
           rotation: cosines and sines for `config.position`, if it is a Rope.
           bias: of a table shared by the stack; added to none of the layer's own.
           context: operations and dropout key.
@@ -199,7 +199,7 @@ class Attention(nnx.Module):
         """
         q = self.queries(x, rotation, context)
         k, v = self.keys_and_values(source, rotation, context)
-        bias = self._bias(bias)
+        bias, mask = self._bias(bias), self._narrowed(mask, positions)
         if bias is not None and positions is not None:
             bias = PlacedBias(bias, positions, positions)
         return self.output(self._attend(q, k, v, mask, bias, context), context)
@@ -220,7 +220,8 @@ class Attention(nnx.Module):
         q = self.queries(x, rotation, context)
         k, v = self.keys_and_values(source, rotation, context)
         cache = KeyValueCache.of(k, v, texts, caching, window=self._left)
-        return self.output(self._attend(q, k, v, mask, self._bias(bias), context), context), cache
+        mask, bias = self._narrowed(mask), self._bias(bias)
+        return self.output(self._attend(q, k, v, mask, bias, context), context), cache
 
     def extend(
         self,
@@ -289,6 +290,13 @@ class Attention(nnx.Module):
         """How many tokens back a query sees, itself not counted."""
         return None if self.config.window is None else self.config.window[0]
 
+    def _narrowed(self, mask: Mask, positions: jax.Array | None = None) -> Mask:
+        """What a query sees in its window: by columns, or by `positions`."""
+        window = self.config.window
+        if window is None:
+            return mask
+        return mask & Window(*window) if positions is None else mask.near(*window, positions)
+
     def _bias(self, shared: Bias | None) -> Bias | None:
         """What is added to the scores: the layer's own bias, or else the stack's."""
         if self.relative is not None:
@@ -305,7 +313,7 @@ class Attention(nnx.Module):
             q,
             k,
             v,
-            mask=mask if config.window is None else mask & Window(*config.window),
+            mask=mask,
             bias=bias,
             scale=self.scale,
             soft_cap=config.soft_cap,

@@ -116,11 +116,13 @@ class TokenSizes:
       mixed: the result of attention, or of the scan.
       products: results of products with matrices, `mixed` included.
       everything: with what lies between them.
+      named: of those with a name in `jaxlm.layers.remat.ACTIVATIONS`, by it, without `mixed`; roughly.
     """
 
     mixed: int
     products: int
     everything: int
+    named: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class BlockModule(Protocol):
@@ -228,7 +230,9 @@ class BlockConfig(BlockKind):
         gated = 2 if getattr(self.feed_forward, "gated", False) else 1
         outputs = width * (1 + len(attentions))
         products = projected + gated * hidden + outputs
-        return TokenSizes(mixed, products, products + hidden + outputs)
+        keys = (projected - 2 * mixed) // 2  # queries are as large as what is read
+        named = {"query": mixed, "key": keys, "value": keys, "up": hidden, "gate": (gated - 1) * hidden}
+        return TokenSizes(mixed, products, products + hidden + outputs, named)
 
     def build(self, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey) -> "Block":
         """See `BlockKind`."""

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, override
 
 import jax
@@ -215,7 +215,15 @@ class Context:
             return x
         batch, length, *rest = jnp.indices(x.shape, sparse=True)
         batch = self.ops.row_numbers(len(x)).reshape(batch.shape)
-        indices = (batch, self.ops.arrange(length), *rest)
+        return self._dropped(x, (batch, self.ops.arrange(length), *rest), rate)
+
+    def table_dropout(self, x: jax.Array, rate: float) -> jax.Array:
+        """As `dropout`, of an array of any shape that all rows of the batch share."""
+        if self.dropout_key is None or rate == 0.0:
+            return x
+        return self._dropped(x, jnp.indices(x.shape, sparse=True), rate)
+
+    def _dropped(self, x: jax.Array, indices: Iterable[jax.Array], rate: float) -> jax.Array:
         kept = dropout.keep_entries(dropout.seed_of(self.dropout_key), indices, rate)
         return jnp.where(kept, x / (1.0 - rate), 0)
 

@@ -17,7 +17,7 @@ from pallas_kernels.masks import Full, Mask, Segments
 
 @dataclasses.dataclass(frozen=True)
 class ConvolvedBlockConfig(BlockConfig):
-    """norm(block(x) + activation(convolution(x))), for encoders.
+    """norm(block(x) + activation(dropout(convolution(x)))), for encoders.
 
     The convolution runs over the tokens of a text with all channels, and sees as far to either side (github.com/
     microsoft/DeBERTa, DeBERTa/deberta/bert.py, ConvLayer).
@@ -54,9 +54,9 @@ class ConvolvedBlock(Block):
     @override
     def __call__(self, x: jax.Array, around: Surroundings, context: Context) -> tuple[jax.Array, SideValues]:
         seen = _neighbours(x, self.config.taps, _texts(around.mask, context))
-        beside = self.config.convolution_activation(self.convolution(seen, context))
+        beside = context.fold("convolution").dropout(self.convolution(seen, context), self.config.dropout)
         out, side = super().__call__(x, around, context)
-        beside = context.fold("convolution").dropout(beside, self.config.dropout)
+        beside = self.config.convolution_activation(beside)
         return context.ops.constrain(self.convolution_norm(out + beside), ("batch", "length", "embed")), side
 
     @override

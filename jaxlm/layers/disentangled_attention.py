@@ -98,6 +98,9 @@ class RelativeEmbeddingTable(nnx.Module):
 class DisentangledAttentionConfig(AttentionConfig):
     """Self-attention whose scores see relative positions by vectors; the stack has `RelativeEmbeddings`.
 
+    `dropout` is also the rate on these vectors before they are projected, in each layer others (github.com/microsoft/
+    DeBERTa, DeBERTa/deberta/disentangled_attention.py, pos_dropout).
+
     Attributes:
       content_to_position: q_i . K_d takes part.
       position_to_content: k_j . Q_d takes part.
@@ -184,11 +187,12 @@ class DisentangledAttention(Attention):
                 "Disentangled attention needs its rows whole, but the mesh splits them along their length; set "
                 "MeshConfig.sequence to 1."
             )
+        table = context.fold("positions").table_dropout(vectors.table, config.dropout)
         offsets = np.arange(length - 1, -length, -1)  # query minus key, for key minus query -(T - 1) ... T - 1
 
         def term(x: jax.Array, projection: Linear, rows: np.ndarray) -> jax.Array:
             """x [B, T, H, D] times the projected vectors; entry (i, j) is that of row i at j - i."""
-            projected = projection(vectors.table, context)  # [2 K, H, D]
+            projected = projection(table, context)  # [2 K, H, D]
             products = jnp.einsum("bthd,khd->bhtk", x, projected, preferred_element_type=jnp.float32)
             return _by_diagonal(jnp.take(products, rows, axis=-1))
 

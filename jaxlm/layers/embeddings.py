@@ -22,7 +22,8 @@ class EmbeddingConfig:
       positions: positions added to the embeddings; None where attention knows the positions, or nothing does.
       types: number of token types with a vector each (BERT's sentence A and B); 0 is none. Batches without
         `*_type_ids` are all of type 0.
-      scale_by_width: multiply by sqrt(model width) (the first Transformer, Gemma).
+      scale_by_width: multiply by sqrt(model width) (the first Transformer, Gemma); under muP and CompleteP by
+        sqrt(base width).
       norm: norm after the sum (BERT), or None.
       dropout: rate at the end (T5, BERT).
     """
@@ -64,7 +65,7 @@ class Embedding(nnx.Module):
         )
         self.config = config
         self.dtype = dtype
-        self.multiplier = make.width**0.5 if config.scale_by_width else 1.0
+        self.multiplier = make.parametrization.scaled_width(make.width) ** 0.5 if config.scale_by_width else 1.0
 
     def __call__(
         self,

@@ -46,7 +46,8 @@ class MambaBlockConfig(BlockKind):
     @override
     def token_sizes(self, width: int, ways: Ways) -> TokenSizes:
         mixed, products, everything = self.mixer.token_sizes(ways)
-        return TokenSizes(mixed, products + width, everything + 2 * width)
+        named = {"up": mixed, "gate": mixed}  # a number for each inner channel, as there
+        return TokenSizes(mixed, products + width, everything + 2 * width, named)
 
     @override
     def build(self, make: ParameterMaker, *, dtype: jnp.dtype, key: PathKey) -> "MambaBlock":

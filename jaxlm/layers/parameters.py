@@ -88,7 +88,8 @@ class Parametrization:
     | vector | - | n^(alpha-1) | 1/m * n^-alpha | 1 |
     | output | as at base, and logits / m | 1 | 1/m | 1 |
 
-    Residual branches are multiplied by n^-alpha, attention scores by sqrt(base_head_dim) / head_dim.
+    Residual branches are multiplied by n^-alpha, attention scores by sqrt(base_head_dim) / head_dim. The width whose
+    root scales embeddings or logits (`scale_by_width`) is the base's.
 
     Attributes:
       kind: see `Scaling`.
@@ -110,6 +111,10 @@ class Parametrization:
     def width_ratio(self, width: int) -> float:
         """m: width over base width; 1 in the standard parametrisation."""
         return 1.0 if self.kind is Scaling.STANDARD else width / self.base_width
+
+    def scaled_width(self, width: int) -> float:
+        """Of whose root `scale_by_width` makes factors: the base's, beside which the table says what grows with m."""
+        return width / self.width_ratio(width)
 
     def depth_ratio(self, depth: int) -> float:
         """n: depth over base depth; 1 except in CompleteP."""

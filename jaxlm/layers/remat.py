@@ -87,9 +87,16 @@ _NAMED = {
 }
 
 
+def as_names(policy: RematPolicy) -> SaveNamed | None:
+    """The policy as the names that it keeps; None where it goes by kinds of operations."""
+    found = _NAMED.get(policy, policy)
+    return found if isinstance(found, SaveNamed) else None
+
+
 def offloads(policy: RematPolicy) -> bool:
     """Whether something is kept in the host's memory."""
-    return bool(getattr(_NAMED.get(policy, policy), "on_host", ()))
+    found = as_names(policy)
+    return found is not None and bool(found.on_host)
 
 
 def name_activation(x: jax.Array, name: str) -> jax.Array:
@@ -120,12 +127,12 @@ def _saveable(policy: RematPolicy) -> Callable[..., Any]:
             return policies.save_from_both_policies(_products(policies.dots_saveable), _names(*_ATTENTION))
         case Remat.DOTS_NO_BATCH:
             return _products(policies.dots_with_no_batch_dims_saveable)
-    named: SaveNamed = _NAMED.get(policy, policy)
-    if not named.on_host:
-        return _names(*named.on_device)
+    kept = as_names(policy)
+    if not kept.on_host:
+        return _names(*kept.on_device)
     return policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=list(named.on_device),
-        names_which_can_be_offloaded=list(named.on_host),
+        names_which_can_be_saved=list(kept.on_device),
+        names_which_can_be_offloaded=list(kept.on_host),
         offload_src="device",
         offload_dst="pinned_host",
     )

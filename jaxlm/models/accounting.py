@@ -83,7 +83,7 @@ def _matrices(config: LanguageModelConfig, length: int, encoder_length: int) -> 
         if path[0] == "vocabulary_head":
             tokens = heads * length
         elif path[0] == "embedding":  # its projection
-            tokens = length + encoder_length
+            tokens = length if config.encoder_embedding else length + encoder_length
         elif encoder_length and (path[0] in ("encoder", "encoder_embedding") or path[-3:-1] in _READ_FROM_ENCODER):
             tokens = encoder_length
         yield size, tokens

@@ -44,7 +44,8 @@ class HeadConfig:
 
     Attributes:
       tied: the output matrix is the token embedding (then with its width), not one of its own.
-      scale_by_width: hidden states are divided by sqrt(model width) (T5's tied head).
+      scale_by_width: hidden states are divided by sqrt(model width) (T5's tied head); under muP and CompleteP by
+        sqrt(base width), beside their own factor.
       soft_cap: logits become soft_cap * tanh(logit / soft_cap) (Gemma 2: 30); None leaves them.
       bias: a bias a token (BERT).
       transform: a dense layer with this activation before the output (BERT's masked-LM head); None is no such layer.

@@ -44,7 +44,8 @@ class VocabularyHead(nnx.Module):
         self.bias = make.vector(vocab, 0.0) if config.bias else None
         self.config = config
         self.dtype = dtype
-        self.multiplier = (width**-0.5 if config.scale_by_width else 1.0) / make.parametrization.width_ratio(width)
+        scale = make.parametrization.scaled_width(width) ** -0.5 if config.scale_by_width else 1.0
+        self.multiplier = scale / make.parametrization.width_ratio(width)
 
     def __call__(self, hidden: jax.Array, table: jax.Array, context: Context) -> tuple[jax.Array, OutputProjection]:
         """What the output matrix is applied to, and the matrix with all that follows.

@@ -235,7 +235,7 @@ class LanguageModel(nnx.Module):
                 self_mask(batch, architecture),
                 **_tokens(batch, side, context),
                 context=self._in_stack(context, "stack"),
-                # Texts that share a beginning stand behind it one after the other.
+                # Texts then share a beginning, or lie in two runs: columns do not say where tokens stand in them.
                 by_positions="decoder_visible_keys" in batch,
                 normalize=normalize,
             )
@@ -261,7 +261,12 @@ class LanguageModel(nnx.Module):
         # The blocks stand beside each other on the trunk and see what its own blocks see.
         stack = self.encoder if self.decoder is None else self.decoder
         mask = self_mask(batch, self.config.architecture)
-        around = stack.surroundings(mask, **_tokens(batch, "decoder", context), more_blocks=(self.config.future_block,))
+        around = stack.surroundings(
+            mask,
+            **_tokens(batch, "decoder", context),
+            by_positions="decoder_visible_keys" in batch,
+            more_blocks=(self.config.future_block,),
+        )
         run = remat(stack.config.remat, scanned=False)
         inner = self._in_stack(context, "future")
         hidden = []

@@ -177,7 +177,8 @@ def _as_one_text(batch: Batch, start_id: int, *, both_ways: bool) -> dict[str, j
     Args:
       batch: features by seqio's names.
       start_id: what the text begins with in a decoder's input.
-      both_ways: whether tokens of the encoder's text see those after them (a prefix decoder).
+      both_ways: whether tokens of the encoder's text see all of it, and the column where its last token is read (a
+        prefix decoder).
     """
     tokens, ids, places = (batch[f"encoder_{name}"] for name in ("input_tokens", "segment_ids", "positions"))
     own_ids, own_places = batch["decoder_segment_ids"], batch["decoder_positions"]
@@ -189,17 +190,21 @@ def _as_one_text(batch: Batch, start_id: int, *, both_ways: bool) -> dict[str, j
     def run(start: jax.Array, stop: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.where(ids > 0, start, 0), jnp.where(ids > 0, stop, 0)
 
+    own = jnp.arange(own_ids.shape[1], dtype=jnp.int32) + ids.shape[1]
     if both_ways:
         theirs = (ids[:, :, None] == ids[:, None, :]).sum(-1, dtype=jnp.int32)
         first = run(index - places, index - places + theirs, ids)
+        # A prefix is one column longer than its inputs: their last token is read in the decoder's first column.
+        reads_it = same & (own_places == 0)[:, :, None]
+        after = jnp.where(reads_it, own[:, None] + 1, 0).max(1)  # [B, S]: one past that column, 0 where there is none
+        second = jnp.maximum(after - 1, 0), after
     else:
         first = run(index - places, index + 1, ids)
-    own = jnp.arange(own_ids.shape[1], dtype=jnp.int32) + ids.shape[1]
+        second = jnp.zeros_like(ids), jnp.zeros_like(ids)
     inputs, written = run(end - length, end, own_ids), run(own - own_places, own + 1, own_ids)
-    none = jnp.zeros_like(ids)
     # (start or end) x (run) x [B, S + T]
     visible = [
-        [jnp.concatenate([first[bound], inputs[bound]], 1), jnp.concatenate([none, written[bound]], 1)]
+        [jnp.concatenate([first[bound], inputs[bound]], 1), jnp.concatenate([second[bound], written[bound]], 1)]
         for bound in (0, 1)
     ]
     # The first target is predicted from the last input.

@@ -200,9 +200,10 @@ class _Counter:
 
     def _run_dearest(self, frame: Frame, instruction: Instruction, times: int) -> None:
         tried = []
-        for name in instruction.branches:
+        for name, operand in zip(instruction.branches, instruction.operands[1:], strict=True):
             branch = _Counter(self._module, self._mesh, self._platform)
-            branch.run(Frame(self._module, self._module.computations[name], frame.argument), times)
+            inner = self._module.computations[name]
+            branch.run(Frame(self._module, inner, lambda _, given=operand: frame.value(given)), times)
             tried.append(branch)
         dearest = max(tried, key=lambda b: (b.matmul + b._kernel, b._bytes))
         self.matmul += dearest.matmul

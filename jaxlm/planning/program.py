@@ -18,7 +18,7 @@ from jaxlm.planning.topology import Topology
 from jaxlm.run import BatchLayout, Program, RunConfig, expected_layout, make_program
 from jaxlm.training.parameters import flatten
 from jaxlm.training.stages import Phase
-from jaxlm.training.state import TrainState, abstract_state
+from jaxlm.training.state import TrainState, abstract_state, unsplit_dimensions
 from pallas_kernels.ahead_of_time import writing_no_cache
 
 
@@ -136,9 +136,6 @@ def prepare(run: RunConfig, machine: Topology) -> Prepared:
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows) for name, (shape, dtype) in layout.features.items()
     }
     state = abstract_state(program.abstract, program.optimizer, parallel)
-    reasons: list[str] = []
-    for info in flatten(program.infos).values():
-        parallel.sharding(info.axes, info.shape, reasons=reasons)
     return Prepared(
         run=run,
         phase=phase,
@@ -149,7 +146,7 @@ def prepare(run: RunConfig, machine: Topology) -> Prepared:
         state=state,
         batch=batch,
         expected=expected(run, program, layout, parallel),
-        replicated=tuple(dict.fromkeys(reasons)),
+        replicated=unsplit_dimensions(program.infos, parallel),
     )
 
 

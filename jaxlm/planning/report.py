@@ -28,6 +28,8 @@ def rows(plan: Plan) -> Iterator[Row]:
         f"{plan.batch_size} rows of {plan.row_tokens} tokens in {plan.microbatches} microbatch(es); "
         f"rematerialisation {plan.remat}",
     )
+    for sentence in plan.replicated:
+        yield "not split", "", sentence
     yield from _memory_rows(plan)
     if plan.costs is not None:
         yield from _cost_rows(plan)
@@ -144,7 +146,7 @@ def save(folder: pathlib.Path, plan: Plan, advice: Sequence[str] = (), search: S
     Args:
       folder: made if it is not there.
       plan, advice: what is saved.
-      search: (name, plan) of all that a search compiled, and a sentence about the rest; None where there was none.
+      search: (name, plan) of all that a search compiled, and what is to be said of the rest; None where there was none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     document, data = markdown(plan, advice), {"plan": as_json(plan, advice)}

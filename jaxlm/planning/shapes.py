@@ -5,7 +5,7 @@ import functools
 import math
 
 from jaxlm.layers.block import TokenSizes
-from jaxlm.layers.remat import Remat
+from jaxlm.layers.remat import Remat, RematPolicy, as_names
 from jaxlm.models.config import LanguageModelConfig, ModelConfig, ReplacedTokenDetectorConfig
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.rules import degree
@@ -13,13 +13,7 @@ from jaxlm.parallel.stages import Recompute
 from jaxlm.planning.memory import bytes_on_a_device
 from jaxlm.run import BatchLayout, Program, RunConfig
 from jaxlm.training.state import abstract_state
-
-_KEPT = {
-    Remat.NONE: "everything",
-    Remat.BLOCK: "inputs and attention",
-    Remat.FULL: "inputs",
-    Remat.OFFLOAD: "nothing",
-}
+from pallas_kernels.residuals import ATTENTION_OUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +49,10 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
             length = layout.features.get(f"{name}_segment_ids", layout.features["dataset_ids"])[0][1]
             tokens = _tokens(rows, length, run.step.microbatches, parallel)
             width = model.width_of(name)
-            blocks = [_kept(block.token_sizes(width, ways), width) for block in stack.all_blocks]
+            blocks = [block.token_sizes(width, ways) for block in stack.all_blocks]
             size = model.compute.dtype.itemsize
-            kept = _KEPT.get(stack.remat, "products")
-            inside = tokens * size * sum(block[kept] for block in blocks)
+            in_8_bits = model.compute.quantization is not None
+            inside = tokens * size * sum(_kept(stack.remat, block, width, in_8_bits) for block in blocks)
             at_once = tokens
             if (stages := parallel.mesh.shape["stage"]) > 1:
                 # Outside the pipeline a stage has its share of the tokens and inside all of them, but of the layers a
@@ -69,7 +63,7 @@ def expected(run: RunConfig, program: Program, layout: BatchLayout, parallel: Pa
                     inputs = tokens * stages * size * width * pipeline.rounds
                     inside = inputs + inside // pipeline.microbatches
             saved += inside
-            working = max(working, at_once * size * max(block["everything"] for block in blocks))
+            working = max(working, at_once * size * max(block.everything for block in blocks))
         logits = min(tokens, 2048) * model.vocab_size * 4
         working += 2 * logits + 2 * model.vocab_size * model.width * 4 // _split(parallel, "vocab", model.vocab_size)
     return Expected(
@@ -98,12 +92,14 @@ def _split(parallel: Parallelism, name: str, size: int) -> int:
     return degree(parallel.mesh, parallel.spec((name,), (size,)), 0)
 
 
-def _kept(block: TokenSizes, width: int) -> dict[str, int]:
-    """Numbers that are kept of a token in a block, by what `_KEPT` calls them."""
-    return {
-        "nothing": 0,
-        "inputs": width,
-        "inputs and attention": width + block.mixed,
-        "products": width + block.products,
-        "everything": block.everything,
-    }
+def _kept(policy: RematPolicy, block: TokenSizes, width: int, in_8_bits: bool) -> int:
+    """Numbers of a token that a device keeps of a block for its backward pass."""
+    if policy is Remat.NONE:
+        return block.everything
+    if (names := as_names(policy)) is None:
+        return width + block.products
+    sizes = {ATTENTION_OUT: block.mixed, **block.named}
+    kept = sum(sizes.get(name, 0) for name in names.on_device)
+    if in_8_bits and "product" in names.on_device:
+        kept = max(kept, block.products - block.mixed)
+    return kept + (0 if "block_input" in names.on_host else width)

@@ -1,11 +1,13 @@
 """A run with other levers: mesh, rematerialisation, microbatches. What the search tries and advice is made of."""
 
+import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxlm.layers.remat import Remat, RematPolicy
 from jaxlm.parallel.mesh import MeshConfig
+from jaxlm.planning.memory import gib
 from jaxlm.planning.program import Prepared, policy_name, prepare, whole_models, with_remat
 from jaxlm.planning.topology import Topology
 from jaxlm.run import RunConfig
@@ -35,7 +37,8 @@ class Levers:
     @property
     def name(self) -> str:
         """The gin bindings that set it, shortened: "fsdp 16, tensor 2, remat full, microbatches 2"."""
-        degrees = {axis: getattr(self.mesh, axis) for axis in ("slices", "stage", "data", "fsdp", "expert", "tensor")}
+        axes = ("slices", "stage", "data", "fsdp", "expert", "sequence", "tensor")
+        degrees = {axis: getattr(self.mesh, axis) for axis in axes}
         parts = [f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1] or ["one device"]
         return ", ".join([*parts, f"remat {policy_name(self.remat)}", f"microbatches {self.microbatches}"])
 
@@ -90,6 +93,12 @@ class LeftOut:
     reason: str
 
 
+def why_left_out(left_out: Sequence[LeftOut]) -> list[str]:
+    """A line for each reason, with how many candidates it is of, the most frequent first."""
+    found = collections.Counter(entry.reason for entry in left_out)
+    return [f"{count}: {reason}" for reason, count in found.most_common()]
+
+
 def worth_trying(run: RunConfig, machine: Topology) -> tuple[list[tuple[Levers, Prepared]], list[LeftOut]]:
     """The candidates that may fit, the most promising first, and those that cannot work, with reasons."""
     limit = machine.chip.memory if machine.chip is not None else None
@@ -101,10 +110,11 @@ def worth_trying(run: RunConfig, machine: Topology) -> tuple[list[tuple[Levers, 
             bad.append(LeftOut(levers, str(error)))
             continue
         expected = prepared.expected
-        if prepared.replicated and levers.mesh.tensor > 1:
-            bad.append(LeftOut(levers, prepared.replicated[0]))
-        elif limit is not None and max(expected.total / _HOPELESS, expected.state) > limit:
-            bad.append(LeftOut(levers, f"its state alone takes {expected.state:,} bytes of a device's {limit:,}."))
+        if limit is not None and expected.state > limit:
+            bad.append(LeftOut(levers, f"Its state alone takes more than a device's {gib(limit)}."))
+        elif limit is not None and expected.total > _HOPELESS * limit:
+            much = f"more than {_HOPELESS} times a device's {gib(limit)}"
+            bad.append(LeftOut(levers, f"By its shapes, state, gradients and activations take {much}."))
         else:
             good.append((levers, prepared))
     good.sort(key=lambda entry: _promise(*entry, limit))
@@ -112,9 +122,11 @@ def worth_trying(run: RunConfig, machine: Topology) -> tuple[list[tuple[Levers, 
 
 
 def _promise(levers: Levers, prepared: Prepared, limit: int | None) -> tuple:
-    """Smaller is better: what surely fits first, then the least recomputation and the least communication."""
+    """Smaller is better: what surely fits, what the mesh splits whole, the least recomputation and communication."""
     fits = limit is None or prepared.expected.total < 0.9 * limit
+    # Odd vocabularies and key heads too few for the mesh work, but devices then do some of each other's work.
+    repeats = levers.mesh.tensor > 1 and bool(prepared.replicated)
     recomputed = _RECOMPUTED.get(levers.remat, 1 / 3)
     # A microbatch gathers all parameters again; tensor parallelism moves activations in every layer.
     moved = levers.microbatches * (levers.mesh.fsdp > 1) + 2 * (levers.mesh.tensor - 1)
-    return not fits, recomputed + 0.05 * moved, levers.microbatches, levers.mesh.tensor, -levers.mesh.fsdp
+    return not fits, repeats, recomputed + 0.05 * moved, levers.microbatches, levers.mesh.tensor, -levers.mesh.fsdp

@@ -120,18 +120,31 @@ def abstract_state(params: Tree, optimizer: Optimizer, parallel: Parallelism) ->
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 
-def state_shardings(state: Any, infos: Tree, parallel: Parallelism, *, reasons: list[str] | None = None) -> Any:
+def unsplit_dimensions(infos: Tree, parallel: Parallelism) -> tuple[str, ...]:
+    """A sentence for each dimension of parameters that the mesh cannot split, as they are used or stored.
+
+    Args:
+      infos: a `ParameterInfo` for each parameter.
+      parallel: the mesh and its logical-axis rules.
+    """
+    reasons: list[str] = []
+    for info in flatten(infos).values():
+        parallel.sharding(info.axes, info.shape, reasons=reasons)
+        parallel.stored(info.axes, info.shape, reasons=reasons)
+    return tuple(dict.fromkeys(reasons))
+
+
+def state_shardings(state: Any, infos: Tree, parallel: Parallelism) -> Any:
     """Shardings of a state, or of any tree with leaves that lie at a parameter's path and have its rank.
 
     Parameters, averages and moments follow their parameter's logical axes by `Parallelism.state_rules`; everything else
-    (counters, the guard's window) is replicated. Dimensions that do not divide are replicated. Moments lie in the
-    memory that `ParallelConfig.moments` names.
+    (counters, the guard's window) is replicated. Dimensions that do not divide are replicated (`unsplit_dimensions`).
+    Moments lie in the memory that `ParallelConfig.moments` names.
 
     Args:
       state: a tree of arrays or of `jax.ShapeDtypeStruct`.
       infos: a `ParameterInfo` for each parameter.
       parallel: the mesh and its logical-axis rules.
-      reasons: a list that receives a sentence for each dimension that could not be split.
 
     Returns:
       the same tree of `NamedSharding`.
@@ -142,10 +155,7 @@ def state_shardings(state: Any, infos: Tree, parallel: Parallelism, *, reasons: 
         info = info_of(path, by_path)
         if info is None or len(leaf.shape) != len(info.axes):
             return NamedSharding(parallel.mesh, PartitionSpec())
-        notes: list[str] = []
-        found = parallel.stored(info.axes, tuple(leaf.shape), reasons=notes)
-        if reasons is not None and tuple(leaf.shape) == info.shape:
-            reasons.extend(f"{'/'.join(info.path)}: {note}" for note in notes)
+        found = parallel.stored(info.axes, tuple(leaf.shape))
         on_host = parallel.config.moments is Memory.HOST and moment_order(path) is not None
         return found.with_memory_kind(Memory.HOST.value) if on_host else found
 

@@ -5,10 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxlm.architecture import Architecture
 from jaxlm.checkpoints import pretrained
 from jaxlm.checkpoints.manifest import Verify
 from jaxlm.checkpoints.sources import open_source
 from jaxlm.data.vocabularies import Vocabulary
+from jaxlm.layers.attention import AttentionConfig
+from jaxlm.layers.block import BlockConfig
 from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models import ModelConfig, build_model
 from jaxlm.models.config import LanguageModelConfig
@@ -113,6 +116,14 @@ def check_teacher(
             f"The teacher {teacher.source} was trained with another vocabulary than this run's, so that its ids mean "
             f"other text; give the run the teacher's vocabulary."
         )
+    architectures = student.architecture, teacher.config.architecture
+    joins = architectures[0] is Architecture.ENCODER_DECODER and architectures[1] is not Architecture.ENCODER_DECODER
+    if joins and (layer := _by_columns(teacher.config)):
+        raise ValueError(
+            f"The teacher {teacher.source} has a layer of {layer}, which cannot read an encoder-decoder's inputs and "
+            f"targets as one text, since they are apart in a row; use a teacher whose layers are all AttentionConfig, "
+            f"or train a student that is a {teacher.config.architecture.value} too."
+        )
     positions = teacher.config.embedding.positions
     if isinstance(positions, LearnedPositions) and row_length > positions.max_length:
         raise ValueError(
@@ -123,3 +134,16 @@ def check_teacher(
         raise ValueError(
             "Distillation compares whole rows and cannot split them over devices; set MeshConfig.sequence to 1."
         )
+
+
+def _by_columns(model: LanguageModelConfig) -> str | None:
+    """The configuration of a layer that goes by the columns of a row, whatever the positions in its texts; or None."""
+    blocks = [block for stack in model.stacks.values() for block in stack.all_blocks]
+    for block in (*blocks, *([model.future_block] if model.future_block else [])):
+        if block.running_state is not None:
+            return block.running_state
+        if type(block) is not BlockConfig:
+            return type(block).__name__
+        if type(block.attention) is not AttentionConfig:
+            return type(block.attention).__name__
+    return None

@@ -17,8 +17,9 @@ from jaxlm.layers import (
     RelativeEmbeddings,
     StackConfig,
 )
-from jaxlm.layers.context import LOCAL
+from jaxlm.layers.context import LOCAL, Context
 from jaxlm.layers.disentangled_attention import RelativeVectors
+from pallas_kernels import dropout
 from pallas_kernels.masks import Segments
 
 F32 = jnp.dtype("float32")
@@ -43,8 +44,8 @@ def layer_of(config, make, build):
     return layer
 
 
-def attend(layer, x, segments):
-    return layer(x, x, Segments(jnp.asarray(segments)), rotation=None, bias=VECTORS, context=LOCAL)
+def attend(layer, x, segments, context=LOCAL):
+    return layer(x, x, Segments(jnp.asarray(segments)), rotation=None, bias=VECTORS, context=context)
 
 
 def bucket(distance):
@@ -55,14 +56,20 @@ def bucket(distance):
     return int(np.clip(np.sign(distance) * size + 6, 0, 11))
 
 
-def definition(layer, config, x, segments):
-    """Query by query and key by key, in float64."""
+def definition(layer, config, x, segments, context=LOCAL):
+    """Query by query and key by key, in float64; with a dropout key, what it keeps of vectors and of shares."""
 
     def projected(y, linear):
         return np.tensordot(y, np.float64(linear.kernel[...]), 1) + np.float64(linear.bias[...])
 
     q, k, v = (projected(np.float64(x[0]), linear) for linear in (layer.query, layer.key, layer.value))
-    table = np.float64(VECTORS.table)
+    table, keeps = np.float64(VECTORS.table), np.ones((H, T, T))
+    if context.dropout_key is not None:
+        seed = dropout.seed_of(context.fold("positions").dropout_key)
+        table *= dropout.keep_entries(seed, np.indices(table.shape), config.dropout) / (1 - config.dropout)
+        indices = (jnp.asarray(index) for index in np.indices((1, H, T, T)))
+        keeps = np.float64(dropout.keep(dropout.seed_of(context.dropout_key), *indices, config.dropout)[0])
+        keeps /= 1 - config.dropout
     terms = config.content_to_position + config.position_to_content
     scale = (D * (1 + terms)) ** -0.5 if config.scale is None else config.scale
     out = np.zeros((T, H, D))
@@ -79,7 +86,7 @@ def definition(layer, config, x, segments):
                 score += k[j, h] @ projected(table[bucket(i - j)], linear)[h]
             scores.append(scale * score)
         shares = np.exp(scores - np.max(scores))
-        out[i, h] = shares / shares.sum() @ v[seen, h]
+        out[i, h] = shares / shares.sum() * keeps[h, i, seen] @ v[seen, h]
     return np.tensordot(out, np.float64(layer.output.kernel[...]), 2)
 
 
@@ -89,6 +96,16 @@ def test_it_is_its_definition(name, make, build):
     layer = layer_of(config, make, build)
     segments = np.array([[1] * 7 + [2] * 4])
     found, expected = attend(layer, X, segments)[0], definition(layer, config, X, segments)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["both", "shared"])
+def test_dropout_is_on_relative_vectors_and_on_shares(name, make, build):
+    """Both terms read the same vectors, of which some entries are gone before they are projected."""
+    config = dataclasses.replace(CONFIGS[name], dropout=0.3)
+    layer, context = layer_of(config, make, build), Context(dropout_key=jax.random.key(5))
+    segments = np.array([[1] * 7 + [2] * 4])
+    found, expected = attend(layer, X, segments, context)[0], definition(layer, config, X, segments, context)
     np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
 
 

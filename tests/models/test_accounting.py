@@ -70,6 +70,8 @@ def cases(config):
     yield "narrow embedding", dataclasses.replace(plain, head=bert, embedding=narrow)
     yield "encoder_decoder", config(BOTH)
     yield "two widths", config(BOTH, encoder_width=24, encoder_embedding=EmbeddingConfig())
+    own = {"embedding": EmbeddingConfig(width=4), "encoder_embedding": EmbeddingConfig(width=6)}
+    yield "two narrow embeddings", config(BOTH, head=HeadConfig(tied=False), **own)
     disentangled = dataclasses.replace(plain.decoder.blocks[0], attention=DisentangledAttentionConfig(2, 8))
     relative = RelativeEmbeddings(4)
     stack = dataclasses.replace(plain.decoder, blocks=(disentangled,), relative_positions=relative)
@@ -88,6 +90,7 @@ def cases(config):
         "narrow embedding",
         "encoder_decoder",
         "two widths",
+        "two narrow embeddings",
         "detector",
         "causal",
         "three tokens",
@@ -100,7 +103,7 @@ def test_formula_equals_the_products_of_a_step(name, config, parameters, with_pa
     encodes = T if made.architecture is BOTH else 0
     got = flops_per_token(made, T, encodes) * (T + encodes)
     # The dense reference computes all T^2 pairs; the formula counts those below the diagonal, half, as nothing.
-    layers = {"causal": 3, "three tokens": 6, "encoder_decoder": 3, "two widths": 3}.get(name, 0)
+    layers = {"causal": 3, "three tokens": 6}.get(name, 3 if made.architecture is BOTH else 0)
     got += layers * 12 * 2 * 8 * T * T / 2
     if name == "disentangled":  # 8 relative positions are projected to keys and queries once a step, not once a token
         got += 3 * 6 * 2 * 8 * 16 * 16

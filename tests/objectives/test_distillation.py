@@ -9,11 +9,14 @@ import pytest
 
 from jaxlm.architecture import Architecture
 from jaxlm.layers import (
+    Alibi,
     AttentionConfig,
     BlockConfig,
     EmbeddingConfig,
     FeedForwardConfig,
     InitConfig,
+    MambaBlockConfig,
+    MambaConfig,
     NormConfig,
     Rope,
     StackConfig,
@@ -23,7 +26,11 @@ from jaxlm.models import HeadConfig, LanguageModelConfig, build_model
 from jaxlm.objectives.base import Distillation, LossConfig
 from jaxlm.objectives.distillation import Taught, refuses_teacher, teacher_batch
 from jaxlm.objectives.losses import cross_entropy_sums
+from jaxlm.objectives.span_corruption import SpanCorruption
+from jaxlm.parallel.mesh import MeshConfig
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training.parameters import split_model
+from jaxlm.training.teacher import Teacher, check_teacher
 
 VOCAB, START = 23, 0
 STACK = StackConfig(
@@ -135,10 +142,29 @@ def test_what_does_not_count_reaches_nothing():
     assert np.isfinite(float(expected)) and all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("architecture", [Architecture.CAUSAL_DECODER, Architecture.PREFIX_DECODER])
-def test_a_decoder_reads_an_encoder_decoders_batch_as_one_text(architecture):
+BLOCK = STACK.blocks[0]
+WINDOW, ALIBI = (
+    dataclasses.replace(BLOCK, attention=dataclasses.replace(BLOCK.attention, **changed))
+    for changed in ({"window": (2, 1)}, {"position": Alibi()})
+)
+
+
+@pytest.mark.parametrize(
+    "architecture, block, changed",
+    [
+        (Architecture.CAUSAL_DECODER, BLOCK, {}),
+        (Architecture.PREFIX_DECODER, BLOCK, {}),
+        (Architecture.CAUSAL_DECODER, WINDOW, {}),
+        (Architecture.PREFIX_DECODER, WINDOW, {}),
+        (Architecture.CAUSAL_DECODER, ALIBI, {"future_tokens": 1, "future_block": ALIBI}),
+    ],
+    ids=["causal", "prefix", "causal window", "prefix window", "several tokens ahead"],
+)
+def test_a_decoder_reads_an_encoder_decoders_batch_as_one_text(architecture, block, changed):
     """Packed pairs in two rows, one without inputs: hidden states at the targets are those of the joined texts."""
-    teacher = model(3, dataclasses.replace(DECODER, architecture=architecture))
+    # Two layers: the second reads what the inputs' columns saw in the first.
+    stack = dataclasses.replace(STACK, blocks=(block,), num_layers=2)
+    teacher = model(3, dataclasses.replace(DECODER, architecture=architecture, decoder=stack, **changed))
     pairs = [(text(4, 3), text(5, 4)), (text(6, 5), text(7, 2)), (text(8, 0), text(9, 3))]
     encoder, decoder = batch_of(*(pair[0] for pair in pairs), length=10), batch_of(*(p[1] for p in pairs), length=11)
     batch = decoder | {
@@ -156,6 +182,27 @@ def test_a_decoder_reads_an_encoder_decoders_batch_as_one_text(architecture):
         expected = np.asarray(teacher.hidden_states(joined)[0])[0, len(inputs) :]
         np.testing.assert_allclose(found[at : at + len(targets)], expected, atol=1e-5 * np.abs(expected).max())
         at += len(targets)
+
+
+def test_a_state_that_runs_along_the_row_cannot_join_two_texts():
+    """Refused for an encoder-decoder's inputs and targets, in one sentence; not for a decoder's rows."""
+    mamba = MambaBlockConfig(mixer=MambaConfig(inner=32, step_rank=2, state=4), norm=NormConfig())
+    config = dataclasses.replace(DECODER, decoder=dataclasses.replace(STACK, blocks=(mamba,)))
+    teacher = Teacher(config, None, {}, START, "runs/teacher", None)
+    crossed = dataclasses.replace(BLOCK, cross_attention=AttentionConfig(2, 8))
+    student = dataclasses.replace(
+        DECODER,
+        architecture=Architecture.ENCODER_DECODER,
+        encoder=STACK,
+        decoder=dataclasses.replace(STACK, blocks=(crossed,)),
+    )
+    parallel = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
+    options = {"vocabulary": None, "row_length": 8}
+    check_teacher(teacher, config, SpanCorruption(), parallel, **options)
+    check_teacher(dataclasses.replace(teacher, config=DECODER), student, SpanCorruption(), parallel, **options)
+    with pytest.raises(ValueError, match="runs/teacher has a layer of MambaConfig, which .* as one text") as error:
+        check_teacher(teacher, student, SpanCorruption(), parallel, **options)
+    assert str(error.value).count(". ") == 0
 
 
 def test_which_teacher_can_teach_whom():

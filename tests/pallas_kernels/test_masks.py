@@ -278,6 +278,22 @@ def test_reach_is_what_is_known_beforehand():
     assert masks.Causal(np.zeros(BATCH, np.int32)).reach == masks.Full().reach == (None, None)
 
 
+def test_near_intervals_are_a_window_by_positions():
+    """A text in two runs of columns among others; each query sees both, up to itself."""
+    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 4, 5, 6]])
+    columns = np.array([0, 1, 2, 3, 7, 8, 9])  # of the text
+    lo, hi = np.zeros((2, 1, 2, 10), np.int32)
+    hi[0, 0, :4], hi[0, 0, 7:] = range(1, 5), 4
+    lo[0, 1, 7:], hi[0, 1, 7:] = 7, range(8, 11)
+    near = _dense(masks.Intervals(lo, hi).near(2, 1, positions), 10, 10)[0]
+    expected = np.zeros((10, 10), bool)
+    expected[np.ix_(columns, columns)] = _dense(masks.Causal() & masks.Window(2, 1), 7, 7)[0]
+    np.testing.assert_array_equal(near, expected)
+    both = masks.Intervals(np.zeros((1, 1, 10), np.int32), np.full((1, 1, 10), 4, np.int32)).near(2, 1, positions)
+    offsets = np.arange(4) - positions[0][:, None]
+    np.testing.assert_array_equal(_dense(both, 10, 10)[0, :, :4], (offsets >= -2) & (offsets <= 1))
+
+
 def test_intervals_name_arrays_that_do_not_fit():
     bounds = np.zeros((BATCH, 1, TK), np.int32)
     with pytest.raises(ValueError, match=r"Intervals.lo must have the shape"):

@@ -40,6 +40,66 @@ def test_batched_products_and_branches():
     assert matmul_flops(hlo) == 2 * 2 * (2 * N) ** 3  # the dearer branch
 
 
+LOOP_IN_A_BRANCH = """\
+HloModule m
+
+%body (p: (s32[], s32[], f32[4,4])) -> (s32[], s32[], f32[4,4]) {
+  %p = (s32[], s32[], f32[4,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] get-tuple-element(%p), index=1
+  %x = f32[4,4]{1,0} get-tuple-element(%p), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %d = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], s32[], f32[4,4]{1,0}) tuple(%next, %n, %d)
+}
+
+%cond (c: (s32[], s32[], f32[4,4])) -> pred[] {
+  %c = (s32[], s32[], f32[4,4]{1,0}) parameter(0)
+  %ci = s32[] get-tuple-element(%c), index=0
+  %cn = s32[] get-tuple-element(%c), index=1
+  ROOT %lt = pred[] compare(%ci, %cn), direction=LT
+}
+
+%yes (y: (s32[], f32[4,4])) -> f32[4,4] {
+  %y = (s32[], f32[4,4]{1,0}) parameter(0)
+  %yn = s32[] get-tuple-element(%y), index=0
+  %yx = f32[4,4]{1,0} get-tuple-element(%y), index=1
+  %zero = s32[] constant(0)
+  %init = (s32[], s32[], f32[4,4]{1,0}) tuple(%zero, %yn, %yx)
+  %w = (s32[], s32[], f32[4,4]{1,0}) while(%init), condition=%cond, body=%body
+  ROOT %out = f32[4,4]{1,0} get-tuple-element(%w), index=2
+}
+
+%no (z: f32[4,4]) -> f32[4,4] {
+  ROOT %z = f32[4,4]{1,0} parameter(0)
+}
+
+%inner (q: (s32[], f32[4,4], pred[])) -> f32[4,4] {
+  %q = (s32[], f32[4,4]{1,0}, pred[]) parameter(0)
+  %qx = f32[4,4]{1,0} get-tuple-element(%q), index=1
+  %qp = pred[] get-tuple-element(%q), index=2
+  %five = s32[] constant(5)
+  %arg = (s32[], f32[4,4]{1,0}) tuple(%five, %qx)
+  ROOT %r = f32[4,4]{1,0} conditional(%qp, %arg, %qx), true_computation=%yes, false_computation=%no
+}
+
+ENTRY %main (a: f32[4,4], b: pred[]) -> f32[4,4] {
+  %a = f32[4,4]{1,0} parameter(0)
+  %b = pred[] parameter(1)
+  %hundred = s32[] constant(100)
+  %in = (s32[], f32[4,4]{1,0}, pred[]) tuple(%hundred, %a, %b)
+  ROOT %call = f32[4,4]{1,0} call(%in), to_apply=%inner
+}
+"""
+
+
+def test_a_loop_in_a_branch_turns_as_often_as_the_branch_is_told():
+    """A branch's parameter is the conditional's operand, not its computation's parameter, which holds 100 there."""
+    found = costs(LOOP_IN_A_BRANCH, platform="cpu")
+    assert found.matmul_flops == 5 * 2 * 4**3 and not found.not_counted
+
+
 def test_a_loop_that_its_data_end_is_counted_once_and_named():
     hlo = compiled(lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: y @ y, x), (N, N))
     found = costs(hlo, platform="cpu")

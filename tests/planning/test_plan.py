@@ -1,18 +1,22 @@
 """`python -m jaxlm.plan`: the run's own step, for machines that are not there, without the run's data."""
 
+import dataclasses
 import json
 import pathlib
 
 import jax
 import pytest
 
+from jaxlm.chips import Chip
 from jaxlm.configuration import resolve
-from jaxlm.layers.remat import Remat
+from jaxlm.layers.remat import Remat, SaveNamed
+from jaxlm.parallel.mesh import MeshConfig
+from jaxlm.planning import report, variants
 from jaxlm.planning.advice import advice
 from jaxlm.planning.memory import refused
 from jaxlm.planning.program import Memory, compile_plan, prepare, with_remat
 from jaxlm.planning.topology import topology
-from jaxlm.planning.variants import levers_of, worth_trying
+from jaxlm.planning.variants import Levers, levers_of, why_left_out, worth_trying
 from jaxlm.run import RunConfig, expected_layout, layout_of, open_checked
 from pallas_kernels import ahead_of_time
 
@@ -51,6 +55,19 @@ def test_the_command_plans_without_data_and_saves(run_python, tmp_path):
     # Of matrix products alone, the model's own work on a device is nearly all that it does.
     assert saved["model_flops"] / 4 <= 1.05 * saved["costs"]["matmul_flops"]
     assert "| memory, a device |" in (tmp_path / "plan" / "plan.md").read_text()
+
+
+def test_dimensions_that_the_mesh_cannot_split_are_said():
+    """In the table and in Markdown; none where all can be split."""
+    if reason := ahead_of_time.why_not("v5e:2x2"):
+        pytest.skip(reason)
+    found = {}
+    for size in (385, 384):
+        prepared = prepare(tiny(VOCAB_SIZE=size, **{"MeshConfig.tensor": 2}), topology("v5e:2x2"))
+        plan = compile_plan_refused(prepared)
+        found[size] = [remark for what, _, remark in report.rows(plan) if what == "not split"]
+        assert all(sentence in report.markdown(plan) for sentence in found[size])
+    assert found == {385: ["vocab (385) is not a multiple of 2 (tensor), so it is replicated."], 384: []}
 
 
 @pytest.mark.parametrize(
@@ -121,8 +138,6 @@ def compile_plan_refused(prepared):
         def lower(self, *_):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 61.50G of 15.75G hbm.")
 
-    import dataclasses
-
     return compile_plan(dataclasses.replace(prepared, program=dataclasses.replace(prepared.program, step=Refusing())))
 
 
@@ -133,18 +148,62 @@ def test_what_a_compiler_says_when_it_refuses():
 
 
 def test_the_search_leaves_out_what_cannot_work():
-    run = tiny(BATCH_SIZE=16)
-    good, bad = worth_trying(run, topology("cpu:1"))
+    run, machine = tiny(BATCH_SIZE=4), topology("cpu:1")
+    good, bad = worth_trying(run, machine)
     assert {levers.mesh.fsdp for levers, _ in good} == {1}
     assert {levers.remat for levers, _ in good} >= {Remat.NONE, Remat.FULL}
-    assert {levers.microbatches for levers, _ in good} == {1, 2, 4, 8}
-    assert not bad
+    assert {levers.microbatches for levers, _ in good} == {1, 2, 4}
+    assert {entry.levers.microbatches for entry in bad} == {8} and len(bad) == len(good) / 3
+    (reason,) = why_left_out(bad)
+    assert reason.startswith(f"{len(bad)}: ") and "microbatches" in reason
+    # By its shapes, in too little memory: for the state, or for all of some.
+    state, totals = good[0][1].expected.state, sorted(prepared.expected.total for _, prepared in good)
+    for memory, fitting, said in (
+        (state - 1, 0, "Its state alone takes more than"),
+        (int(totals[len(totals) // 2] / 1.5), len(totals) // 2, "more than 1.5 times a device's"),
+    ):
+        small = dataclasses.replace(machine, chip=Chip("small", (), bf16=1e12, hbm=memory, hbm_bandwidth=1e9))
+        some, left_out = worth_trying(run, small)
+        assert len(some) <= fitting + 1 and any(said in reason for reason in why_left_out(left_out))
     first, prepared = good[0]
     assert first.remat is Remat.NONE and first.microbatches == 1  # all fits: nothing is recomputed
     assert levers_of(first.on(run), 1) == first
     # More is kept, less is expected to be free.
     full = prepare(with_remat(run, Remat.FULL), topology("cpu:1"))
     assert full.expected.saved < prepared.expected.saved and full.expected.state == prepared.expected.state
+
+
+def test_the_search_tries_meshes_that_split_not_all_after_the_others(monkeypatch):
+    """An odd vocabulary, and one key head: devices of the axis `tensor` do a part of their work twice."""
+    if reason := ahead_of_time.why_not("v5e:2x2"):
+        pytest.skip(reason)
+    monkeypatch.setattr(variants, "_policies", lambda own: [Remat.NONE, Remat.FULL])
+    good, bad = worth_trying(tiny(VOCAB_SIZE=385, NUM_KV_HEADS=1), topology("v5e:2x2"))
+    tensor = [levers.mesh.tensor for levers, _ in good]
+    assert set(tensor) == {1, 2, 4} and tensor.index(2) > max(i for i, n in enumerate(tensor) if n == 1)
+    assert not any("is replicated" in reason for reason in why_left_out(bad))
+    whole, _ = worth_trying(tiny(NUM_KV_HEADS=4, NUM_HEADS=4, VOCAB_SIZE=384), topology("v5e:2x2"))
+    tensor = [levers.mesh.tensor for levers, _ in whole]
+    assert tensor.index(2) < max(i for i, n in enumerate(tensor) if n == 1)
+
+
+def test_levers_are_named_by_all_degrees():
+    mesh = MeshConfig(fsdp=2, sequence=4)
+    assert Levers(mesh, Remat.FULL, 2).name == "fsdp 2, sequence 4, remat full, microbatches 2"
+
+
+def test_what_a_policy_of_names_keeps_is_counted_by_its_names():
+    """On the device alone, beside a block's input, which is there unless it is moved to the host."""
+    run, machine = tiny(BATCH_SIZE=16), topology("cpu:1")
+
+    def saved(policy):
+        return prepare(with_remat(run, policy), machine).expected.saved
+
+    full, products = saved(Remat.FULL), saved(Remat.DOTS)
+    assert saved(SaveNamed(on_host=("block_input",))) == saved(Remat.OFFLOAD) == 0
+    assert saved(SaveNamed(on_host=("query", "key", "up"))) == saved(SaveNamed(("product",))) == full
+    assert saved(SaveNamed(("attention_out", "attention_lse"), ("up",))) == saved(Remat.BLOCK)
+    assert full < saved(SaveNamed(("up",))) < saved(SaveNamed(("up", "gate", "query", "key", "value"))) < products
 
 
 def test_memory_adds_up():

@@ -1,6 +1,7 @@
 """The coordinate check of muP (Yang et al. 2022, arXiv 2203.03466, appendix D.1): training moves activations as far at
 every width; under the standard parametrisation it moves them further in wider models."""
 
+import dataclasses
 import importlib.util
 import pathlib
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from jaxlm.layers.context import Context
+from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.parameters import InitConfig, InitScheme, Parametrization, Scaling
 from jaxlm.layers.remat import Remat
+from jaxlm.models.config import HeadConfig
 from jaxlm.models.language_model import LanguageModel
 from jaxlm.objectives.base import LossConfig
 from jaxlm.objectives.full_lm import FullLM
@@ -29,7 +32,7 @@ _spec.loader.exec_module(small_models)
 BASE, WIDE = 32, 512
 
 
-def movement(width, kind, algorithm, rate):
+def movement(width, kind, algorithm, rate, **changed):
     """Root mean square of how far 3 steps move the hidden states and the logits of a batch."""
     parametrization = Parametrization(kind=kind, base_width=BASE, base_depth=2, base_head_dim=8)
     config = small_models.decoder(
@@ -40,6 +43,7 @@ def movement(width, kind, algorithm, rate):
         parametrization=parametrization,
         init=InitConfig(scheme=InitScheme.FAN_IN),
     )
+    config = dataclasses.replace(config, **changed)
 
     def make(key):
         return LanguageModel(config, key=key)
@@ -83,3 +87,13 @@ def test_training_moves_activations_as_far_at_16_times_the_width(algorithm, rate
     for n, w in zip(narrow, wide):
         assert 1 / 1.5 < w / n < 1.5, (narrow, wide)
     assert standard[1] / narrow[1] > 2.5, (narrow, standard)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["a head of its own", "tied"])
+def test_embeddings_and_head_that_the_width_scales_move_as_far(tied):
+    """By the base's width, to either root: the model's own would make logits and embeddings follow it a second time."""
+    changed = {"embedding": EmbeddingConfig(scale_by_width=True), "head": HeadConfig(tied=tied, scale_by_width=True)}
+    narrow, wide = (movement(width, Scaling.MUP, AdamW(), 2**-8, **changed) for width in (BASE, WIDE))
+    print(narrow, wide)
+    for n, w in zip(narrow, wide):
+        assert 1 / 1.5 < w / n < 1.5, (narrow, wide)

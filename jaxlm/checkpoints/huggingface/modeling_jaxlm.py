@@ -50,6 +50,7 @@ class Scaling:
         self.rule = config["parametrization"] or {"kind": "standard"}
         self.standard = self.rule["kind"] == "standard"
         self.width_ratio = 1.0 if self.standard else self.width / self.rule["base_width"]
+        self.scaled_width = self.width / self.width_ratio  # of whose root `scale_by_width` makes factors
 
     def scores(self, head_dim: int) -> float:
         """Factor on q . k."""
@@ -480,7 +481,7 @@ class Stack(nn.Module):
 class Embedding(nn.Module):
     """Tokens, positions and types: [B, T] -> [B, T, E]."""
 
-    def __init__(self, config: Description, model: Description):
+    def __init__(self, config: Description, model: Description, scaling: Scaling):
         super().__init__()
         width = config["width"] or model["width"]
         self.tokens = nn.Parameter(torch.empty(model["vocab_size"], width))
@@ -492,7 +493,7 @@ class Embedding(nn.Module):
         self.types = nn.Parameter(torch.empty(config["types"], width)) if config["types"] else None
         self.norm = Norm(config["norm"], (width,)) if config["norm"] else None
         self.projection = Linear((width,), (model["width"],), bias=True) if width != model["width"] else None
-        self.config, self.multiplier = config, model["width"] ** 0.5 if config["scale_by_width"] else 1.0
+        self.config, self.multiplier = config, scaling.scaled_width**0.5 if config["scale_by_width"] else 1.0
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, types: torch.Tensor | None) -> torch.Tensor:
         x = self.tokens[ids] * self.multiplier
@@ -518,7 +519,8 @@ class VocabularyHead(nn.Module):
         self.kernel = None if config["tied"] else nn.Parameter(torch.empty(inner, model["vocab_size"]))
         self.bias = nn.Parameter(torch.empty(model["vocab_size"])) if config["bias"] else None
         self.config = config
-        self.multiplier = (width**-0.5 if config["scale_by_width"] else 1.0) / scaling.width_ratio
+        scale = scaling.scaled_width**-0.5 if config["scale_by_width"] else 1.0
+        self.multiplier = scale / scaling.width_ratio
 
     def forward(self, hidden: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """`table` [V, embedding width] is the output matrix if there is none of its own."""
@@ -555,7 +557,7 @@ class JaxLM(PreTrainedModel):
         super().__init__(config)
         model = config.language_model
         scaling = Scaling(model)
-        self.embedding = Embedding(model["embedding"], model)
+        self.embedding = Embedding(model["embedding"], model, scaling)
         stacks = {name: Stack(model[name], scaling) for name in ("encoder", "decoder") if model[name]}
         self.encoder, self.decoder = stacks.get("encoder"), stacks.get("decoder")
         self.vocabulary_head = VocabularyHead(model["head"], model, scaling)

@@ -67,7 +67,8 @@ def _buckets() -> LanguageModelConfig:
     relative = RelativePositions(8, 12, bidirectional=False)
     stack = StackConfig((block,), 2, final_norm=LAYER_NORM, relative_positions=relative)
     rule = Parametrization(Scaling.COMPLETEP, base_width=16, base_depth=1, alpha=0.7)
-    return model("causal_decoder", stack, parametrization=rule)
+    by_width = {"embedding": EmbeddingConfig(scale_by_width=True), "head": HeadConfig(scale_by_width=True)}
+    return model("causal_decoder", stack, parametrization=rule, **by_width)
 
 
 def _experts() -> LanguageModelConfig:
