@@ -124,6 +124,23 @@ def test_every_step_is_in_one_log_line(parts):
     assert 0 <= single.lines[1][1]["train/data_wait"] <= 1
 
 
+def test_a_pause_at_the_end_loses_no_log_line_and_the_last_save_has_the_evaluation(parts):
+    """However the run ends: evaluations and saves wait for the steps before them, whose interval isn't full."""
+    evaluate, config = (lambda state: {"validation/nats": 1.5}), LoopConfig(log_period=3, evaluation_period=5)
+    for end, logged, evaluated in ((7, [3, 6, 7], [5, 7]), (5, [3, 5], [5])):
+        for ending in ({"until": end}, {"until": 50, "end": end}):
+            lines, saves = Lines(), Saves()
+            loader = parts.loader(end=ending.pop("end", None))
+            expected = evaluated if ending["until"] == end else [5]
+            loop = parts.loop(writer=lines, evaluate=evaluate, checkpoints=saves, config=config)
+            loop.run(parts.state(), loader, **ending)
+            assert list(lines.losses()) == logged
+            assert [step for step, values in lines.lines if "validation/nats" in values] == expected
+            (step, _, contents), *more = saves.saved
+            assert step == end and not more
+            assert contents["metrics"] == ({"validation/nats": 1.5} if end in expected else {})
+
+
 def test_a_resumed_run_is_bit_identical(parts, tmp_path):
     """Law 4 for the loop's part: state, data position with batches in flight, callbacks, through real checkpoints."""
     whole = Lines()
