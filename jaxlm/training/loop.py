@@ -335,6 +335,7 @@ class _Progress:
         if self._timed:
             values["seconds_per_step"] = self._seconds / self._timed
             values["data_wait"] = min(self._waited / self._seconds, 1.0)
+        if self._timed and "tokens" in values:  # none where every step was skipped
             values["tokens_per_second"] = values["tokens"] / values["seconds_per_step"]
             if loop.flops_per_token is not None:
                 kind, count = loop.parallel.mesh.devices.flat[0].device_kind, loop.parallel.mesh.size

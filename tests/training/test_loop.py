@@ -216,13 +216,21 @@ def test_spikes_are_told_of_at_the_next_log_with_their_batch(parts):
             seen.append(step)
 
     guard = SpikeGuard(policy=Skip(patience=2))
-    step = parts.train_step(guard)
-    loop = parts.loop(callbacks=(Notes(),), config=LoopConfig(log_period=4), step=step)
+    step, lines = parts.train_step(guard), Lines()
+    loop = parts.loop(callbacks=(Notes(),), config=LoopConfig(log_period=4), step=step, writer=lines)
     state, outcome, _ = loop.run(parts.state(guard), parts.loader(poison=5), until=9)
     assert outcome is Outcome.FINISHED and int(state.opt_state["guard"].skipped) == 1
     assert [s if isinstance(s, int) else s.step for s in seen] == [4, 6, 8, 9]
     spike = seen[1]
-    assert spike.data == {"position": 5} and not np.isfinite(spike.loss)
+    assert spike.data == {"position": 5} and not np.isfinite(spike.loss) and not np.isfinite(spike.grad_norm)
+    assert all(np.isfinite(values["train/grad_norm"]) for _, values in lines.lines), "of the steps that were taken"
+    lines = Lines()  # an interval may have no other step
+    loop = parts.loop(config=LoopConfig(log_period=1), step=step, writer=lines)
+    _, outcome, _ = loop.run(parts.state(guard), parts.loader(poison=5), until=9)
+    assert outcome is Outcome.FINISHED and len(lines.lines) == 9
+    of_spike = lines.lines[5][1]
+    assert not {"train/tokens", "train/tokens_per_second", "train/loss", "train/grad_norm"} & set(of_spike)
+    assert of_spike["train/skipped"] == 1.0 and of_spike["train/seconds_per_step"] > 0
     with pytest.raises(TrainingDiverged) as diverged:
         parts.loop(config=LoopConfig(log_period=4), step=parts.train_step(SpikeGuard(policy=Stop()))).run(
             parts.state(guard), parts.loader(poison=5), until=9
