@@ -13,6 +13,7 @@ of a running model is a change of one line. Names of hyperparameters are those o
 
 import abc
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -456,12 +457,7 @@ def build_optimizer(
         direction = stored(direction, config.moments, trainable)
     algorithm = optax.chain(direction, _descend(config, total_steps, rates))
     if config.schedule_free:
-        algorithm = optax.contrib.schedule_free(
-            algorithm,
-            lambda count: config.learning_rate(count - 1, total_steps),  # it counts from 1
-            b1=config.schedule_free.b1,
-            weight_lr_power=config.schedule_free.weight_lr_power,
-        )
+        algorithm = _averaging(algorithm, config, total_steps)
     return Optimizer(
         config=config,
         infos=infos,
@@ -513,6 +509,19 @@ def _descend(config: OptimizerConfig, total_steps: int, rates: Tree) -> optax.Gr
         return jax.tree.map(descend, rates, updates, params, is_leaf=lambda node: isinstance(node, Rates)), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), apply)
+
+
+def _averaging(
+    algorithm: optax.GradientTransformation, config: OptimizerConfig, total_steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Schedule-free around an algorithm. Iterates weigh by the global step's rate: its own count may start again."""
+    averaging = functools.partial(optax.contrib.schedule_free, algorithm, **dataclasses.asdict(config.schedule_free))
+
+    def apply(updates: Tree, state: Any, params: Tree, *, step: jax.Array, **extra: Any) -> tuple[Tree, Any]:
+        learning_rate = jnp.asarray(config.learning_rate(step, total_steps), state.max_lr.dtype)
+        return averaging(learning_rate).update(updates, state, params, step=step, **extra)
+
+    return optax.GradientTransformationExtraArgs(averaging(0.0).init, apply)
 
 
 def by_label(
