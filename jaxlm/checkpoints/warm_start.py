@@ -40,7 +40,7 @@ class OptimizerState(enum.Enum):
 
     RESET: zeros.
     KEEP: the checkpoint's moments of each parameter that is taken from it unchanged, under whatever name; zeros for
-      others. The algorithm must be the same.
+      others and for the spike guard. The algorithm must be the same.
     """
 
     RESET = "reset"
@@ -190,6 +190,8 @@ class Started:
         kept: dict[naming.Path, Leaf] = {}
         moments, moments_kept = 0, 0
         for path, leaf in wanted.items():
+            if path[0] == naming.GUARD:
+                continue
             name = next((i for i in range(len(path)) if naming.show(path[i:]) in self.names), None)
             origin = Origin(self.source, ("opt_state", *path))  # of a counter
             if name is not None:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlm.checkpoints.naming import GUARD
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.training.adafactor import scale_by_adafactor
 from jaxlm.training.guard import Skip, SpikeGuard
@@ -367,10 +368,10 @@ class Optimizer:
         return select(params, self.trainable), unflatten({p: leaf for p, leaf in flat.items() if p not in trained})
 
     def init(self, params: Tree) -> dict[str, Any]:
-        """State for all of the model's `params`; a dict with the algorithm's name and, if configured, "guard"."""
+        """State for all of the model's `params`; a dict with the algorithm's name and, if configured, `GUARD`."""
         state = {self.config.algorithm.name: self.algorithm.init(self.split(params)[0])}
         if self.config.guard:
-            state["guard"] = self.config.guard.init()
+            state[GUARD] = self.config.guard.init()
         return state
 
     def update(
@@ -404,11 +405,11 @@ class Optimizer:
         updates, new = self.algorithm.update(grads, state[name], trained, step=step)
         new_state = {name: new}
         if self.config.guard:
-            skip, new_state["guard"] = self.config.guard.judge(state["guard"], loss, grad_norm)
+            skip, new_state[GUARD] = self.config.guard.judge(state[GUARD], loss, grad_norm)
             updates = jax.tree.map(lambda u: jnp.where(skip, 0.0, u), updates)
             new_state[name] = jax.tree.map(lambda old, fresh: jnp.where(skip, old, fresh), state[name], new)
             scalars["skipped"] = skip.astype(jnp.float32)
-            diverged = (self.config.guard.policy or Skip()).gives_up(skip, new_state["guard"].in_a_row)
+            diverged = (self.config.guard.policy or Skip()).gives_up(skip, new_state[GUARD].in_a_row)
         return updates, new_state, scalars | {"diverged": diverged.astype(jnp.float32)}
 
     def evaluation_params(self, params: Tree, state: dict[str, Any]) -> Tree:

@@ -13,6 +13,7 @@ from jaxlm.layers.parameters import Parametrization
 from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.piecewise import Piecewise
+from jaxlm.training.guard import SpikeGuard
 from jaxlm.training.optimizers import SGD, AdamW, Lion, OptimizerConfig, ScheduleFree, build_optimizer
 from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Carry, Stage, carry_over, phase_at, phases, with_steps
@@ -94,6 +95,15 @@ def test_reset_and_another_algorithm_start_afresh(trained):
     assert int(after.opt_state["adamw"][0].count) == 0 and int(after.step) == 7
     after = carry_over(state(old), old, optimizer(Lion()), Carry.KEEP, parallel=PARALLEL)
     np.testing.assert_array_equal(after.opt_state["lion"][0].mu["scale"], 0.0)
+
+
+def test_the_guard_watches_each_stage_from_its_beginning(trained):
+    """Another objective or batch has another loss, which is no spike."""
+    optimizer, state = trained
+    guarded = optimizer(guard=SpikeGuard(window=4))
+    after = carry_over(state(guarded), guarded, guarded, Carry.KEEP, parallel=PARALLEL)
+    assert int(after.opt_state["adamw"][0].count) == 7
+    assert all(not np.any(leaf) for leaf in after.opt_state["guard"])
 
 
 def test_schedule_free_averages_at_the_rate_of_the_stage_after_a_reset(trained):
