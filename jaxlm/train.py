@@ -226,7 +226,11 @@ def train_phases(
                 resolved_config=resolved_text(run),
                 flops_per_token=parts.flops_per_token,
             )
-            state, outcome, data = loop.run(state, parts.loader, until=phase.end)
+            try:
+                state, outcome, data = loop.run(state, parts.loader, until=phase.end)
+            except TrainingDiverged:
+                parts.loader.close()
+                raise
             parts.loader.restore(data)  # it had read ahead
             if outcome is not Outcome.FINISHED:
                 break
