@@ -21,6 +21,7 @@ from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models import ModelConfig, ReplacedTokenDetectorConfig, build_model
 from jaxlm.models.accounting import flops_per_token
 from jaxlm.objectives.base import Distillation, LossConfig, Objective
+from jaxlm.objectives.full_lm import FullLM
 from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
 from jaxlm.training import metrics
 from jaxlm.training.evaluation import Evaluator, make_eval_step
@@ -80,8 +81,8 @@ class RunConfig:
       wandb: also log to Weights & Biases.
       watchdog: when a run counts as hung; None never.
       profile: steps to record with jax's profiler; None records nothing.
-      baselines: also score n-gram models and xz on the same text at the end, for the report. Of full language modelling
-        only: what other objectives predict is not the whole text.
+      baselines: also score n-gram models and xz on the text of `evaluation` at the end, for the report. Of full
+        language modelling only: what other objectives predict is not the whole text.
       seed: of initialisation, dropout and sampling inside the loss. (The data has its own.)
     """
 
@@ -416,8 +417,14 @@ def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     """Tries what every phase needs of data and mesh, so that a mistake in the last one is found before the first step.
 
     Raises:
-      ValueError: as `open_checked`, or a batch leaves devices idle, or the mesh does not cut rows evenly.
+      ValueError: as `open_checked`, or a batch leaves devices idle, or the mesh does not cut rows evenly, or the report
+        could not be written.
     """
+    if run.baselines and run.evaluation is None and isinstance(run.phases[-1].stage.objective, FullLM):
+        raise ValueError(
+            "RunConfig.baselines are scored on the text that the run is evaluated on, but evaluation is None; give it "
+            "an EvaluationConfig, or set baselines to False."
+        )
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
         if phase.stage_index and phase.start == phase.stage_start:

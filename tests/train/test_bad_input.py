@@ -1,5 +1,6 @@
 """Law 8: bad input gives one clear sentence with the remedy and a non-zero exit, before compiling; nothing is lost."""
 
+import dataclasses
 import gzip
 import hashlib
 import re
@@ -11,7 +12,9 @@ import pytest
 
 from jaxlm import train
 from jaxlm.checkpoints import stored
+from jaxlm.configuration import resolve
 from jaxlm.exit_status import ExitStatus
+from jaxlm.run import RunConfig, check_phases
 from jaxlm.training.compiles import CompileCounter
 
 PAIR = "TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8}"
@@ -159,6 +162,14 @@ def test_configuration(name, workshop, refused, tmp_path):
     status, error = refused(tmp_path / "run", workshop.gin("configuration", **options), *bindings)
     assert status == expected and matches(sentence, error), error
     assert not (tmp_path / "run").exists()
+
+
+def test_baselines_without_evaluation(workshop):
+    """Before training, not when its report is written."""
+    run = resolve(RunConfig, workshop.arguments("baselines", workshop.gin("baselines")))
+    run = dataclasses.replace(run, baselines=True, evaluation=None)
+    with pytest.raises(ValueError, match="baselines are scored on .*, but evaluation is None; give it"):
+        check_phases(run, run.parallel.on())
 
 
 def matches(sentence, error):
