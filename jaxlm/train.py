@@ -37,7 +37,7 @@ from jaxlm.training.progress import ProgressLine
 from jaxlm.training.run_folder import RunFolder, Status
 from jaxlm.training.spikes import RollBacks, SpikeRecord
 from jaxlm.training.stages import Phase, carry_over, phase_at
-from jaxlm.training.state import TrainState, abstract_state, init_params, init_state, start_from
+from jaxlm.training.state import TrainState, init_params, init_state, restore_state, start_from
 from jaxlm.training.watchdog import Watchdog
 from jaxlm.training.writers import Writers, make_writers
 
@@ -265,9 +265,8 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     phase = phase_at(run.phases, saved.step - 1)
     if phase != parts.phase:
         parts = assemble(run, phase, parallel, services.programs)
-    target = abstract_state(parts.abstract, parts.optimizer, parallel)
     with services.ledger.spending(Activity.RESTORE):
-        state = saved.restore(target, parts.definition.layouts)
+        state = restore_state(saved, parts.abstract, parts.optimizer, parallel, parts.definition.layouts)
     parts.loader.restore(saved.data)
     whose = "" if saved.folder.parent == checkpoints.folder else f" of {saved.folder.parent.parent}"
     line.print(f"Continues from the checkpoint of step {saved.step:,}{whose}.")
