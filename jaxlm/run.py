@@ -416,14 +416,20 @@ def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: Ba
 def check_phases(run: RunConfig, parallel: Parallelism) -> None:
     """Tries what every phase needs of data and mesh, so that a mistake in the last one is found before the first step.
 
+    What is wrong with the run as a whole, but does not keep its folder from being read, is said here too.
+
     Raises:
       ValueError: as `open_checked`, or a batch leaves devices idle, or the mesh does not cut rows evenly, or the report
-        could not be written.
+        could not be written, or a seed would have no effect.
     """
     if run.baselines and run.evaluation is None and isinstance(run.phases[-1].stage.objective, FullLM):
         raise ValueError(
             "RunConfig.baselines are scored on the text that the run is evaluated on, but evaluation is None; give it "
             "an EvaluationConfig, or set baselines to False."
+        )
+    if run.step.seed not in (0, run.seed):
+        raise ValueError(
+            f"StepConfig.seed is {run.step.seed}, but a run draws by RunConfig.seed, {run.seed}; set that one instead."
         )
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)

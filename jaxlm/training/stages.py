@@ -47,7 +47,7 @@ class Stage:
       objective: what is trained.
       architecture: which tokens see which; among the three single-stack architectures the weights stay the same.
       data: data configuration or the name of a mixture, as the run's own `data` field takes it.
-      lengths: tokens of a row, (("inputs", 512), ("targets", 114)).
+      lengths: tokens of a row, (("inputs", 512), ("targets", 114)); None beside a data configuration takes that one's.
       batch_size: examples a step, over all hosts; a `Piecewise` over the stage's own steps (linear=False) is a ramp.
         Each size compiles the step once.
       learning_rate: a schedule over this stage.
@@ -184,4 +184,6 @@ def carry_over(state: TrainState, old: Optimizer, new: Optimizer, carry: Carry, 
 def _filled_in(stage: Stage, before: Stage) -> Stage:
     fields = {field.name: getattr(stage, field.name) for field in dataclasses.fields(Stage)}
     inherit = {name for name, value in fields.items() if value is None} - {"learning_rate"}
+    if stage.data is not None and not isinstance(stage.data, str):
+        inherit -= {"lengths"}  # it has its own
     return dataclasses.replace(stage, **{name: getattr(before, name) for name in inherit})

@@ -42,7 +42,7 @@ class StepConfig:
         whole batch's. Needs the memory of one.
       layer_norm_period: every so many steps the metrics hold the norms of parameters, gradients and updates of each
         layer; 0 never. It costs nothing on the other steps and compiles nothing new.
-      seed: of dropout and of sampling inside the loss.
+      seed: of dropout and of sampling inside the loss; of a run, `RunConfig.seed` takes its place.
       byte_lengths: bytes that each id stands for, [V] (`Vocabulary.byte_lengths`), which turns nats per token into
         bits per byte; None counts no bytes.
     """

@@ -108,6 +108,7 @@ CONFIGURATIONS = {
     ),
     "mesh": ({}, ["mesh.MeshConfig.fsdp=3"], 1, "does not divide the 1 devices; choose degrees"),
     "microbatches": ({}, ["StepConfig.microbatches=3"], 2, "8 rows cannot be cut into 3 equal microbatches; choose"),
+    "a seed of the step": ({}, ["StepConfig.seed=5"], 1, "StepConfig.seed is 5, but .* by RunConfig.seed, 0; set that"),
     "stages that do not add up": (
         {"text": STAGE + "second/stages.Stage.steps = 5", **STAGES},
         *([], 2, r"The stages have 6 \+ 5 steps, which do not add up to train_steps = 12"),

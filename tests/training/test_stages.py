@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxlm.architecture import Architecture
+from jaxlm.data.loader import DataConfig
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.parallelism import ParallelConfig
@@ -40,6 +41,16 @@ def test_phases_cover_the_run_and_inherit():
     assert (plan[1].stage_start, plan[1].stage_end) == (0, 20)
     assert [phase_at(plan, step).stage_index for step in (0, 19, 20, 29)] == [0, 0, 1, 2]
     assert phase_at(plan, 30) is None
+
+
+def test_data_of_its_own_brings_its_lengths():
+    """Lengths are inherited by the name of a mixture, which has none, but not by a whole configuration."""
+    data = DataConfig("other", {"targets": 2048})
+    short = Stage(4, lengths=(("targets", 512),))
+    found = phases((short, Stage(4, data=data), Stage(4), Stage(4, data="third")), batch_size=8)
+    assert [phase.stage.lengths for phase in found] == [(("targets", 512),), None, None, None]
+    found = phases((short, Stage(4, data="other"), Stage(4, data=data, lengths=(("targets", 8),))), batch_size=8)
+    assert [phase.stage.lengths for phase in found[1:]] == [(("targets", 512),), (("targets", 8),)]
 
 
 def test_one_stage_may_have_the_rest():
