@@ -99,7 +99,7 @@ def train(run: RunConfig, *, began: float | None = None, programs: Programs | No
     programs = Programs() if programs is None else programs
     with multihost.together():
         parallel = run.parallel.on()
-        check_phases(run, parallel)
+        check_phases(run, parallel, programs)
         parts = assemble(run, run.phases[0], parallel, programs)
         folder = RunFolder(run.model_dir)
         identity = run.identity | {"vocabulary": parts.loader.vocabulary.fingerprint()}

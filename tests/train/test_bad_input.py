@@ -14,7 +14,7 @@ from jaxlm import train
 from jaxlm.checkpoints import stored
 from jaxlm.configuration import resolve
 from jaxlm.exit_status import ExitStatus
-from jaxlm.run import RunConfig, check_phases
+from jaxlm.run import Programs, RunConfig, check_phases
 from jaxlm.training.compiles import CompileCounter
 
 PAIR = "TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8}"
@@ -117,6 +117,10 @@ CONFIGURATIONS = {
         {"text": STAGE + "second/stages.Stage.steps = 6\nsecond/stages.Stage.data = 'c4'", **STAGES},
         *([], 1, "There is no task or mixture named 'c4'; nearest are"),
     ),
+    "a bad optimizer of the last stage": (
+        {"text": STAGE + "second/stages.Stage.steps = 6\nsecond/stages.Stage.freeze = ('encodr',)", **STAGES},
+        *([], 1, "The parameter pattern 'encodr' matches none of the model's"),
+    ),
     "an illegal last stage": (
         {"text": STAGE + "second/stages.Stage.steps = 6\nsecond/stages.Stage.architecture = 'encoder'", **STAGES},
         *([], 2, "full_lm writes its targets .* an encoder cannot; use masked_lm"),
@@ -170,7 +174,7 @@ def test_baselines_without_evaluation(workshop):
     run = resolve(RunConfig, workshop.arguments("baselines", workshop.gin("baselines")))
     run = dataclasses.replace(run, baselines=True, evaluation=None)
     with pytest.raises(ValueError, match="baselines are scored on .*, but evaluation is None; give it"):
-        check_phases(run, run.parallel.on())
+        check_phases(run, run.parallel.on(), Programs())
 
 
 def matches(sentence, error):
