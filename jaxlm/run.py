@@ -21,6 +21,7 @@ from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models import ModelConfig, ReplacedTokenDetectorConfig, build_model
 from jaxlm.models.accounting import flops_per_token
 from jaxlm.objectives.base import Distillation, LossConfig, Objective
+from jaxlm.objectives.full_lm import FullLM
 from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
 from jaxlm.training import metrics
 from jaxlm.training.evaluation import Evaluator, make_eval_step
@@ -80,8 +81,8 @@ class RunConfig:
       wandb: also log to Weights & Biases.
       watchdog: when a run counts as hung; None never.
       profile: steps to record with jax's profiler; None records nothing.
-      baselines: also score n-gram models and xz on the same text at the end, for the report. Of full language modelling
-        only: what other objectives predict is not the whole text.
+      baselines: also score n-gram models and xz on the text of `evaluation` at the end, for the report. Of full
+        language modelling only: what other objectives predict is not the whole text.
       seed: of initialisation, dropout and sampling inside the loss. (The data has its own.)
     """
 
@@ -324,6 +325,20 @@ def open_checked(run: RunConfig, phase: Phase, parallel: Parallelism) -> Loader:
     return loader
 
 
+def open_evaluation(run: RunConfig, phase: Phase, parallel: Parallelism) -> Loader:
+    """The loader that a phase of a run with `evaluation` is evaluated on, once through: this host's rows."""
+    config = run.evaluation
+    return open_loader(
+        run,
+        phase,
+        config=config.data or run.data_of(phase),
+        objective=config.objective or phase.stage.objective,
+        split=config.split,
+        one_pass=True,
+        rows=parallel.host_rows(phase.batch_size),
+    )
+
+
 def _check_positions(model: ModelConfig, layout: BatchLayout) -> None:
     whole = model.discriminator if isinstance(model, ReplacedTokenDetectorConfig) else model
     longest = max(layout.row_lengths(model.architecture))
@@ -412,19 +427,38 @@ def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: Ba
     )
 
 
-def check_phases(run: RunConfig, parallel: Parallelism) -> None:
-    """Tries what every phase needs of data and mesh, so that a mistake in the last one is found before the first step.
+def check_phases(run: RunConfig, parallel: Parallelism, programs: Programs) -> None:
+    """Tries what every phase needs, so that a mistake in the last one is found before the first step: data, mesh, and
+    of a stage also optimizer, teacher and evaluation. Those of the first phase are for `assemble` to try.
+
+    What is wrong with the run as a whole, but does not keep its folder from being read, is said here too.
+
+    Args:
+      programs: as for `assemble`, which will find there what is made here.
 
     Raises:
-      ValueError: as `open_checked`, or a batch leaves devices idle, or the mesh does not cut rows evenly.
+      ValueError: as `assemble`, or a batch leaves devices idle, or the report could not be written, or a seed would
+        have no effect.
     """
+    if run.baselines and run.evaluation is None and isinstance(run.phases[-1].stage.objective, FullLM):
+        raise ValueError(
+            "RunConfig.baselines are scored on the text that the run is evaluated on, but evaluation is None; give it "
+            "an EvaluationConfig, or set baselines to False."
+        )
+    if run.step.seed not in (0, run.seed):
+        raise ValueError(
+            f"StepConfig.seed is {run.step.seed}, but a run draws by RunConfig.seed, {run.seed}; set that one instead."
+        )
     for phase in run.phases:
         parallel.batch_sharding(phase.batch_size // run.step.microbatches)
-        if phase.stage_index and phase.start == phase.stage_start:
-            loader = open_checked(run, phase, parallel)
-            for length in layout_of(loader).row_lengths(run.model_of(phase).architecture):
-                parallel.check_row(length)
-            loader.close()
+        if phase == run.phases[0]:
+            continue
+        loader = open_checked(run, phase, parallel)
+        if phase.start == phase.stage_start:
+            _program(run, phase, parallel, loader, programs)
+            if run.evaluation is not None:
+                open_evaluation(run, phase, parallel).close()
+        loader.close()
 
 
 def assemble(run: RunConfig, phase: Phase, parallel: Parallelism, programs: Programs) -> Parts:
@@ -437,7 +471,7 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism, programs: Prog
       ValueError: the parts do not fit together; the message says which and what to do.
     """
     loader = open_checked(run, phase, parallel)
-    program = programs.shared(run, f"step {phase.start}", lambda: make_program(run, phase, parallel, layout_of(loader)))
+    program = _program(run, phase, parallel, loader, programs)
     names = metrics.Names(loader.dataset_names, loader.objective.parts, layer_names(program.infos))
     return Parts(
         phase=phase,
@@ -453,6 +487,10 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism, programs: Prog
         flops_per_token=program.flops_per_token,
         row_tokens=program.row_tokens,
     )
+
+
+def _program(run: RunConfig, phase: Phase, parallel: Parallelism, loader: Loader, programs: Programs) -> Program:
+    return programs.shared(run, f"step {phase.start}", lambda: make_program(run, phase, parallel, layout_of(loader)))
 
 
 def _taught(run: RunConfig, step: TrainStep, parallel: Parallelism, programs: Programs) -> TrainStep:
@@ -481,14 +519,9 @@ def _evaluator(
 ) -> Evaluator | None:
     if run.evaluation is None:
         return None
-    config = run.evaluation
 
     def make_loader() -> Loader:
-        data = config.data or run.data_of(phase)
-        rows = parallel.host_rows(phase.batch_size)
-        objective = config.objective or phase.stage.objective
-        options = {"config": data, "objective": objective, "split": config.split, "one_pass": True, "rows": rows}
-        return open_loader(run, phase, **options)
+        return open_evaluation(run, phase, parallel)
 
     loader = make_loader()  # opened now, so that what is wrong with it is said before training
     names = dataclasses.replace(names, datasets=loader.dataset_names, objectives=loader.objective.parts)
@@ -505,5 +538,5 @@ def _evaluator(
         make_loader,
         parallel,
         names=names,
-        max_batches=config.max_batches,
+        max_batches=run.evaluation.max_batches,
     )

@@ -37,7 +37,7 @@ from jaxlm.training.progress import ProgressLine
 from jaxlm.training.run_folder import RunFolder, Status
 from jaxlm.training.spikes import RollBacks, SpikeRecord
 from jaxlm.training.stages import Phase, carry_over, phase_at
-from jaxlm.training.state import TrainState, abstract_state, init_params, init_state, start_from
+from jaxlm.training.state import TrainState, init_params, init_state, restore_state, start_from
 from jaxlm.training.watchdog import Watchdog
 from jaxlm.training.writers import Writers, make_writers
 
@@ -99,7 +99,7 @@ def train(run: RunConfig, *, began: float | None = None, programs: Programs | No
     programs = Programs() if programs is None else programs
     with multihost.together():
         parallel = run.parallel.on()
-        check_phases(run, parallel)
+        check_phases(run, parallel, programs)
         parts = assemble(run, run.phases[0], parallel, programs)
         folder = RunFolder(run.model_dir)
         identity = run.identity | {"vocabulary": parts.loader.vocabulary.fingerprint()}
@@ -226,7 +226,11 @@ def train_phases(
                 resolved_config=resolved_text(run),
                 flops_per_token=parts.flops_per_token,
             )
-            state, outcome, data = loop.run(state, parts.loader, until=phase.end)
+            try:
+                state, outcome, data = loop.run(state, parts.loader, until=phase.end)
+            except TrainingDiverged:
+                parts.loader.close()
+                raise
             parts.loader.restore(data)  # it had read ahead
             if outcome is not Outcome.FINISHED:
                 break
@@ -261,9 +265,8 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     phase = phase_at(run.phases, saved.step - 1)
     if phase != parts.phase:
         parts = assemble(run, phase, parallel, services.programs)
-    target = abstract_state(parts.abstract, parts.optimizer, parallel)
     with services.ledger.spending(Activity.RESTORE):
-        state = saved.restore(target, parts.definition.layouts)
+        state = restore_state(saved, parts.abstract, parts.optimizer, parallel, parts.definition.layouts)
     parts.loader.restore(saved.data)
     whose = "" if saved.folder.parent == checkpoints.folder else f" of {saved.folder.parent.parent}"
     line.print(f"Continues from the checkpoint of step {saved.step:,}{whose}.")

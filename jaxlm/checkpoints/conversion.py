@@ -18,6 +18,7 @@ from jaxlm.checkpoints.huggingface.tokenizer import Tokenizer, write_tokenizer
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager, Writing
 from jaxlm.checkpoints.manifest import CheckpointError
 from jaxlm.checkpoints.pretrained import Description, ImportedModel, describe
+from jaxlm.checkpoints.schedule_free import evaluated
 from jaxlm.checkpoints.sources import Source
 from jaxlm.configuration import resolved_text
 from jaxlm.layers.positions import Rope
@@ -47,11 +48,12 @@ def parameters_of(source: Source, weights: str = "params") -> Parameters:
 
     Args:
       source: where they are.
-      weights: "params", or "ema_params" for their average.
+      weights: "params" (of a schedule-free run its average of iterates), or "ema_params" for their moving average.
 
     Raises:
       CheckpointError: it has no such weights.
     """
+    source = evaluated(source)
     leaves = {path: leaf for path, leaf in source.leaves.items() if path[0] == weights}
     if not leaves:
         raise CheckpointError(f"{source.folder} holds no {weights}; leave out --averaged.")
@@ -124,7 +126,7 @@ def to_jaxlm(source: Source, out: pathlib.Path, *, origin: str | None = None) ->
       ValueError: the source is of no known kind.
       FileExistsError: `out` exists.
     """
-    about = describe(source)
+    about, source = describe(source), evaluated(source)
     imported = ImportedModel(
         model=about.config,
         origin=origin or str(source.folder),

@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.manifest import CheckpointError, Verify, write_manifest
 from jaxlm.layers.stacking import StackLayout
+from jaxlm.parallel import multihost
 
 _AGREE_STEPS = 16  # how often several processes ask each other whether it is time to save
 
@@ -276,18 +277,18 @@ class CheckpointManager:
 
     def _set_aside(self, step: int) -> None:
         """Renames steps from `step` on."""
-        later = [old for old in stored.committed_steps(self.folder) if old >= step]
-        if not later:
-            return
-        if jax.process_index() == 0:
+
+        def rename() -> int:
+            later = [old for old in stored.committed_steps(self.folder) if old >= step]
             for old in later:
                 aside = self.folder / f"{old}.set_aside"
                 aside.rmtree(missing_ok=True)
                 (self.folder / str(old)).rename(aside)
                 self._report(f"Renamed the checkpoint of step {old} to {aside}: step {step} is saved after going back.")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set_aside_{step}")
-        self._orbax.reload()
+            return len(later)
+
+        if multihost.from_first(rename):  # the others might look when it is done
+            self._orbax.reload()
 
 
 def _unstacked(state: Any, layouts: tuple[StackLayout, ...]) -> dict[naming.Path, jax.Array]:

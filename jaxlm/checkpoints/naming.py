@@ -16,6 +16,8 @@ from jaxlm.layers.stacking import StackLayout
 
 Path = tuple[str, ...]
 
+GUARD = "guard"  # of the optimizer's state, what the spike guard has seen: of one stretch of training alone
+
 
 def flatten(tree: Any) -> dict[Path, Any]:
     """{path: leaf} of any pytree, in the pytree's own order."""

@@ -22,6 +22,7 @@ from jaxlm.checkpoints.huggingface.files import read_json
 from jaxlm.checkpoints.huggingface.folder import GENERATION_CONFIG, HuggingFaceFolder
 from jaxlm.checkpoints.huggingface.tokenizer import read_tokenizer
 from jaxlm.checkpoints.manifest import CheckpointError, Verify
+from jaxlm.checkpoints.schedule_free import evaluated
 from jaxlm.checkpoints.sources import Source, open_source
 from jaxlm.checkpoints.t5.layout import T5Checkpoint
 from jaxlm.configuration import resolve_text
@@ -156,7 +157,7 @@ def read_model(
     Args:
       source: what to read.
       config: the model, its layers unrolled.
-      weights: "params", or "ema_params" for their average.
+      weights: "params" (of a schedule-free run its average of iterates), or "ema_params" for their moving average.
       parallel: the mesh; None is the first device.
 
     Raises:
@@ -168,6 +169,7 @@ def read_model(
             f"A trained model is opened with all layers on every device, but the mesh has {parallel.stages.count} "
             f"pipeline stages; set MeshConfig.stage to 1."
         )
+    source = evaluated(source)
     abstract = nnx.eval_shape(lambda: build_model(config, key=jax.random.key(0)))
     graph, state = nnx.split(abstract)
     variables = dict(nnx.to_flat_state(state))

@@ -73,7 +73,7 @@ class StoredCheckpoint:
     def read(self, requests: Mapping[naming.Path, "Request"]) -> dict[naming.Path, jax.Array]:
         """Reads the arrays asked for, under the caller's names. Shapes must be right; types are cast."""
         values: dict[naming.Path, jax.Array] = {}
-        for group in _groups(requests):
+        for group in groups(requests):
             arrays = _read_arrays(
                 self.folder / "state", {path: requests[name].layer for name in group for path in requests[name].paths}
             )
@@ -279,7 +279,7 @@ def _read_arrays(
     return naming.flatten(tree)
 
 
-def _groups(requests: Mapping[naming.Path, Request]) -> Iterator[list[naming.Path]]:
+def groups(requests: Mapping[naming.Path, Request]) -> Iterator[list[naming.Path]]:
     """Splits the names into groups of about `GROUP_BYTES`, in which no array on disk is asked for under two names.
 
     So each name has an array of its own, which may be donated.

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from jaxlm.checkpoints import naming, stored
 from jaxlm.checkpoints.manifest import CheckpointError, Verify
+from jaxlm.checkpoints.schedule_free import evaluated
 from jaxlm.checkpoints.sources import Source, open_source
 from jaxlm.checkpoints.surgery.leaves import Draft, Leaf, Origin, Weights, leaves_of
 from jaxlm.checkpoints.surgery.rules import Rule
@@ -39,7 +40,7 @@ class OptimizerState(enum.Enum):
 
     RESET: zeros.
     KEEP: the checkpoint's moments of each parameter that is taken from it unchanged, under whatever name; zeros for
-      others. The algorithm must be the same.
+      others and for the spike guard. The algorithm must be the same.
     """
 
     RESET = "reset"
@@ -54,7 +55,8 @@ class WarmStart:
       path: a run's folder, its `checkpoints` folder, the folder of one step, or a folder of another library's
         (docs/interchange.md).
       step: the step to take, or None for the newest intact one.
-      weights: the parameters, or their average (EMA).
+      weights: the parameters, or their average (EMA). A schedule-free run's parameters are its average of iterates,
+        unless its optimizer goes on, from where that took gradients.
       rules: what is done to the leaves, in order; see `jaxlm.checkpoints.surgery`. () takes them as they are.
       missing: what becomes of leaves that nothing fills.
       optimizer: what becomes of the optimizer's state.
@@ -133,7 +135,8 @@ def warm_start(
     opened: list[Source] = []
 
     def open_leaves(path: str, step: int | None, weights: Weights) -> dict[str, Leaf]:
-        opened.append(open_source(path, step, verify, report))
+        source = open_source(path, step, verify, report)
+        opened.append(source if config.optimizer is OptimizerState.KEEP else evaluated(source))
         return leaves_of(opened[-1], weights)
 
     draft = Draft(model, initial, open_leaves)
@@ -187,6 +190,8 @@ class Started:
         kept: dict[naming.Path, Leaf] = {}
         moments, moments_kept = 0, 0
         for path, leaf in wanted.items():
+            if path[0] == naming.GUARD:
+                continue
             name = next((i for i in range(len(path)) if naming.show(path[i:]) in self.names), None)
             origin = Origin(self.source, ("opt_state", *path))  # of a counter
             if name is not None:

@@ -148,6 +148,7 @@ class Loop:
         progress = _Progress(self)
         outcome, last_saved = Outcome.FINISHED, step
         data_state = loader.state()
+        values: dict[str, float] = {}  # of an evaluation at `step`
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.ledger.spending(Activity.STEP))
             stack.callback(lambda: [callback.on_end(step) for callback in self.callbacks])
@@ -161,7 +162,7 @@ class Loop:
                     break
                 data_before, (batch, data_state) = data_state, item
                 state, found = self.step(state, batch)
-                step += 1
+                step, values = step + 1, {}
                 progress.dispatched(found, _Dispatched(step, spike_signs(found), data_before, data_state))
                 for callback in self.callbacks:
                     callback.on_step(step, state)
@@ -174,8 +175,9 @@ class Loop:
                 save = self.checkpoints is not None and self.checkpoints.should_save(step)
                 due = [callback for callback in self.callbacks if callback.is_due(step)]
                 if evaluate or save or due:
-                    with progress.paused():
-                        values = self._evaluate(step, state) if evaluate else {}
+                    with progress.paused(log=step == until or outcome is not Outcome.FINISHED):
+                        if evaluate:
+                            values = self._evaluate(step, state)
                         with self.ledger.spending(Activity.OTHER):
                             for callback in due:
                                 callback.on_pause(step, state)
@@ -185,7 +187,7 @@ class Loop:
             progress.settle(log=True)
             if self.checkpoints is not None:
                 if step > last_saved:
-                    self._save(step, state, data_state, {})
+                    self._save(step, state, data_state, values)
                 with self.ledger.spending(Activity.SAVE):
                     self.checkpoints.wait()
         return state, outcome, data_state
@@ -249,6 +251,7 @@ class _Progress:
         self._behind: tuple[int, metrics.Totals] | None = None  # last dispatched step, not waited for yet
         self._unchecked: list[_Dispatched] = []  # steps whose spikes were not looked for yet
         self._mark = time.perf_counter()  # when the last step was done, or a pause was over
+        self._settled = 0  # the last step that `settle` waited for
         self._unlogged = 0  # steps done since the last log
         self._timed = 0  # of these, those in `_seconds`: all but a run's first, which compiles
         self._seconds = 0.0
@@ -291,14 +294,19 @@ class _Progress:
             (step, totals), self._behind = self._behind, None
             self._done(step, totals)
             self._check(step, totals)
-            if log and self._unlogged:
-                self._log(step, totals)
-                self._totals = None
+            self._settled = step
+        if log and self._unlogged:
+            self._log(self._settled, self._totals)
+            self._totals = None
 
     @contextlib.contextmanager
-    def paused(self):
-        """Time in here does not count as training. Nothing is saved or evaluated after a loss that is not finite."""
-        self.settle()
+    def paused(self, *, log: bool):
+        """Time in here does not count as training. Nothing is saved or evaluated after a loss that is not finite.
+
+        Args:
+          log: as `settle` takes it.
+        """
+        self.settle(log=log)
         yield
         self._loop.ledger.write()
         self._mark = time.perf_counter()
@@ -327,6 +335,7 @@ class _Progress:
         if self._timed:
             values["seconds_per_step"] = self._seconds / self._timed
             values["data_wait"] = min(self._waited / self._seconds, 1.0)
+        if self._timed and "tokens" in values:  # none where every step was skipped
             values["tokens_per_second"] = values["tokens"] / values["seconds_per_step"]
             if loop.flops_per_token is not None:
                 kind, count = loop.parallel.mesh.devices.flat[0].device_kind, loop.parallel.mesh.size

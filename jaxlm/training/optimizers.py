@@ -13,6 +13,7 @@ of a running model is a change of one line. Names of hyperparameters are those o
 
 import abc
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxlm.checkpoints.naming import GUARD
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.training.adafactor import scale_by_adafactor
 from jaxlm.training.guard import Skip, SpikeGuard
@@ -366,10 +368,10 @@ class Optimizer:
         return select(params, self.trainable), unflatten({p: leaf for p, leaf in flat.items() if p not in trained})
 
     def init(self, params: Tree) -> dict[str, Any]:
-        """State for all of the model's `params`; a dict with the algorithm's name and, if configured, "guard"."""
+        """State for all of the model's `params`; a dict with the algorithm's name and, if configured, `GUARD`."""
         state = {self.config.algorithm.name: self.algorithm.init(self.split(params)[0])}
         if self.config.guard:
-            state["guard"] = self.config.guard.init()
+            state[GUARD] = self.config.guard.init()
         return state
 
     def update(
@@ -403,11 +405,11 @@ class Optimizer:
         updates, new = self.algorithm.update(grads, state[name], trained, step=step)
         new_state = {name: new}
         if self.config.guard:
-            skip, new_state["guard"] = self.config.guard.judge(state["guard"], loss, grad_norm)
+            skip, new_state[GUARD] = self.config.guard.judge(state[GUARD], loss, grad_norm)
             updates = jax.tree.map(lambda u: jnp.where(skip, 0.0, u), updates)
             new_state[name] = jax.tree.map(lambda old, fresh: jnp.where(skip, old, fresh), state[name], new)
             scalars["skipped"] = skip.astype(jnp.float32)
-            diverged = (self.config.guard.policy or Skip()).gives_up(skip, new_state["guard"].in_a_row)
+            diverged = (self.config.guard.policy or Skip()).gives_up(skip, new_state[GUARD].in_a_row)
         return updates, new_state, scalars | {"diverged": diverged.astype(jnp.float32)}
 
     def evaluation_params(self, params: Tree, state: dict[str, Any]) -> Tree:
@@ -456,12 +458,7 @@ def build_optimizer(
         direction = stored(direction, config.moments, trainable)
     algorithm = optax.chain(direction, _descend(config, total_steps, rates))
     if config.schedule_free:
-        algorithm = optax.contrib.schedule_free(
-            algorithm,
-            lambda count: config.learning_rate(count - 1, total_steps),  # it counts from 1
-            b1=config.schedule_free.b1,
-            weight_lr_power=config.schedule_free.weight_lr_power,
-        )
+        algorithm = _averaging(algorithm, config, total_steps)
     return Optimizer(
         config=config,
         infos=infos,
@@ -513,6 +510,19 @@ def _descend(config: OptimizerConfig, total_steps: int, rates: Tree) -> optax.Gr
         return jax.tree.map(descend, rates, updates, params, is_leaf=lambda node: isinstance(node, Rates)), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), apply)
+
+
+def _averaging(
+    algorithm: optax.GradientTransformation, config: OptimizerConfig, total_steps: int
+) -> optax.GradientTransformationExtraArgs:
+    """Schedule-free around an algorithm. Iterates weigh by the global step's rate: its own count may start again."""
+    averaging = functools.partial(optax.contrib.schedule_free, algorithm, **dataclasses.asdict(config.schedule_free))
+
+    def apply(updates: Tree, state: Any, params: Tree, *, step: jax.Array, **extra: Any) -> tuple[Tree, Any]:
+        learning_rate = jnp.asarray(config.learning_rate(step, total_steps), state.max_lr.dtype)
+        return averaging(learning_rate).update(updates, state, params, step=step, **extra)
+
+    return optax.GradientTransformationExtraArgs(averaging(0.0).init, apply)
 
 
 def by_label(

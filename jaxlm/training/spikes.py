@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 from collections.abc import Callable
-from typing import override
+from typing import Any, override
 
 import jax
 
@@ -63,11 +63,13 @@ class RollBacks:
     def __init__(self, guard: SpikeGuard | None):
         policy = None if guard is None else guard.policy
         self._policy = policy if isinstance(policy, RollBack) else None
-        self._spikes: dict[int, TrainingDiverged] = {}  # the newest of each phase, by its first step
+        self._spikes: dict[int, tuple[int, Any]] = {}  # the newest of each phase, by its first step: step, data
         self._from: dict[int, int] = {}  # how often the run went back to a step
 
     def add(self, spike: TrainingDiverged, phase: Phase, newest_saved: int) -> None:
         """The run met a spike and will go back to its newest checkpoint.
+
+        The error forgets where it came from: the diverged state is among what was at work there.
 
         Raises:
           TrainingDiverged: the same, where the policy is another or its patience is over.
@@ -75,7 +77,8 @@ class RollBacks:
         count = self._from[newest_saved] = self._from.get(newest_saved, 0) + 1
         if self._policy is None or count > self._policy.patience:
             raise spike
-        self._spikes[phase.start] = spike
+        self._spikes[phase.start] = spike.step, spike.data
+        spike.__traceback__ = None
 
     def pass_over(self, loader: Loader, phase: Phase, step: int) -> None:
         """Takes the loader beyond the spike that was met in this phase after `step`, if one was.
@@ -84,10 +87,10 @@ class RollBacks:
           loader: of the phase, at the position that belongs to `step`.
           step: steps done.
         """
-        spike = self._spikes.get(phase.start)
-        if spike is None or spike.step <= step:
+        spike, data = self._spikes.get(phase.start, (0, None))
+        if spike <= step:
             return
-        loader.restore(spike.data)
+        loader.restore(data)
         for _ in range(self._policy.skip):
             next(loader)
         loader.restore(loader.state(), step=step)

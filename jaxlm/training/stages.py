@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from jaxlm.architecture import Architecture
+from jaxlm.checkpoints.naming import GUARD
 from jaxlm.objectives.base import Objective
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.piecewise import Piecewise
@@ -29,7 +30,7 @@ from jaxlm.training.state import TrainState, state_shardings
 class Carry(enum.Enum):
     """What a stage does with the optimizer's state.
 
-    KEEP: moments go on, for every parameter that was trained before.
+    KEEP: moments go on, for every parameter that was trained before. The spike guard starts afresh.
     RESET: starts from zeros.
     """
 
@@ -46,7 +47,7 @@ class Stage:
       objective: what is trained.
       architecture: which tokens see which; among the three single-stack architectures the weights stay the same.
       data: data configuration or the name of a mixture, as the run's own `data` field takes it.
-      lengths: tokens of a row, (("inputs", 512), ("targets", 114)).
+      lengths: tokens of a row, (("inputs", 512), ("targets", 114)); None beside a data configuration takes that one's.
       batch_size: examples a step, over all hosts; a `Piecewise` over the stage's own steps (linear=False) is a ramp.
         Each size compiles the step once.
       learning_rate: a schedule over this stage.
@@ -141,8 +142,9 @@ def carry_over(state: TrainState, old: Optimizer, new: Optimizer, carry: Carry, 
 
     With `Carry.KEEP` every part of the optimizer's state that both have, by path and shape, goes on; parameters that
     are trained for the first time start with zero moments (their first updates are then larger than they would be in
-    a fresh run, because the step count goes on: warm the learning rate up again). Another algorithm starts afresh. An
-    average of the parameters goes on where both stages have one.
+    a fresh run, because the step count goes on: warm the learning rate up again). Another algorithm starts afresh, and
+    so does the spike guard, since the next stage's loss may be another. An average of the parameters goes on where both
+    stages have one.
 
     Args:
       state: of the stage before, on its mesh. Its arrays are shared with the result.
@@ -152,7 +154,8 @@ def carry_over(state: TrainState, old: Optimizer, new: Optimizer, carry: Carry, 
     """
     kept: dict[str, jax.Array] = {}
     if old.config.algorithm.name == new.config.algorithm.name and carry is Carry.KEEP:
-        kept = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)}
+        going_on = {name: part for name, part in state.opt_state.items() if name != GUARD}
+        kept = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(going_on)}
     abstract = jax.eval_shape(new.init, state.params)
     shardings = state_shardings(abstract, new.infos, parallel)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
@@ -181,4 +184,6 @@ def carry_over(state: TrainState, old: Optimizer, new: Optimizer, carry: Carry, 
 def _filled_in(stage: Stage, before: Stage) -> Stage:
     fields = {field.name: getattr(stage, field.name) for field in dataclasses.fields(Stage)}
     inherit = {name for name, value in fields.items() if value is None} - {"learning_rate"}
+    if stage.data is not None and not isinstance(stage.data, str):
+        inherit -= {"lengths"}  # it has its own
     return dataclasses.replace(stage, **{name: getattr(before, name) for name in inherit})

@@ -10,6 +10,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm.checkpoints import naming
+from jaxlm.checkpoints.naming import GUARD
+from jaxlm.checkpoints.stored import StoredCheckpoint
+from jaxlm.layers.stacking import StackLayout
 from jaxlm.parallel.parallelism import Memory, Parallelism
 from jaxlm.training.moments import moment_order
 from jaxlm.training.optimizers import Optimizer
@@ -118,6 +122,34 @@ def abstract_state(params: Tree, optimizer: Optimizer, parallel: Parallelism) ->
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer), params)
     shardings = state_shardings(state, optimizer.infos, parallel)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+
+
+def restore_state(
+    saved: StoredCheckpoint, params: Tree, optimizer: Optimizer, parallel: Parallelism, layouts: tuple[StackLayout, ...]
+) -> TrainState:
+    """The state in a checkpoint. Its spike guard, where the run has another or none, is dropped, and a new one begins.
+
+    Args:
+      saved: of this model and optimizer.
+      params: shapes of the parameters, from `abstract_model`.
+      layouts: the model's scanned stacks.
+
+    Raises:
+      CheckpointError: as `StoredCheckpoint.restore`.
+    """
+    target = abstract_state(params, optimizer, parallel)
+    wanted = target.opt_state.get(GUARD, {})
+    on_disk = {path[2:]: leaf.shape for path, leaf in saved.leaves.items() if path[:2] == ("opt_state", GUARD)}
+    if on_disk == {path: leaf.shape for path, leaf in naming.flatten(wanted).items()}:
+        return saved.restore(target, layouts)
+    leaves = {path: leaf for path, leaf in saved.leaves.items() if path[:2] != ("opt_state", GUARD)}
+    rest = {name: part for name, part in target.opt_state.items() if name != GUARD}
+    saved, target = dataclasses.replace(saved, leaves=leaves), dataclasses.replace(target, opt_state=rest)
+    state = saved.restore(target, layouts)
+    if not wanted:
+        return state
+    guard = jax.jit(optimizer.config.guard.init, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))()
+    return dataclasses.replace(state, opt_state=state.opt_state | {GUARD: guard})
 
 
 def unsplit_dimensions(infos: Tree, parallel: Parallelism) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ class StepConfig:
         whole batch's. Needs the memory of one.
       layer_norm_period: every so many steps the metrics hold the norms of parameters, gradients and updates of each
         layer; 0 never. It costs nothing on the other steps and compiles nothing new.
-      seed: of dropout and of sampling inside the loss.
+      seed: of dropout and of sampling inside the loss; of a run, `RunConfig.seed` takes its place.
       byte_lengths: bytes that each id stands for, [V] (`Vocabulary.byte_lengths`), which turns nats per token into
         bits per byte; None counts no bytes.
     """
@@ -81,9 +81,9 @@ def make_train_step(
     Returns:
       the step. It takes the state's buffers (they must not be used again). Metrics hold what the objective
       reports, and "loss", "loss/<term>", "grad_norm", "learning_rate", "diverged", "tokens" and "bytes" (see `counts`),
-      with a guard "skipped" and "spike_loss" (of skipped steps), and "norms/<parameters|gradients|updates>/<layer>" on
-      the steps that have them.
-      A skipped step counts for nothing in the objective's metrics.
+      with a guard "skipped", "spike_loss" and "spike_grad_norm" (of skipped steps), and
+      "norms/<parameters|gradients|updates>/<layer>" on the steps that have them.
+      A skipped step counts for nothing in the objective's metrics, "loss", "tokens", "bytes" and "grad_norm".
     """
     ops = ShardedOps(parallel)
     coefficients = dict(objective.coefficients)
@@ -146,6 +146,9 @@ def make_train_step(
             skipped = scalars["skipped"] > 0
             metrics = jax.tree.map(lambda x: jnp.where(skipped, 0.0, x), metrics)
             metrics["spike_loss"] = (jnp.where(skipped, total, 0.0), scalars["skipped"])
+            grad_norm = scalars.pop("grad_norm")  # it may not be finite either
+            metrics["spike_grad_norm"] = (jnp.where(skipped, grad_norm, 0.0), scalars["skipped"])
+            metrics["grad_norm"] = (jnp.where(skipped, 0.0, grad_norm), 1.0 - scalars["skipped"])
         metrics |= {name: (value, one) for name, value in scalars.items()}
         if config.layer_norm_period:
             due = state.step % config.layer_norm_period == 0
@@ -198,8 +201,9 @@ class TrainStep:
 def spike_signs(metrics: Metrics) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of one step's metrics, on the devices: whether it is a spike (or not finite), its loss and its gradient norm."""
     guarded = "skipped" in metrics
-    flag, loss = ("skipped", "spike_loss") if guarded else ("diverged", "loss")
-    return metrics[flag][0], metrics[loss][0], metrics["grad_norm"][0]
+    names = ("skipped", "spike_loss", "spike_grad_norm") if guarded else ("diverged", "loss", "grad_norm")
+    flag, loss, grad_norm = (metrics[name][0] for name in names)
+    return flag, loss, grad_norm
 
 
 def widen(batch: Batch) -> dict[str, jax.Array]:

@@ -1,23 +1,37 @@
 """A trained model is opened from a run's folder or a Hugging Face folder with all that is needed to use it."""
 
+import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from benchmarks.tiny_runs import Workshop
 from jaxlm.architecture import Architecture
-from jaxlm.checkpoints import naming
+from jaxlm.checkpoints import conversion, naming
 from jaxlm.checkpoints.huggingface.folder import export, parameter_shapes
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
 from jaxlm.checkpoints.manifest import CheckpointError
 from jaxlm.checkpoints.pretrained import load
-from jaxlm.configuration import ConfigError, resolved_text
+from jaxlm.checkpoints.sources import open_source
+from jaxlm.checkpoints.warm_start import WarmStart, warm_start
+from jaxlm.configuration import ConfigError, resolve, resolved_text
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.layers.positions import LearnedPositions
 from jaxlm.layers.stack import Layers
+from jaxlm.layers.stacking import unstack
+from jaxlm.models import build_model
+from jaxlm.parallel.mesh import MeshConfig
+from jaxlm.parallel.parallelism import ParallelConfig
+from jaxlm.run import RunConfig
+from jaxlm.training.optimizers import AdamW, OptimizerConfig, ScheduleFree, build_optimizer
+from jaxlm.training.parameters import update
+from jaxlm.training.schedules import Constant
+from jaxlm.training.state import abstract_model, init_state
 from tests.checkpoints.huggingface.family_cases import CASES
 from tests.checkpoints.huggingface.test_folder import config_of, written
 from tests.checkpoints.saved_runs import save_run
@@ -59,6 +73,60 @@ def test_its_average_in_another_type(saved):
     table = found.model.embedding.tokens[...]
     assert table.dtype == jnp.float32
     np.testing.assert_array_equal(table, saved.average["embedding"]["tokens"])
+
+
+@pytest.fixture(scope="module")
+def schedule_free(workshop):
+    """A schedule-free run's folder, the average of its iterates by path on disk, and where it took gradients."""
+    gin = workshop.gin("schedule_free")
+    run = resolve(RunConfig, workshop.arguments("schedule_free", gin))
+    definition, _, infos = abstract_model(lambda key: build_model(run.model, key=key))
+    config = OptimizerConfig(
+        AdamW(b1=0.0), Constant(0.1), schedule_free=ScheduleFree(0.8), freeze=("embedding", "decoder/layers/0/")
+    )
+    optimizer = build_optimizer(config, infos, total_steps=7, parametrization=run.model.scaling)
+    parallel = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
+    state = init_state(lambda key: build_model(run.model, key=key), optimizer, parallel, seed=0)
+
+    @jax.jit
+    def step(state):
+        trained, _ = optimizer.split(state.params)
+        grads = jax.tree.map(lambda x: jnp.sin(100 * x + state.step), trained)
+        updates, opt_state, _ = optimizer.update(grads, state.opt_state, trained, step=state.step, loss=jnp.float32(1))
+        params = update(state.params, optax.apply_updates(trained, updates))
+        return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+
+    for _ in range(3):
+        state = step(state)
+    folder = workshop.folder / "schedule_free"
+    with CheckpointManager(folder / "checkpoints", CheckpointConfig(), definition.layouts) as manager:
+        manager.save(7, state, config=resolved_text(run))
+    average = optimizer.evaluation_params(state.params, state.opt_state)
+    by_path = [naming.flatten(unstack(params, definition.layouts)) for params in (average, state.params)]
+    return folder, *by_path, state, definition
+
+
+def assert_all_close(found, expected):
+    assert found.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_allclose(found[path], value, rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+def test_a_schedule_free_model_is_its_average(schedule_free):
+    """However it is opened: as a module, converted, and where a run starts from it."""
+    folder, average, gradients_at, state, definition = schedule_free
+    kernel = next(path for path in average if path[:3] == ("decoder", "layers", "1") and average[path].ndim > 1)
+    assert jnp.abs(average[kernel] - gradients_at[kernel]).max() > 1e-3
+    table = ("embedding", "tokens")
+    np.testing.assert_array_equal(average[table], gradients_at[table])
+    opened = nnx.to_pure_dict(nnx.state(load(folder).model))
+    assert_all_close({tuple(map(str, path)): leaf for path, leaf in naming.flatten(opened).items()}, average)
+    converted = conversion.parameters_of(open_source(folder))
+    assert_all_close({tuple(name.split("/")): converted.value(name) for name in converted.shapes}, average)
+    fresh, layouts = jax.tree.map(jnp.zeros_like, state.params), definition.layouts
+    for optimizer, expected in (("reset", average), ("keep", gradients_at)):  # there z is taken too
+        started = warm_start(fresh, WarmStart(str(folder), optimizer=optimizer), layouts, report=lambda _: None)
+        assert_all_close(naming.flatten(unstack(started.params, layouts)), expected)
 
 
 def test_the_model_of_the_stage_a_step_is_in(workshop):

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 PROGRAM = """
-import sys
+import sys, time
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jaxlm.checkpoints.manager import CheckpointConfig, CheckpointManager
@@ -34,6 +34,9 @@ with CheckpointManager(folder, CheckpointConfig(), (StackLayout(("decoder",), pa
     if action == "save":
         for step in (1, 2):
             manager.save(step, state, data={"batch": step})
+        manager.wait()
+        time.sleep(process)  # the second step again, as after going back; processes come to it one after the other
+        manager.save(2, state, data={"batch": 2})
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     restored = manager.restore(target)
 for found, value in zip(jax.tree.leaves(restored.state["params"]), jax.tree.leaves(values), strict=True):
@@ -80,8 +83,9 @@ def run(count, folder, action):
 
 
 def test_two_processes_save_one_restores(tmp_path):
-    """Each process writes its shards; damage that only the first one looks for is agreed on by both."""
+    """Each process writes its shards; what only the first one looks for, damage and later steps, both know of."""
     assert run(2, tmp_path, "save") == ["restored 2 {'batch': 2}"] * 2
+    assert (tmp_path / "2.set_aside").is_dir()
     assert run(1, tmp_path, "restore") == ["restored 2 {'batch': 2}"]
     path = max((tmp_path / "2" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())

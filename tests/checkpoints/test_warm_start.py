@@ -130,6 +130,7 @@ def optimized(tmp_path_factory):
     folder = tmp_path_factory.mktemp("optimized")
     params, mu, nu = (make_params(seed) for seed in (0, 1, 2))
     opt_state = {"0": {"mu": stack(mu, layouts(4)), "nu": stack(nu, layouts(4)), "count": jnp.int32(9)}}
+    opt_state["guard"] = {"losses": jnp.ones(4)}
     state = {"params": stack(params, layouts(4)), "opt_state": opt_state, "step": jnp.int32(9)}
     with CheckpointManager(folder / "checkpoints", CheckpointConfig(), layouts(4)) as manager:
         manager.save(9, state)
@@ -171,6 +172,14 @@ def test_moments_follow_parameters_that_are_taken_as_they_are(optimized):
         expected = {"encoder": {"embedding": old["embedding"], "layers": layers, "norm": jnp.zeros(4)}}
         assert_same(found[name], stack(expected, layouts(6, "encoder")))
     assert said == ["The optimizer keeps 25 of 29 arrays of its state; the others start from zero."]
+
+
+def test_the_guard_watches_from_the_beginning(optimized):
+    params, guard = stack(make_params(5), layouts(4)), {"losses": jnp.zeros(4)}
+    started = warm_start(params, WarmStart(str(optimized[0]), optimizer="keep"), layouts(4), report=lambda _: None)
+    found = started.optimizer_state(first_state(params) | {"guard": guard}, layouts(4), lambda _: None)
+    assert found["0"]["count"] == 9
+    np.testing.assert_array_equal(found["guard"]["losses"], 0.0)
 
 
 def test_moments_of_another_algorithm_are_refused(optimized, run):

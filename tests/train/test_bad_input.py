@@ -1,5 +1,6 @@
 """Law 8: bad input gives one clear sentence with the remedy and a non-zero exit, before compiling; nothing is lost."""
 
+import dataclasses
 import gzip
 import hashlib
 import re
@@ -11,7 +12,9 @@ import pytest
 
 from jaxlm import train
 from jaxlm.checkpoints import stored
+from jaxlm.configuration import resolve
 from jaxlm.exit_status import ExitStatus
+from jaxlm.run import Programs, RunConfig, check_phases
 from jaxlm.training.compiles import CompileCounter
 
 PAIR = "TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 8}"
@@ -105,6 +108,7 @@ CONFIGURATIONS = {
     ),
     "mesh": ({}, ["mesh.MeshConfig.fsdp=3"], 1, "does not divide the 1 devices; choose degrees"),
     "microbatches": ({}, ["StepConfig.microbatches=3"], 2, "8 rows cannot be cut into 3 equal microbatches; choose"),
+    "a seed of the step": ({}, ["StepConfig.seed=5"], 1, "StepConfig.seed is 5, but .* by RunConfig.seed, 0; set that"),
     "stages that do not add up": (
         {"text": STAGE + "second/stages.Stage.steps = 5", **STAGES},
         *([], 2, r"The stages have 6 \+ 5 steps, which do not add up to train_steps = 12"),
@@ -112,6 +116,10 @@ CONFIGURATIONS = {
     "a bad last stage": (
         {"text": STAGE + "second/stages.Stage.steps = 6\nsecond/stages.Stage.data = 'c4'", **STAGES},
         *([], 1, "There is no task or mixture named 'c4'; nearest are"),
+    ),
+    "a bad optimizer of the last stage": (
+        {"text": STAGE + "second/stages.Stage.steps = 6\nsecond/stages.Stage.freeze = ('encodr',)", **STAGES},
+        *([], 1, "The parameter pattern 'encodr' matches none of the model's"),
     ),
     "an illegal last stage": (
         {"text": STAGE + "second/stages.Stage.steps = 6\nsecond/stages.Stage.architecture = 'encoder'", **STAGES},
@@ -159,6 +167,14 @@ def test_configuration(name, workshop, refused, tmp_path):
     status, error = refused(tmp_path / "run", workshop.gin("configuration", **options), *bindings)
     assert status == expected and matches(sentence, error), error
     assert not (tmp_path / "run").exists()
+
+
+def test_baselines_without_evaluation(workshop):
+    """Before training, not when its report is written."""
+    run = resolve(RunConfig, workshop.arguments("baselines", workshop.gin("baselines")))
+    run = dataclasses.replace(run, baselines=True, evaluation=None)
+    with pytest.raises(ValueError, match="baselines are scored on .*, but evaluation is None; give it"):
+        check_phases(run, run.parallel.on(), Programs())
 
 
 def matches(sentence, error):

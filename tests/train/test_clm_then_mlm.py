@@ -13,6 +13,7 @@ from jaxlm.architecture import Architecture
 from jaxlm.checkpoints import stored
 from jaxlm.layers.stack import StackConfig
 from jaxlm.models.language_model import LanguageModel
+from jaxlm.parallel.parallelism import Memory
 from jaxlm.run import with_architecture
 from jaxlm.training.digest import digest
 from tests.evaluation.models import make_model
@@ -92,6 +93,9 @@ def test_a_digest_sees_every_bit():
     ):
         assert int(digest({**tree, **change})) != int(digest(tree)), change
     assert int(digest({"a": tree["a"], "c": tree["b"], "n": tree["n"]})) != int(digest(tree)), "names count"
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    host = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(), memory_kind=Memory.HOST.value)
+    assert int(digest({**tree, "b": jax.device_put(tree["b"], host)})) == int(digest(tree)), "wherever they lie"
 
 
 def test_with_the_causal_mask_the_encoder_is_the_decoder():

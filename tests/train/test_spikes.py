@@ -73,6 +73,23 @@ def test_a_guard_on_the_command_line_of_any_run():
     assert run.optimizer.guard == SpikeGuard(policy=RollBack(skip=4))
 
 
+def test_a_guard_comes_and_goes_with_a_restart(workshop, clean, metrics):
+    """As the message of a run that diverged without one says."""
+    unguarded = TEXT.replace("GUARD = @guard.SpikeGuard()\n", "")
+    folder = workshop.rewound("clean", 12, "unguarded")
+    workshop.train(folder, workshop.gin("unguarded", unguarded, imports=IMPORTS[:2]))
+    found = metrics(folder)
+    assert [step for step, values in found.items() if "train/skipped" in values] == [4, 8, 12]
+    assert found[16]["train/loss"] == metrics(workshop.folder / "clean")[16]["train/loss"]
+    workshop.train(folder, make_gin(workshop, "Skip"), "TRAIN_STEPS=20")
+    found = metrics(folder)
+    assert list(found) == [4, 8, 12, 16, 20] and found[20]["train/skipped"] == 0
+    guard = {path: leaf.shape for path, leaf in stored.open_latest(folder / "checkpoints").leaves.items()}
+    assert guard["opt_state", "guard", "losses"] == (128,)
+    workshop.train(folder, make_gin(workshop, "Skip"), "TRAIN_STEPS=24", "guard.SpikeGuard.window=8")
+    assert list(metrics(folder)) == [4, 8, 12, 16, 20, 24]
+
+
 def test_skip_leaves_the_step_out_and_writes_its_examples_down(workshop, rows, poison, metrics):
     folder = workshop.train("skip", make_gin(workshop, "Skip"))
     (spike,) = spikes(folder)

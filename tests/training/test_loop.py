@@ -124,6 +124,23 @@ def test_every_step_is_in_one_log_line(parts):
     assert 0 <= single.lines[1][1]["train/data_wait"] <= 1
 
 
+def test_a_pause_at_the_end_loses_no_log_line_and_the_last_save_has_the_evaluation(parts):
+    """However the run ends: evaluations and saves wait for the steps before them, whose interval isn't full."""
+    evaluate, config = (lambda state: {"validation/nats": 1.5}), LoopConfig(log_period=3, evaluation_period=5)
+    for end, logged, evaluated in ((7, [3, 6, 7], [5, 7]), (5, [3, 5], [5])):
+        for ending in ({"until": end}, {"until": 50, "end": end}):
+            lines, saves = Lines(), Saves()
+            loader = parts.loader(end=ending.pop("end", None))
+            expected = evaluated if ending["until"] == end else [5]
+            loop = parts.loop(writer=lines, evaluate=evaluate, checkpoints=saves, config=config)
+            loop.run(parts.state(), loader, **ending)
+            assert list(lines.losses()) == logged
+            assert [step for step, values in lines.lines if "validation/nats" in values] == expected
+            (step, _, contents), *more = saves.saved
+            assert step == end and not more
+            assert contents["metrics"] == ({"validation/nats": 1.5} if end in expected else {})
+
+
 def test_a_resumed_run_is_bit_identical(parts, tmp_path):
     """Law 4 for the loop's part: state, data position with batches in flight, callbacks, through real checkpoints."""
     whole = Lines()
@@ -199,13 +216,21 @@ def test_spikes_are_told_of_at_the_next_log_with_their_batch(parts):
             seen.append(step)
 
     guard = SpikeGuard(policy=Skip(patience=2))
-    step = parts.train_step(guard)
-    loop = parts.loop(callbacks=(Notes(),), config=LoopConfig(log_period=4), step=step)
+    step, lines = parts.train_step(guard), Lines()
+    loop = parts.loop(callbacks=(Notes(),), config=LoopConfig(log_period=4), step=step, writer=lines)
     state, outcome, _ = loop.run(parts.state(guard), parts.loader(poison=5), until=9)
     assert outcome is Outcome.FINISHED and int(state.opt_state["guard"].skipped) == 1
     assert [s if isinstance(s, int) else s.step for s in seen] == [4, 6, 8, 9]
     spike = seen[1]
-    assert spike.data == {"position": 5} and not np.isfinite(spike.loss)
+    assert spike.data == {"position": 5} and not np.isfinite(spike.loss) and not np.isfinite(spike.grad_norm)
+    assert all(np.isfinite(values["train/grad_norm"]) for _, values in lines.lines), "of the steps that were taken"
+    lines = Lines()  # an interval may have no other step
+    loop = parts.loop(config=LoopConfig(log_period=1), step=step, writer=lines)
+    _, outcome, _ = loop.run(parts.state(guard), parts.loader(poison=5), until=9)
+    assert outcome is Outcome.FINISHED and len(lines.lines) == 9
+    of_spike = lines.lines[5][1]
+    assert not {"train/tokens", "train/tokens_per_second", "train/loss", "train/grad_norm"} & set(of_spike)
+    assert of_spike["train/skipped"] == 1.0 and of_spike["train/seconds_per_step"] > 0
     with pytest.raises(TrainingDiverged) as diverged:
         parts.loop(config=LoopConfig(log_period=4), step=parts.train_step(SpikeGuard(policy=Stop()))).run(
             parts.state(guard), parts.loader(poison=5), until=9

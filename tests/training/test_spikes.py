@@ -2,11 +2,18 @@
 
 import types
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jaxlm.parallel.mesh import MeshConfig
+from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training.guard import RollBack, Skip, SpikeGuard
-from jaxlm.training.loop import TrainingDiverged
+from jaxlm.training.loop import Loop, LoopConfig, TrainingDiverged
+from jaxlm.training.metrics import Names
 from jaxlm.training.spikes import RollBacks
+from jaxlm.training.state import TrainState
 
 FIRST, SECOND = (types.SimpleNamespace(start=start) for start in (0, 100))
 
@@ -19,6 +26,7 @@ class Loader:
 
     def __next__(self):
         self.position = (self.position[0] + 1, self.position[1] + 1)
+        return {"tokens": np.zeros((2, 1), np.int32)}
 
     def state(self):
         return self.position
@@ -60,3 +68,23 @@ def test_patience_is_for_each_checkpoint_and_other_policies_have_none():
     for guard in (None, SpikeGuard(policy=Skip())):
         with pytest.raises(TrainingDiverged):
             RollBacks(guard).add(TrainingDiverged(7, None), FIRST, newest_saved=0)
+
+
+def test_nothing_of_the_diverged_state_stays_on_the_devices():
+    """There must be room for the one that is restored."""
+
+    def step(state, batch):
+        done = int(state.step) + 1
+        one, bad = jnp.float32(1), jnp.float32(done == 3)
+        found = {"loss": (one, one), "tokens": (one, one), "grad_norm": (one, one), "diverged": (bad, one)}
+        return TrainState(jnp.int32(done), {"kernel": state.params["kernel"] + 1}, {}), found
+
+    parallel = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
+    loop = Loop(step=step, parallel=parallel, config=LoopConfig(log_period=1), names=Names())
+    rollbacks = RollBacks(SpikeGuard(policy=RollBack()))
+    try:
+        loop.run(TrainState(jnp.int32(0), {"kernel": jnp.zeros(12345)}, {}), Loader(0, 0), until=9)
+    except TrainingDiverged as spike:
+        rollbacks.add(spike, FIRST, newest_saved=0)
+        assert not [x for x in jax.live_arrays() if x.shape == (12345,)]
+    assert passed_over(rollbacks, FIRST, 0) == (3, 0)

@@ -5,15 +5,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxlm.architecture import Architecture
+from jaxlm.data.loader import DataConfig
 from jaxlm.layers.parameters import Parametrization
 from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.piecewise import Piecewise
-from jaxlm.training.optimizers import AdamW, Lion, OptimizerConfig, build_optimizer
-from jaxlm.training.schedules import Constant
+from jaxlm.training.guard import SpikeGuard
+from jaxlm.training.optimizers import SGD, AdamW, Lion, OptimizerConfig, ScheduleFree, build_optimizer
+from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Carry, Stage, carry_over, phase_at, phases, with_steps
 from jaxlm.training.state import abstract_model, init_state
 
@@ -40,6 +43,16 @@ def test_phases_cover_the_run_and_inherit():
     assert phase_at(plan, 30) is None
 
 
+def test_data_of_its_own_brings_its_lengths():
+    """Lengths are inherited by the name of a mixture, which has none, but not by a whole configuration."""
+    data = DataConfig("other", {"targets": 2048})
+    short = Stage(4, lengths=(("targets", 512),))
+    found = phases((short, Stage(4, data=data), Stage(4), Stage(4, data="third")), batch_size=8)
+    assert [phase.stage.lengths for phase in found] == [(("targets", 512),), None, None, None]
+    found = phases((short, Stage(4, data="other"), Stage(4, data=data, lengths=(("targets", 8),))), batch_size=8)
+    assert [phase.stage.lengths for phase in found[1:]] == [(("targets", 512),), (("targets", 8),)]
+
+
 def test_one_stage_may_have_the_rest():
     stages = (Stage(steps=20), Stage(steps=None), Stage(steps=5))
     assert [stage.steps for stage in with_steps(stages, 100)] == [20, 75, 5]
@@ -64,7 +77,7 @@ def trained(tiny):
     _, _, infos = abstract_model(tiny.Model)
 
     def optimizer(algorithm=AdamW(), **options):  # noqa: B008 (frozen)
-        config = OptimizerConfig(algorithm, Constant(0.1), **options)
+        config = OptimizerConfig(algorithm, **{"learning_rate": Constant(0.1), **options})
         return build_optimizer(config, infos, total_steps=10, parametrization=Parametrization())
 
     def state(optimizer):
@@ -93,6 +106,28 @@ def test_reset_and_another_algorithm_start_afresh(trained):
     assert int(after.opt_state["adamw"][0].count) == 0 and int(after.step) == 7
     after = carry_over(state(old), old, optimizer(Lion()), Carry.KEEP, parallel=PARALLEL)
     np.testing.assert_array_equal(after.opt_state["lion"][0].mu["scale"], 0.0)
+
+
+def test_the_guard_watches_each_stage_from_its_beginning(trained):
+    """Another objective or batch has another loss, which is no spike."""
+    optimizer, state = trained
+    guarded = optimizer(guard=SpikeGuard(window=4))
+    after = carry_over(state(guarded), guarded, guarded, Carry.KEEP, parallel=PARALLEL)
+    assert int(after.opt_state["adamw"][0].count) == 7
+    assert all(not np.any(leaf) for leaf in after.opt_state["guard"])
+
+
+def test_schedule_free_averages_at_the_rate_of_the_stage_after_a_reset(trained):
+    """The weights of iterates follow the run's step, as the rates do, not the count that was reset."""
+    optimizer, state = trained
+    rate = Join((Constant(0.0), Constant(0.1)), lengths=(7,))
+    options = {"schedule_free": ScheduleFree(), "clip_global_norm": None}
+    old, new = (optimizer(SGD(), learning_rate=r, **options) for r in (Constant(0.1), rate))
+    begun = carry_over(state(old), old, new, Carry.RESET, parallel=PARALLEL)
+    grads = jax.tree.map(jnp.ones_like, begun.params)
+    updates, after, _ = new.update(grads, begun.opt_state, begun.params, step=begun.step, loss=jnp.float32(1.0))
+    evaluated = new.evaluation_params(optax.apply_updates(begun.params, updates), after)
+    np.testing.assert_allclose(evaluated["output"], begun.params["output"] - 0.1, rtol=1e-5)
 
 
 def test_an_average_begins_at_the_parameters_and_goes_on(trained):
