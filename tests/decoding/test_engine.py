@@ -96,6 +96,23 @@ def test_a_text_ends_at_its_own_stop_alone(model, answers):
     assert len(cut.log_probabilities) == 2
 
 
+def test_a_text_up_to_the_last_learned_position_leaves_its_slot_clean(config, build):
+    """Its slot stands still while the other goes on; who comes after finds nothing of it."""
+    learned = EmbeddingConfig(positions=LearnedPositions(16))
+    attention = dataclasses.replace(GQA, position=None)
+    short_model = CachedModel(build(config(Architecture.CAUSAL_DECODER, attention, embedding=learned)), start_id=0)
+    engine = Engine(short_model, EngineConfig(slots=2, steps=4))
+    busy, full, short = (
+        Request(prompt, SamplingConfig(n, 0.0)) for prompt, n in (([11], 15), ([5, 6, 7], 13), ([9], 4))
+    )
+    (alone,) = engine.generate([short])
+    for answer, request in zip(engine.generate([busy, full]), (busy, full)):
+        assert len(answer.tokens) == request.sampling.max_new_tokens
+    *_, after = engine.generate([busy, full, short])
+    assert after.tokens.tolist() == alone.tokens.tolist()
+    np.testing.assert_allclose(after.log_probabilities, alone.log_probabilities, atol=1e-4)
+
+
 def test_streams_are_what_is_answered(model, answers):
     parts = {i: [] for i in range(len(REQUESTS))}
     engine = Engine(model, EngineConfig(slots=3, steps=8))
