@@ -27,7 +27,6 @@ from jaxlm.checkpoints.t5.layout import T5Checkpoint
 from jaxlm.configuration import resolve_text
 from jaxlm.data import tasks
 from jaxlm.data.vocabularies import Vocabulary
-from jaxlm.layers.positions import LearnedPositions
 from jaxlm.layers.stack import Layers
 from jaxlm.models import build_model
 from jaxlm.models.config import ComputeType, LanguageModelConfig
@@ -50,7 +49,7 @@ class Description:
       input_end_id: the id that ends a prompt, or the text that an encoder reads; None: nothing ends it.
       eos_ids: ids that end what a decoder writes; () where none is known.
       context_length: tokens of the longest row that it was trained on, or says it was; None where nothing says. Learned
-        positions go no further; others may.
+        positions go no further; others may, and one of two stacks may be shorter.
     """
 
     config: LanguageModelConfig
@@ -298,8 +297,9 @@ def _describe_t5(checkpoint: T5Checkpoint) -> Description:
 
 
 def _learned(config: LanguageModelConfig) -> int | None:
-    positions = config.embedding.positions
-    return positions.max_length if isinstance(positions, LearnedPositions) else None
+    """Tokens of the longest row that learned positions allow; None where a stack of the model has none."""
+    lengths = [config.learned_length(stack) for stack in config.stacks]
+    return None if None in lengths else max(lengths)
 
 
 def _tried(make: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -9,7 +9,6 @@ from jaxlm.checkpoints import pretrained
 from jaxlm.checkpoints.manifest import Verify
 from jaxlm.checkpoints.sources import open_source
 from jaxlm.data.vocabularies import Vocabulary
-from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models import ModelConfig, build_model
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.objectives.base import Distillation, Objective
@@ -113,11 +112,11 @@ def check_teacher(
             f"The teacher {teacher.source} was trained with another vocabulary than this run's, so that its ids mean "
             f"other text; give the run the teacher's vocabulary."
         )
-    positions = teacher.config.embedding.positions
-    if isinstance(positions, LearnedPositions) and row_length > positions.max_length:
+    learned = min(filter(None, map(teacher.config.learned_length, teacher.config.stacks)), default=row_length)
+    if row_length > learned:
         raise ValueError(
-            f"The teacher {teacher.source} has learned positions for {positions.max_length} tokens, but is to read "
-            f"{row_length}; shorten TASK_FEATURE_LENGTHS."
+            f"The teacher {teacher.source} has learned positions for {learned} tokens, but is to read {row_length}; "
+            f"shorten TASK_FEATURE_LENGTHS."
         )
     if parallel.spec(("length",)):
         raise ValueError(
