@@ -74,9 +74,11 @@ class Progress:
       tokens: int32 [n], those drawn since the last time; final.
       log_probabilities: float32 [n].
       answer: the whole, once it is finished.
+      error: what its constraint or `Request.complete` raised; it is given up then, and has no answer.
     """
 
     request: int
     tokens: np.ndarray
     log_probabilities: np.ndarray
     answer: Answer | None = None
+    error: Exception | None = None

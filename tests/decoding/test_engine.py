@@ -193,6 +193,46 @@ def test_processors_and_constraints(model, answers):
     assert (constrained.tokens % 2).tolist() == [0, 1, 0, 1] and constrained.finish is Finish.COMPLETE
 
 
+class DeadEnd(EvenThenOdd):
+    """Three tokens, and then none that may follow."""
+
+    def allowed(self):
+        if self.count == 3:
+            raise ValueError("nothing may follow here")
+        return super().allowed()
+
+
+def test_a_constraint_that_raises_gives_its_slot_back(model, answers):
+    """Whoever asked is told; the others of its call are given up with it, and the next ones find a free slot."""
+    engine = Engine(model, EngineConfig(slots=2, steps=8))
+    stuck = dataclasses.replace(REQUESTS[5], constraint=DeadEnd)
+    unmade = dataclasses.replace(REQUESTS[5], constraint=lambda: 1 / 0)
+    for request, error in ((stuck, ValueError), (unmade, ZeroDivisionError)):
+        with pytest.raises(error):
+            engine.generate([request, *REQUESTS[:3]])
+        assert engine.step() == []
+    assert engine.generate(REQUESTS[:1])[0].tokens.tolist() == answers[0].tokens.tolist()
+    wanted, number = {n: i for i, n in enumerate(engine.submit_all(REQUESTS[:2]))}, engine.submit(stuck)
+    found, errors = {}, {}
+    while progress := engine.step():
+        found |= {wanted[one.request]: one.answer for one in progress if one.answer is not None}
+        errors |= {one.request: one.error for one in progress if one.error is not None}
+    assert list(errors) == [number] and str(errors[number]) == "nothing may follow here"
+    assert [found[i].tokens.tolist() for i in (0, 1)] == [answers[i].tokens.tolist() for i in (0, 1)]
+
+
+def test_what_is_cancelled_is_forgotten(model, answers):
+    """Those that run, those that wait, and numbers that nobody has."""
+    engine = Engine(model, EngineConfig(slots=2, steps=4))
+    numbers = engine.submit_all(REQUESTS)
+    assert {progress.request for progress in engine.step()} == set(numbers[:2])
+    engine.cancel([numbers[0], *numbers[2:5], 99])
+    ended = [(progress.request, progress.answer) for progress in engine.stream() if progress.answer is not None]
+    assert sorted(number for number, _ in ended) == [numbers[1], numbers[5]]
+    for number, answer in ended:
+        assert answer.tokens.tolist() == answers[number].tokens.tolist()
+
+
 def test_ids_that_may_not_be_drawn_are_not(model):
     engine = Engine(model, EngineConfig(slots=3, steps=8), drawable=drawable_ids(40, 10, (0,)))
     drawn = np.concatenate(
