@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlm.decoding.cached_model import CachedModel, bucket, extend_slots, to_host
-from jaxlm.decoding.processors import Constraint, Processor, Texts, advance, keep_allowed, process
+from jaxlm.decoding.processors import Constraint, Processor, Texts, advance, check_options, keep_allowed, process
 from jaxlm.decoding.requests import Answer, Finish, Progress, Request
 from jaxlm.decoding.sampling import NEVER, Sampling, draw
 from jaxlm.layers.cache import Caches
@@ -264,7 +264,7 @@ class Engine:
         """Lets a request wait for a slot; its number.
 
         Raises:
-          ValueError: see `CachedModel.check`; or it has too many stop ids.
+          ValueError: see `CachedModel.check`; or it has too many stop ids, or options that the processors do not take.
         """
         self._check(request)
         self._waiting.append((self._number, request))
@@ -312,6 +312,7 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         self.model.check(request.prompt, request.sampling.max_new_tokens)
+        check_options(self.config.processors, request.options)
         if len(request.stop_ids) > STOP_IDS:
             raise ValueError(f"A request has {len(request.stop_ids)} stop ids; the engine takes {STOP_IDS} at most.")
 

@@ -10,6 +10,8 @@ import pytest
 from jaxlm.architecture import Architecture
 from jaxlm.decoding.cached_model import CachedModel
 from jaxlm.decoding.engine import STOP_IDS, Engine, EngineConfig
+from jaxlm.decoding.forced import ForcedEnd
+from jaxlm.decoding.penalties import RepetitionPenalty
 from jaxlm.decoding.processors import Processor
 from jaxlm.decoding.requests import Finish, Request
 from jaxlm.decoding.sampling import NEVER, SamplingConfig, drawable_ids
@@ -154,6 +156,9 @@ class AddToLogit(Processor):
 
     token: int
 
+    def check(self, options):
+        return ("add",)
+
     def slot_state(self, request):
         return np.float32(request.options.get("add", 0.0))
 
@@ -267,6 +272,21 @@ def test_what_cannot_be_asked_is_said(model, config, build):
     assert engine.step() == []  # none of the two was begun
     with pytest.raises(ValueError, match="Request.seed is -1"):
         Request([1], seed=-1)
+    built = [one.build(None, vocab_size=40, end_ids=(1,)) for one in (RepetitionPenalty(), ForcedEnd(4))]
+    penalized = Engine(model, EngineConfig(slots=2, processors=tuple(built)))
+    for options, message in (
+        ({"repetition_penality": 1.1}, "option 'repetition_penality', .* take max_new_tokens, repetition_penalty"),
+        ({"repetition_penalty": 0}, "option repetition_penalty = 0; it must be a number above 0"),
+        ({"repetition_penalty": "1.2"}, "option repetition_penalty = '1.2'; it must be a number above 0"),
+        ({"repetition_penalty": float("nan")}, "option repetition_penalty = nan"),
+        ({"max_new_tokens": 0}, "option max_new_tokens = 0; it must be a whole number of at least 1"),
+        ({"max_new_tokens": 2.5}, "option max_new_tokens = 2.5; it must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            penalized.submit(Request([1], options=options))
+    penalized.submit(Request([1], options={"repetition_penalty": np.float32(2), "max_new_tokens": 3}))
+    with pytest.raises(ValueError, match="option 'add', .* there is none"):
+        engine.submit(Request([1], options={"add": 1.0}))
     with pytest.raises(ValueError, match="EngineConfig.slots is 0"):
         EngineConfig(slots=0)
     with pytest.raises(ValueError, match="allow one at least"):

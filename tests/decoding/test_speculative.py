@@ -267,6 +267,10 @@ def test_what_does_not_go_together_is_refused():
             "takes no constraint",
         ),
         ({"config": SpeculativeConfig(K, NGramLookup()), "requests": [Request([99])]}, "has the id 99"),
+        (
+            {"config": SpeculativeConfig(K, NGramLookup()), "requests": [Request([5], options={"penalty": 2})]},
+            "has the option 'penalty'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             speculate(**{"model": ours, "requests": [request], **options})
