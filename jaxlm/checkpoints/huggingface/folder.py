@@ -66,7 +66,7 @@ def open_folder(
     """
     found = names_in(path, ignore=ignore, allow_pickle=allow_pickle)
     table = resolve(found.table, found.shapes)
-    if faults := mismatches(table, found.shapes, found.tensors.shapes):
+    if faults := mismatches(found, table):
         raise ValueError(f"{path} {faults[0]}; its config.json describes another model.")
     return dataclasses.replace(found, table=table)
 
@@ -148,10 +148,21 @@ def export(
     return adapter
 
 
-def mismatches(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
-    """How the tensors found differ from those of a resolved table, a clause a kind of difference; [] if they do not."""
-    wanted = {entry.name: entry.shape(shapes) for entry in table}
-    faults = []
+def mismatches(folder: HuggingFaceFolder, table: Table) -> list[str]:
+    """How a folder's tensors differ from those of its model's table, a clause a kind of difference; [] if they do not.
+
+    An output matrix that is tied to the embedding may be there a second time; both are read to see that they are one.
+
+    Args:
+      folder: as `names_in` gives it.
+      table: its table, resolved.
+    """
+    wanted = {entry.name: entry.shape(folder.shapes) for entry in table}
+    found, faults = dict(folder.tensors.shapes), []
+    for again, embedding in _tied(folder, table):
+        del found[again]
+        if not np.array_equal(*map(folder.tensors.read, (again, embedding))):
+            faults.append(f"has {again}, which is not the {embedding} that config.json ties it to")
     for names, fault in ((set(wanted) - set(found), "lacks"), (set(found) - set(wanted), "has in excess")):
         if names:
             faults.append(f"{fault} {some(sorted(names))}")
@@ -159,3 +170,14 @@ def mismatches(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Sh
         if found.get(name, shape) != shape:
             faults.append(f"has {name} of shape {list(found[name])}, not {list(shape)}")
     return faults
+
+
+def _tied(folder: HuggingFaceFolder, table: Table) -> list[tuple[str, str]]:
+    """(a second name of the tied embedding, its first), of those that are both there."""
+
+    def names(entries: Table, path: str) -> list[str]:
+        return [entry.name for entry in entries if entry.paths == (path,) and entry.name in folder.tensors.shapes]
+
+    output = "vocabulary_head/kernel"
+    again = [] if output in folder.shapes else names(folder.table, output)
+    return [(name, embedding) for name in again for embedding in names(table, "embedding/tokens")]

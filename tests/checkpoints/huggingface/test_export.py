@@ -130,6 +130,10 @@ def test_a_dry_run_says_what_is_missing(exported, tmp_path, capsys):
     (tmp_path / "llama" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     assert convert_checkpoint.main([str(tmp_path / "llama"), "--dry-run"]) == 1
     assert "lacks model.layers.4." in capsys.readouterr().out
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config | {"partial_attention": 3}))
+    assert convert_checkpoint.main([str(tmp_path / "llama"), "--dry-run"]) == 1
+    assert "--ignore=partial_attention" in capsys.readouterr().err
+    assert convert_checkpoint.main([str(tmp_path / "llama"), "--dry-run", "--ignore=partial_attention"]) == 0
 
 
 def test_bad_input_is_one_sentence(exported, tmp_path, capsys):
