@@ -267,7 +267,7 @@ def _describe_folder(folder: HuggingFaceFolder) -> Description:
     elif tokenizer is not None and architecture is not Architecture.ENCODER:
         start, end = tokenizer.start_id, tokenizer.end_id
     if architecture is not Architecture.ENCODER_DECODER:  # T5's n_positions is of no consequence
-        lengths = (folder.fields.get(name) for name in ("max_position_embeddings", "n_positions"))
+        lengths = (folder.fields.get(name) for name in (folder.family.length_field, "n_positions"))
         said = next(filter(None, lengths), None)
     ends = fields.get("eos_token_id")
     if ends is None and tokenizer is not None:

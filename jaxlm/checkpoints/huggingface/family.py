@@ -44,6 +44,8 @@ class Family:
     code: ClassVar[str | None] = None
     # The architectures that such a file computes.
     computes: ClassVar[tuple[Architecture, ...]] = ()
+    # The field of config.json that says how many tokens the longest row had.
+    length_field: ClassVar[str] = "max_position_embeddings"
     # What the family says in generation_config.json.
     generation: ClassVar[Json] = {}
 

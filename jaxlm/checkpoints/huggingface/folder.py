@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
-from jaxlm.checkpoints.huggingface.family import Family, Json
+from jaxlm.checkpoints.huggingface.family import Family, Json, differences, essence
 from jaxlm.checkpoints.huggingface.files import TensorFolder, new_folder, read_json, write_json, write_tensors
 from jaxlm.checkpoints.huggingface.pickled import PickledFolder
 from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
@@ -96,7 +96,7 @@ def export(
     *,
     family: str | None = None,
     dtype: np.dtype | None = None,
-    special_ids: Mapping[str, int] | None = None,
+    special_ids: Json | None = None,
     shard_bytes: int = 5 << 30,
     beside: Callable[[pathlib.Path], None] = lambda folder: None,
 ) -> Family:
@@ -109,7 +109,7 @@ def export(
       value: path -> the parameter.
       family: a `model_type`; None takes the first that can express the model.
       dtype: of the tensors; None is float32.
-      special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+      special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, and what else `config.json` is to say.
       shard_bytes: size of the files.
       beside: writes what else belongs into the folder (tokenizer, card), before it appears.
 
@@ -117,7 +117,8 @@ def export(
       the family it is of.
 
     Raises:
-      ValueError: no family can express the model; the message says what stands in the way.
+      ValueError: no family can express the model, or what is written would not be read back; the message says what
+        stands in the way.
       FileExistsError: the folder exists.
     """
     adapter = families.by_model(config, family)
@@ -139,13 +140,26 @@ def export(
         return Pending(entry.shape(shapes), dtype, make)
 
     fields = {"architectures": [adapter.architecture], "model_type": adapter.model_type, "dtype": dtype.name}
+    fields |= adapter.write(config) | dict(special_ids or {})
+    _check_comes_back(adapter, fields, table, config)
     with new_folder(pathlib.Path(folder)) as unfinished:
         write_tensors(unfinished, {entry.name: tensor(entry) for entry in table}, shard_bytes=shard_bytes)
-        write_json(unfinished / CONFIG, fields | adapter.write(config) | dict(special_ids or {}))
+        write_json(unfinished / CONFIG, fields)
         if adapter.code is not None:
             shutil.copyfile(pathlib.Path(__file__).with_name(adapter.code), unfinished / adapter.code)
         beside(unfinished)
     return adapter
+
+
+def _check_comes_back(adapter: Family, fields: Json, table: Table, config: ModelConfig) -> None:
+    """Raises ValueError unless a `config.json` of these fields is read as the model."""
+    try:
+        again = adapter.model_of(fields, tensors=[entry.name for entry in table])
+        reasons = differences(essence(config), essence(again), adapter.model_type)
+    except ValueError as error:
+        reasons = [str(error).partition("; ")[0].rstrip(".")]  # without the remedy, which is for readers
+    if reasons:
+        raise ValueError(f"The config.json of this {adapter.model_type} would not be read back: {reasons[0]}.")
 
 
 def mismatches(folder: HuggingFaceFolder, table: Table) -> list[str]:

@@ -81,6 +81,14 @@ def test_a_stack_of_experts_is_read_once_and_let_go(tmp_path):
     assert len(asked) == len(set(asked)) == len(shapes)
 
 
+def test_what_would_not_be_read_back_is_not_written(tmp_path):
+    with pytest.raises(
+        ValueError, match="config.json of this llama would not be read back: .* has strange = 3, which "
+    ):
+        written(tmp_path / "model", special_ids={"strange": 3})
+    assert not list(tmp_path.iterdir())
+
+
 def test_shards_hold_what_one_file_holds(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
