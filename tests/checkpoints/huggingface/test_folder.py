@@ -17,7 +17,7 @@ from jaxlm.checkpoints.surgery import Fresh
 from jaxlm.checkpoints.warm_start import WarmStart, warm_start
 from jaxlm.models import build_model
 from jaxlm.training.state import abstract_model
-from tests.checkpoints.huggingface.family_cases import CASES
+from tests.checkpoints.huggingface.family_cases import CASES, YARN
 
 LLAMA = CASES[0]
 
@@ -213,6 +213,7 @@ def edited(folder, **changes):
         ({"num_hidden_layers": 3}, r"has in excess model\.layers\.3\."),
         ({"num_hidden_layers": 5}, r"lacks model\.layers\.4\."),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE scaling of type 'longrope'"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "YaRN with truncate = False, .* has no equivalent here"),
     ],
 )
 def test_other_models_are_refused_in_a_sentence(folder, changes, message):
