@@ -78,6 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
         rest = ["--gin_file=gin_configs/decoding/sampling.gin", *rest]
     rest += [f"--gin.SamplingConfig.{name}={flags[name]}" for name in _SAMPLING if name in flags]
     config = resolve_or_exit(GenerationConfig, rest)
+    if problem := _without_effect(config, flags):
+        print(f"jaxlm.generate: {problem}", file=sys.stderr)
+        return ExitStatus.CONFIGURATION
     try:
         _generate(config, flags, prompts)
     except (ValueError, OSError, ImportError) as error:
@@ -107,6 +110,9 @@ def _problem(flags: dict[str, str], prompts: list[str]) -> str | None:
         return "--chat and --infill are two ways to write; give one of the two."
     if "chat" in flags and (prompts or "file" in flags):
         return "--chat takes what is said from the terminal; leave out the prompts."
+    for name in ("samples", "specials"):
+        if "chat" in flags and name in flags:
+            return f"--chat has one answer to what is said, as it is said; leave out --{name}."
     if prompts and "file" in flags:
         return "prompts come from the command line or from --file; give one of the two."
     for name, least in (("max_new_tokens", 1), ("samples", 1), ("seed", 0), ("context", 1), ("step", 0)):
@@ -114,6 +120,29 @@ def _problem(flags: dict[str, str], prompts: list[str]) -> str | None:
             return f"--{name}={flags[name]} is no number from {least} on."
     if "cache" in flags and flags["cache"] not in ("compute", "int8"):
         return f"--cache={flags['cache']} is no kind of cache; there are compute and int8."
+    return None
+
+
+def _without_effect(config: Any, flags: dict[str, str]) -> str | None:
+    """Which flag the way of generating would pass over, in a sentence."""
+    from jaxlm.decoding.beam import BeamConfig
+
+    if "draft" in flags and (config.speculative is None or config.speculative.lookup is not None):
+        return (
+            "nothing asks for drafts of a model; add --gin_file=gin_configs/decoding/draft_model.gin, or leave out "
+            "--draft."
+        )
+    if isinstance(config.method, BeamConfig):
+        for name in ("seed", "samples"):
+            if name in flags:
+                return (
+                    f"--{name} is of draws, and a beam search draws nothing; leave it out (BeamConfig.num_return is "
+                    f"the number of answers)."
+                )
+        if "infill" in flags and config.method.num_return > 1:
+            return (
+                f"--infill fills a gap in one way, but BeamConfig.num_return is {config.method.num_return}; make it 1."
+            )
     return None
 
 

@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    flags, rest = take_flags(arguments, ("topology", "save", "xla_preset"), switches=("search",))
+    flags, rest = take_flags(arguments, ("topology", "save", "xla_preset"), optional=("search",))
     # Programs are compiled for the machine planned; what runs here is a CPU, whatever else there is.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jaxlm.planning.topology import ask_for_cpu_devices, topology

@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
-    switches = ("plan", "report", "commands", "worker", "ladder")
-    flags, rest = take_flags(arguments, ("workers", "cell", "xla_preset"), switches=switches)
+    options = {"switches": ("plan", "report", "worker", "ladder"), "optional": ("commands",)}
+    flags, rest = take_flags(arguments, ("workers", "cell", "xla_preset"), **options)
     if "ladder" in flags:
         rest = [_LADDER, *rest]
     study = resolve_or_exit(StudyConfig, rest)

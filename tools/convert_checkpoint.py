@@ -42,6 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="read pickled tensors (.bin), weights only; needs torch, and a folder that is trusted",
     )
+    parser.add_argument(
+        "--ignore",
+        default="",
+        metavar="FIELD,...",
+        help="fields of config.json to pass over although no adapter knows them: they change nothing that is computed",
+    )
     args = parser.parse_args(arguments)
     try:
         return convert(args)
@@ -80,7 +86,13 @@ def convert(args: argparse.Namespace) -> int:
 def opened(args: argparse.Namespace) -> Source:
     """The source that the command line names."""
     report = lambda line: print(line, file=sys.stderr)  # noqa: E731
-    return open_source(args.source, args.step, report=report, allow_pickle=args.allow_pickle)
+    options = {"ignore": ignored(args), "allow_pickle": args.allow_pickle}
+    return open_source(args.source, args.step, report=report, **options)
+
+
+def ignored(args: argparse.Namespace) -> tuple[str, ...]:
+    """The fields of `config.json` that the command line passes over."""
+    return tuple(filter(None, args.ignore.split(",")))
 
 
 def verify(args: argparse.Namespace, out: pathlib.Path) -> int:
@@ -102,10 +114,10 @@ def dry_run(args: argparse.Namespace) -> int:
     """Prints one line a tensor, and what is missing on either side."""
     path = pathlib.Path(args.source)
     if (path / folder.CONFIG).exists():
-        found = folder.names_in(path, allow_pickle=args.allow_pickle)
+        found = folder.names_in(path, ignore=ignored(args), allow_pickle=args.allow_pickle)
         adapter, shapes = found.family, found.shapes
         table = resolve(found.table, shapes)
-        missing = [f"{path} {fault}" for fault in folder.mismatches(table, shapes, found.tensors.shapes)]
+        missing = [f"{path} {fault}" for fault in folder.mismatches(found, table)]
     else:
         source = opened(args)
         config = pretrained.describe(source).config

@@ -85,15 +85,16 @@ def to_hugging_face(
       the family it is of.
 
     Raises:
-      ValueError: no family can express the model, or its vocabulary has no tokenizer.json.
+      ValueError: no family can express the model, what is written would not be read back, or the vocabulary has no
+        tokenizer.json.
       FileExistsError: `out` exists.
     """
     about, parameters = describe(source), parameters_of(source, weights)
     adapter = families.by_model(about.config, family)
     ids = special_ids(about)
     adapter.check_ids(about.config, ids)
-    if about.context_length and "max_position_embeddings" not in adapter.write(about.config) and _rotates(about.config):
-        ids["max_position_embeddings"] = about.context_length
+    if about.context_length and adapter.length_field not in adapter.write(about.config) and _rotates(about.config):
+        ids[adapter.length_field] = about.context_length
 
     def beside(folder: pathlib.Path) -> None:
         if about.config.architecture is not Architecture.ENCODER:

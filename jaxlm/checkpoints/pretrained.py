@@ -28,7 +28,6 @@ from jaxlm.checkpoints.t5.layout import T5Checkpoint
 from jaxlm.configuration import resolve_text
 from jaxlm.data import tasks
 from jaxlm.data.vocabularies import Vocabulary
-from jaxlm.layers.positions import LearnedPositions
 from jaxlm.layers.stack import Layers
 from jaxlm.models import build_model
 from jaxlm.models.config import ComputeType, LanguageModelConfig
@@ -51,7 +50,7 @@ class Description:
       input_end_id: the id that ends a prompt, or the text that an encoder reads; None: nothing ends it.
       eos_ids: ids that end what a decoder writes; () where none is known.
       context_length: tokens of the longest row that it was trained on, or says it was; None where nothing says. Learned
-        positions go no further; others may.
+        positions go no further; others may, and one of two stacks may be shorter.
     """
 
     config: LanguageModelConfig
@@ -270,7 +269,7 @@ def _describe_folder(folder: HuggingFaceFolder) -> Description:
     elif tokenizer is not None and architecture is not Architecture.ENCODER:
         start, end = tokenizer.start_id, tokenizer.end_id
     if architecture is not Architecture.ENCODER_DECODER:  # T5's n_positions is of no consequence
-        lengths = (folder.fields.get(name) for name in ("max_position_embeddings", "n_positions"))
+        lengths = (folder.fields.get(name) for name in (folder.family.length_field, "n_positions"))
         said = next(filter(None, lengths), None)
     ends = fields.get("eos_token_id")
     if ends is None and tokenizer is not None:
@@ -300,8 +299,9 @@ def _describe_t5(checkpoint: T5Checkpoint) -> Description:
 
 
 def _learned(config: LanguageModelConfig) -> int | None:
-    positions = config.embedding.positions
-    return positions.max_length if isinstance(positions, LearnedPositions) else None
+    """Tokens of the longest row that learned positions allow; None where a stack of the model has none."""
+    lengths = [config.learned_length(stack) for stack in config.stacks]
+    return None if None in lengths else max(lengths)
 
 
 def _tried(make: Callable[[], Any]) -> tuple[Any, str | None]:

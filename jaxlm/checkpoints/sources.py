@@ -38,6 +38,7 @@ def open_source(
     verify: Verify = Verify.DIGESTS,
     report: Callable[[str], None] = print,
     *,
+    ignore: tuple[str, ...] = (),
     allow_pickle: bool = False,
 ) -> Source:
     """Opens what lies at a path; no array is read but to verify it.
@@ -48,6 +49,7 @@ def open_source(
       step: of a run, the step to take; None is the newest intact one.
       verify: how much of a checkpoint is checked.
       report: is told, in one sentence each, of damaged steps that were passed over.
+      ignore: fields of a Hugging Face folder's `config.json` to pass over although no adapter knows them.
       allow_pickle: read a Hugging Face folder's pickled tensors too, weights only.
 
     Raises:
@@ -61,7 +63,7 @@ def open_source(
             raise CheckpointError(
                 f"{path} is a Hugging Face model's folder, which has no steps; leave out step {step}."
             )
-        return huggingface.open_folder(path, allow_pickle=allow_pickle)
+        return huggingface.open_folder(path, ignore=ignore, allow_pickle=allow_pickle)
     if (path / FILE_NAME).exists() and path.name.isdecimal():
         if step not in (None, int(path.name)):
             raise CheckpointError(f"{path} is the checkpoint of step {path.name}, not {step}; give the run's folder.")

@@ -19,7 +19,7 @@ from jaxlm.architecture import Architecture
 from jaxlm.data.packing import pack_window
 from jaxlm.layers.cache import CacheConfig, Caches, PackedTexts
 from jaxlm.layers.context import LOCAL, Context
-from jaxlm.layers.positions import LearnedPositions, NtkScaling
+from jaxlm.layers.positions import NtkScaling
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.models.language_model import LanguageModel, unrolled
 from jaxlm.parallel.sharded_ops import ShardedOps
@@ -92,6 +92,7 @@ class CachedModel:
       start_id: the token before the first of each text in the decoder's input. Models trained here begin with the
         padding id, since their inputs are the targets shifted by one; None: the prompt begins by itself.
       context_length: most tokens of a text, the start among them; None: any number.
+      source_length: most tokens of a prompt that an encoder reads; None: any number.
     """
 
     def __init__(
@@ -107,7 +108,9 @@ class CachedModel:
 
         Args:
           model: scanned layers are unrolled, which copies them.
-          start_id, context_length: see above; positions that the model has not learned are refused in any case.
+          start_id: see above.
+          context_length: most tokens of a text, and of what an encoder reads; positions that the model has not learned
+            are refused in any case.
           caching: what is kept; None is `CacheConfig()`.
           context: operations of the mesh that the model lies on.
 
@@ -126,7 +129,10 @@ class CachedModel:
         self.caching = caching or CacheConfig()
         self.context = context
         self.start_id = start_id
-        self.context_length = _least(context_length, *_known_lengths(model))
+        *sources, texts = (
+            _least(context_length, *_known_lengths(model.config, stack)) for stack in model.config.stacks
+        )
+        self.context_length, self.source_length = texts, next(iter(sources), None)
         self.update(model)
 
     def update(self, model: LanguageModel) -> None:
@@ -162,13 +168,13 @@ class CachedModel:
         if len(ids) and not (0 <= ids.min() and ids.max() < self.config.vocab_size):
             wrong = int(ids.min() if ids.min() < 0 else ids.max())
             raise ValueError(f"A prompt has the id {wrong}, but the model's ids are 0 to {self.config.vocab_size - 1}.")
+        if self.crosses and self.source_length is not None and len(prompt) > self.source_length:
+            raise ValueError(
+                f"A prompt of {len(prompt)} tokens is longer than the {self.source_length} that the model's encoder "
+                f"reads; shorten it."
+            )
         if self.context_length is None:
             return
-        if self.crosses and len(prompt) > self.context_length:
-            raise ValueError(
-                f"A prompt of {len(prompt)} tokens is longer than the model's context of {self.context_length}; "
-                f"shorten it."
-            )
         length = self.text_length(prompt)
         # The last token is drawn, and stands nowhere.
         if length + new_tokens - 1 > self.context_length:
@@ -198,7 +204,7 @@ class CachedModel:
         start = [] if self.start_id is None else [self.start_id]
         parts = self.context.ops.parallel.batch_parts if isinstance(self.context.ops, ShardedOps) else 1
         if self.crosses:
-            sources, encoder = pack([list(prompt) for prompt in prompts], slots, self.context_length, parts)
+            sources, encoder = pack([list(prompt) for prompt in prompts], slots, self.source_length, parts)
             # Each row of the decoder belongs to the encoder's row of that number; its texts are one token each as yet.
             segments = encoder["segment_ids"][sources.rows, sources.starts] * (sources.lengths > 0)
             texts = PackedTexts(sources.rows, np.maximum(segments - 1, 0), np.minimum(sources.lengths, 1))
@@ -326,17 +332,14 @@ def _check_mesh(context: Context) -> None:
         )
 
 
-def _known_lengths(model: LanguageModel) -> list[int]:
-    """The longest texts that the model's positions allow."""
-    config, found = model.config, []
-    if isinstance(config.embedding.positions, LearnedPositions):
-        found.append(config.embedding.positions.max_length)
-    for stack in config.stacks.values():
-        for block in stack.all_blocks:
-            # Dynamic NTK turns all keys anew when a text grows beyond its original length; those remembered are turned.
-            for rope, _ in block.rotations:
-                if isinstance(rope.scaling, NtkScaling) and rope.scaling.original_length:
-                    found.append(rope.scaling.original_length)
+def _known_lengths(config: LanguageModelConfig, stack: str) -> list[int | None]:
+    """The longest texts that the positions of the stack of this name allow."""
+    found = [config.learned_length(stack)]
+    for block in config.stacks[stack].all_blocks:
+        # Dynamic NTK turns all keys anew when a text grows beyond its original length; those remembered are turned.
+        for rope, _ in block.rotations:
+            if isinstance(rope.scaling, NtkScaling) and rope.scaling.original_length:
+                found.append(rope.scaling.original_length)
     return found
 
 

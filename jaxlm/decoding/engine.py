@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlm.decoding.cached_model import CachedModel, bucket, extend_slots, to_host
-from jaxlm.decoding.processors import Constraint, Processor, Texts, advance, keep_allowed, process
+from jaxlm.decoding.processors import Constraint, Processor, Texts, advance, check_options, keep_allowed, process
 from jaxlm.decoding.requests import Answer, Finish, Progress, Request
 from jaxlm.decoding.sampling import NEVER, Sampling, draw
 from jaxlm.layers.cache import Caches
@@ -225,7 +225,7 @@ class _Running:
 
     number: int
     request: Request
-    constraint: Constraint | None
+    constraint: Constraint | None = None
     tokens: list[int] = dataclasses.field(default_factory=list)
     log_probabilities: list[float] = dataclasses.field(default_factory=list)
 
@@ -264,7 +264,7 @@ class Engine:
         """Lets a request wait for a slot; its number.
 
         Raises:
-          ValueError: see `CachedModel.check`; or it has too many stop ids.
+          ValueError: see `CachedModel.check`; or it has too many stop ids, or options that the processors do not take.
         """
         self._check(request)
         self._waiting.append((self._number, request))
@@ -272,23 +272,39 @@ class Engine:
         return self._number - 1
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """The answers to these requests, in their order; see `stream`."""
-        numbers = self._submit_all(requests)
-        answers = {progress.request: progress.answer for progress in self.stream() if progress.answer is not None}
+        """The answers to these requests, in their order; see `stream`. None of them is left where that raises."""
+        numbers = self.submit_all(requests)
+        try:
+            answers = {progress.request: progress.answer for progress in self.stream() if progress.answer is not None}
+        finally:
+            self.cancel(numbers)
         return [answers[number] for number in numbers]
 
     def stream(self, requests: Iterable[Request] = ()) -> Iterator[Progress]:
         """What is written, as it comes, until these and all requests submitted before are answered.
 
+        Left early, they stay, and go on with whoever asks next; see `cancel`.
+
         Raises:
           ValueError: a request cannot be answered, see `submit`; then none of `requests` is begun.
+          Exception: `Progress.error` of a request, after what the others have written meanwhile.
         """
-        self._submit_all(requests)
+        self.submit_all(requests)
         while self._waiting or any(self._running):
-            yield from self.step()
+            written = self.step()
+            yield from (progress for progress in written if progress.error is None)
+            for progress in written:
+                if progress.error is not None:
+                    raise progress.error
 
-    def _submit_all(self, requests: Iterable[Request]) -> list[int]:
-        """All of them or, if one cannot be answered, none."""
+    def cancel(self, numbers: Iterable[int]) -> None:
+        """Gives up requests, whether they wait or run; those that are answered or unknown are passed over."""
+        numbers = set(numbers)
+        self._waiting = collections.deque(waiting for waiting in self._waiting if waiting[0] not in numbers)
+        self._running = [None if one is not None and one.number in numbers else one for one in self._running]
+
+    def submit_all(self, requests: Iterable[Request]) -> list[int]:
+        """The numbers of all of them or, if one cannot be answered, of none; see `submit`."""
         requests = list(requests)
         for request in requests:
             self._check(request)
@@ -296,23 +312,28 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         self.model.check(request.prompt, request.sampling.max_new_tokens)
+        check_options(self.config.processors, request.options)
         if len(request.stop_ids) > STOP_IDS:
             raise ValueError(f"A request has {len(request.stop_ids)} stop ids; the engine takes {STOP_IDS} at most.")
 
     def step(self) -> list[Progress]:
         """Fills free slots, and draws up to `EngineConfig.steps` tokens in each."""
+        failed, allowed = [], None
         while self._waiting and None in self._running:
-            self._admit(self._next_together())
+            failed += self._admit(self._next_together())
+        if any(running is not None and running.constraint for running in self._running):
+            allowed, dead = self._allowed()
+            failed += dead
         if not any(self._running):
-            return []
+            return failed
         self._make_room()
         alive = np.array([running is not None for running in self._running])
         arguments = (self.model.params, self._slots, alive, self._drawable, np.bool_(bool(self._waiting)))
-        if any(running is not None and running.constraint for running in self._running):
-            self._slots, written = self._programs.run_constrained(*arguments, self._allowed())
+        if allowed is not None:
+            self._slots, written = self._programs.run_constrained(*arguments, allowed)
         else:
             self._slots, written = self._programs.run(*arguments)
-        return self._read(jax.tree.map(to_host, written))
+        return failed + self._read(jax.tree.map(to_host, written))
 
     def _next_together(self) -> list[tuple[int, Request]]:
         """Takes from those who wait as many as are prefilled together: free slots, and no more columns than said."""
@@ -325,8 +346,8 @@ class Engine:
             taken.append(self._waiting.popleft())
         return taken
 
-    def _admit(self, requests: list[tuple[int, Request]]) -> None:
-        """Prefills requests and gives them slots."""
+    def _admit(self, requests: list[tuple[int, Request]]) -> list[Progress]:
+        """Prefills requests and gives them slots; those whose constraints cannot be made."""
         # Two sizes only, so that few shapes are ever compiled.
         count = 1 if len(requests) == 1 else self.config.slots
         caches, logits = self.model.prefill([request.prompt for _, request in requests], slots=count)
@@ -339,8 +360,20 @@ class Engine:
             self._slots = self._programs.begin(fresh, self.config.slots, capacity, caches.source_capacity)
         self._grow(capacity, caches.source_capacity)
         self._slots = self._programs.admit(self._slots, fresh, places)
+        failed = []
         for place, (number, request) in zip(free, requests):
-            self._running[place] = _Running(number, request, request.constraint and request.constraint())
+            self._running[place] = running = _Running(number, request)
+            if request.constraint is not None:
+                try:
+                    running.constraint = request.constraint()
+                except Exception as error:
+                    failed.append(self._given_up(place, error))
+        return failed
+
+    def _given_up(self, place: int, error: Exception) -> Progress:
+        """Takes a request that cannot go on out of its slot."""
+        number, self._running[place] = self._running[place].number, None
+        return Progress(number, np.zeros(0, np.int32), np.zeros(0, np.float32), error=error)
 
     def _fresh(self, caches: Caches, logits: jax.Array, requests: list[Request], count: int) -> Slots:
         """Slots of these requests; those beyond them are copies of the last, which go nowhere."""
@@ -386,14 +419,18 @@ class Engine:
                 self._slots, max(capacity, held), source_capacity if more_source else held_source
             )
 
-    def _allowed(self) -> np.ndarray:
-        """uint32 [B, ceil(V / 32)], what the constraints allow; everything in slots without one."""
+    def _allowed(self) -> tuple[np.ndarray, list[Progress]]:
+        """uint32 [B, ceil(V / 32)], what the constraints allow, everything in slots without one; and who is stuck."""
         words = -(-self.model.config.vocab_size // 32)
         allowed = np.full((self.config.slots, words), 0xFFFFFFFF, np.uint32)
+        stuck = []
         for place, running in enumerate(self._running):
             if running is not None and running.constraint is not None:
-                allowed[place] = running.constraint.allowed()
-        return allowed
+                try:
+                    allowed[place] = running.constraint.allowed()
+                except Exception as error:
+                    stuck.append(self._given_up(place, error))
+        return allowed, stuck
 
     def _read(self, written: Written) -> list[Progress]:
         """What the host makes of the new tokens."""
@@ -405,7 +442,11 @@ class Engine:
             tokens, scores = written.tokens[place, :count], written.log_probabilities[place, :count]
             running.tokens += tokens.tolist()
             running.log_probabilities += scores.tolist()
-            finish = self._finish(running, tokens, bool(written.stopped[place]), bool(written.active[place]))
+            try:
+                finish = self._finish(running, tokens, bool(written.stopped[place]), bool(written.active[place]))
+            except Exception as error:
+                progress.append(self._given_up(place, error))
+                continue
             answer = None
             if finish is not None:
                 self._running[place] = None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.decoding.processor_config import Function, ProcessorConfig, check_ids
+from jaxlm.decoding.processor_config import Function, Option, ProcessorConfig, check_ids
 from jaxlm.decoding.processors import Texts
 from jaxlm.decoding.sampling import NEVER
 
@@ -52,7 +52,8 @@ class ForcedEnd(ProcessorConfig):
 
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
-        return Function(force_end, (np.int32(self.length), _end_ids("ForcedEnd", end_ids)), ("max_new_tokens", None))
+        arguments = np.int32(self.length), _end_ids("ForcedEnd", end_ids)
+        return Function(force_end, arguments, (Option("max_new_tokens", least=1), None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,8 @@ class MinNewTokens(ProcessorConfig):
 
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
-        return Function(delay_end, (np.int32(self.length), _end_ids("MinNewTokens", end_ids)), ("min_new_tokens", None))
+        arguments = np.int32(self.length), _end_ids("MinNewTokens", end_ids)
+        return Function(delay_end, arguments, (Option("min_new_tokens", least=0), None))
 
 
 def force_begin(ids: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:

@@ -1,5 +1,6 @@
 """How prompts are answered, as one configuration: sampling or beams, drafts, processors, a constraint, stop strings."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from jaxlm.decoding.constraints import ConstraintConfig, GrammarConstraint
 from jaxlm.decoding.engine import Engine, EngineConfig
 from jaxlm.decoding.processor_config import ProcessorConfig
 from jaxlm.decoding.processors import Constraint
-from jaxlm.decoding.requests import Answer, Finish, Request
+from jaxlm.decoding.requests import Answer, Finish, Progress, Request
 from jaxlm.decoding.sampling import SamplingConfig, drawable_ids
 from jaxlm.decoding.speculative import SpeculativeAnswer, SpeculativeConfig, speculate
 from jaxlm.decoding.text_stream import TextStream, pieces_of
@@ -120,6 +121,7 @@ class Generator:
         self.end_ids = tuple(sorted({int(i) for i in end_ids}))
         self._draft = draft
         self._begun: dict[bool, GrammarConstraint] = {}
+        self._inboxes: dict[int, collections.deque[Progress]] = {}
         rows, info = model.config.vocab_size, vocabulary.info()
         # Some vocabularies pad with the token that ends a text.
         never = () if info.pad_id in self.end_ids else (info.pad_id,)
@@ -154,7 +156,8 @@ class Generator:
             ]
         requests = self._requests(prompts, method, seed, samples)
         if self._engine is not None:
-            answers = self._engine.generate(requests)
+            drawn = {i: progress.answer for i, progress in self._drawn(requests) if progress.answer is not None}
+            answers = [drawn[i] for i in range(len(requests))]
         else:
             options = {"draft": self._draft, "processors": self._processors, "drawable": self._drawable}
             answers = speculate(self.model, requests, self.config.speculative, slots=self.config.slots, **options)
@@ -164,25 +167,47 @@ class Generator:
     def stream(self, prompts: Sequence[Sequence[int]], *, seed: int = 0) -> Iterator[tuple[int, str, Generated | None]]:
         """Text as it becomes final: (number of the prompt, text, the whole answer with the last of it).
 
-        What comes out is never taken back: not half a character, nor the beginning of a stop string.
+        What comes out is never taken back: not half a character, nor the beginning of a stop string. Streams may be
+        taken in turn; one that is closed or forgotten before its end writes no more.
 
         Raises:
           ValueError: see `generate`; or the configuration is one whose texts do not come token by token.
         """
         if self._engine is None:
             raise ValueError("Only texts that are drawn one token after the other can be streamed; use generate.")
-        for prompt in prompts:
-            self.model.check(prompt, self.config.method.max_new_tokens)
-        requests = self._requests(prompts, self.config.method, seed, 1)
         streams = [self._stream(prompt) for prompt in prompts]
-        numbers = {self._engine.submit(request): i for i, request in enumerate(requests)}
-        for progress in self._engine.stream():
-            i = numbers[progress.request]
+        for i, progress in self._drawn(self._requests(prompts, self.config.method, seed, 1)):
             text = streams[i].push(progress.tokens.tolist())
             if progress.answer is None:
                 yield i, text, None
             else:
                 yield i, text + streams[i].finish(), self._generated(prompts[i], progress.answer)
+
+    def _drawn(self, requests: Sequence[Request]) -> Iterator[tuple[int, Progress]]:
+        """What is written to each of the requests, by its place among them, until all are answered.
+
+        Whoever asks first moves everything on that is being drawn, and puts by what is not its own.
+        """
+        numbers = self._engine.submit_all(requests)
+        places = {number: i for i, number in enumerate(numbers)}
+        mine: collections.deque[Progress] = collections.deque()
+        self._inboxes |= dict.fromkeys(numbers, mine)
+        left = len(numbers)
+        try:
+            while left:
+                while not mine:
+                    for progress in self._engine.step():
+                        if progress.request in self._inboxes:
+                            self._inboxes[progress.request].append(progress)
+                progress = mine.popleft()
+                if progress.error is not None:
+                    raise progress.error
+                left -= progress.answer is not None
+                yield places[progress.request], progress
+        finally:
+            self._engine.cancel(numbers)
+            for number in numbers:
+                del self._inboxes[number]
 
     def _requests(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, seed: int, samples: int

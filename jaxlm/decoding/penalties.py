@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.decoding.processor_config import Function, ProcessorConfig
+from jaxlm.decoding.processor_config import Function, Option, ProcessorConfig
 from jaxlm.decoding.processors import Texts
 
 
@@ -31,7 +31,7 @@ class RepetitionPenalty(ProcessorConfig):
 
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
-        return Function(penalize_repetition, (np.float32(self.penalty),), ("repetition_penalty",))
+        return Function(penalize_repetition, (np.float32(self.penalty),), (Option("repetition_penalty", above=0),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CountPenalty(ProcessorConfig):
     @override
     def build(self, vocabulary, *, vocab_size, end_ids):
         arguments = np.float32(self.presence), np.float32(self.frequency)
-        return Function(penalize_counts, arguments, ("presence_penalty", "frequency_penalty"))
+        return Function(penalize_counts, arguments, (Option("presence_penalty"), Option("frequency_penalty")))
 
 
 def penalize_repetition(penalty: jax.Array, logits: jax.Array, texts: Texts) -> jax.Array:

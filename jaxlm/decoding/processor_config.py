@@ -2,7 +2,9 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+import numbers
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, override
 
 import jax
@@ -33,6 +35,35 @@ class ProcessorConfig(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
+class Option:
+    """A number that a request may bring in place of a processor's own (`Request.options`).
+
+    Attributes:
+      name: in the request.
+      above: it must be greater than this; None: see `least`.
+      least: it must be at least this; None: any.
+    """
+
+    name: str
+    above: float | None = None
+    least: float | None = None
+
+    def check(self, value: Any, *, whole: bool) -> None:
+        """Raises ValueError unless it is such a number, and a `whole` one where that is asked for."""
+        number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+        fits = number and math.isfinite(value)
+        fits = fits and (self.above is None or value > self.above) and (self.least is None or value >= self.least)
+        if not fits:
+            bounds = [
+                f" {word} {x:g}" for word, x in (("above", self.above), ("of at least", self.least)) if x is not None
+            ]
+            raise ValueError(
+                f"A request has the option {self.name} = {value!r}; it must be a {'whole ' * whole}number"
+                f"{''.join(bounds)}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Function(Processor):
     """A pure function of logits [B, V] and texts, with arguments that each slot may have its own of.
 
@@ -41,21 +72,34 @@ class Function(Processor):
     Attributes:
       function: (*arguments, each with a leading axis B, logits, texts) -> logits.
       arguments: of every slot: arrays or numbers.
-      options: for each argument the name in `Request.options` under which a request may bring its own number; None
+      options: for each argument under which name, and within which bounds, a request may bring its own number; None
         where it may not. Empty: nowhere.
     """
 
     function: Callable[..., jax.Array]
     arguments: tuple[Any, ...] = dataclasses.field(compare=False)
-    options: tuple[str | None, ...] = dataclasses.field(default=(), compare=False)
+    options: tuple[Option | None, ...] = dataclasses.field(default=(), compare=False)
+
+    @override
+    def check(self, options: Mapping[str, Any]) -> Collection[str]:
+        taken = [pair for pair in self._by_option() if pair[1] is not None]
+        for default, option in taken:
+            if option.name in options:
+                option.check(options[option.name], whole=np.issubdtype(np.asarray(default).dtype, np.integer))
+        return [option.name for _, option in taken]
 
     @override
     def slot_state(self, request: Request) -> tuple[np.ndarray, ...]:
-        named = self.options or (None,) * len(self.arguments)
         return tuple(
-            np.asarray(default if name is None else request.options.get(name, default), np.asarray(default).dtype)
-            for default, name in zip(self.arguments, named, strict=True)
+            np.asarray(
+                default if option is None else request.options.get(option.name, default), np.asarray(default).dtype
+            )
+            for default, option in self._by_option()
         )
+
+    def _by_option(self) -> list[tuple[Any, Option | None]]:
+        """Each argument, with the option that may stand for it."""
+        return list(zip(self.arguments, self.options or (None,) * len(self.arguments), strict=True))
 
     @override
     def __call__(self, logits: jax.Array, texts: Texts, state: tuple[jax.Array, ...]) -> jax.Array:

@@ -6,7 +6,7 @@ are allowed; while a slot has one, the engine takes one step at a time.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -62,6 +62,15 @@ class Processor:
     What differs between requests is a slot's state, arrays whose shapes do not differ; so one program serves all.
     """
 
+    def check(self, options: Mapping[str, Any]) -> Collection[str]:
+        """On the host, when a request is made: the names among its options that this processor reads.
+
+        Raises:
+          ValueError: one of them has a value that it cannot take.
+        """
+        del options
+        return ()
+
     def slot_state(self, request: Request) -> Any:
         """On the host, when a request gets a slot: its state, a pytree of numpy arrays or numbers; () is none."""
         del request
@@ -99,6 +108,14 @@ class Constraint(Protocol):
     @property
     def finished(self) -> bool:
         """Whether the text is complete, so that nothing more is to be drawn."""
+
+
+def check_options(processors: Sequence[Processor], options: Mapping[str, Any]) -> None:
+    """Raises ValueError unless some processor reads each of a request's options and can take its value."""
+    read = sorted({name for processor in processors for name in processor.check(options)})
+    if strange := [name for name in options if name not in read]:
+        there = f"they take {', '.join(read)}" if read else "there is none"
+        raise ValueError(f"A request has the option {strange[0]!r}, which none of the processors reads; {there}.")
 
 
 def process(processors: Sequence[Processor], logits: jax.Array, texts: Texts, states: Sequence[Any]) -> jax.Array:

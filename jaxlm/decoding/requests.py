@@ -24,7 +24,7 @@ class Request:
       complete: asked now and then, with all new tokens so far, how many of them to keep if they are the whole text;
         None: go on. For what ends a text but is no token, such as a stop string.
       constraint: makes what the text must look like, a `jaxlm.decoding.processors.Constraint`, when it is begun.
-      options: what else the engine's processors want to know, by name.
+      options: what else the engine's processors want to know, by name; one that none of them reads is refused.
     """
 
     prompt: Sequence[int]
@@ -74,9 +74,11 @@ class Progress:
       tokens: int32 [n], those drawn since the last time; final.
       log_probabilities: float32 [n].
       answer: the whole, once it is finished.
+      error: what its constraint or `Request.complete` raised; it is given up then, and has no answer.
     """
 
     request: int
     tokens: np.ndarray
     log_probabilities: np.ndarray
     answer: Answer | None = None
+    error: Exception | None = None

@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxlm.decoding.cached_model import CachedModel, bucket, extend_slots, to_host
 from jaxlm.decoding.drafts import ACCEPT, REPLACE, Drafter, Drafts, ModelDrafter, NGramLookup, Rules, kept
-from jaxlm.decoding.processors import Processor, Texts, advance, prompts_as_texts, states_of
+from jaxlm.decoding.processors import Processor, Texts, advance, check_options, prompts_as_texts, states_of
 from jaxlm.decoding.requests import Answer, Finish, Request
 from jaxlm.decoding.sampling import Sampling, draw
 from jaxlm.layers.context import Context
@@ -126,7 +126,7 @@ def speculate(
     Raises:
       ValueError: models, configuration and requests do not go together, or see `CachedModel.check`.
     """
-    _check(model, requests, config, draft)
+    _check(model, requests, config, draft, processors)
     answers = []
     for first in range(0, len(requests), slots):
         chunk = requests[first : first + slots]
@@ -134,7 +134,13 @@ def speculate(
     return answers
 
 
-def _check(model: CachedModel, requests: Sequence[Request], config: SpeculativeConfig, draft: CachedModel | None):
+def _check(
+    model: CachedModel,
+    requests: Sequence[Request],
+    config: SpeculativeConfig,
+    draft: CachedModel | None,
+    processors: Sequence[Processor],
+) -> None:
     """Raises if models, configuration and requests do not go together."""
     if (draft is None) == (config.lookup is None):
         raise ValueError("Speculative decoding needs a draft model or SpeculativeConfig.lookup, one of the two.")
@@ -156,6 +162,7 @@ def _check(model: CachedModel, requests: Sequence[Request], config: SpeculativeC
             raise ValueError("Speculative decoding takes no constraint; draw with the engine instead.")
         if len(request.stop_ids) > STOP_IDS:
             raise ValueError(f"A request has {len(request.stop_ids)} stop ids; {STOP_IDS} are taken at most.")
+        check_options(processors, request.options)
         for one in filter(None, (model, draft)):
             one.check(request.prompt, request.sampling.max_new_tokens)
 

@@ -26,7 +26,7 @@ from jaxlm.data.packing import pack_windows
 from jaxlm.evaluation import scored_rows
 from jaxlm.evaluation.scored_rows import Layout, RowShape, ScoredBatch, Unit
 from jaxlm.layers.context import LOCAL, Context
-from jaxlm.layers.positions import LearnedPositions, NtkScaling
+from jaxlm.layers.positions import NtkScaling
 from jaxlm.models.language_model import LanguageModel
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.parallel.sharded_ops import ShardedOps
@@ -414,9 +414,8 @@ def _ids(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _limits(model: LanguageModel, context_length: int | None) -> list[int]:
     """Whatever limits how many tokens the model reads."""
-    positions = model.config.embedding.positions
-    learned = [positions.max_length] if isinstance(positions, LearnedPositions) else []
-    return [*([context_length] if context_length else []), *learned, *_dynamic_lengths(model)]
+    lengths = (context_length, *map(model.config.learned_length, model.config.stacks), *_dynamic_lengths(model))
+    return [length for length in lengths if length]
 
 
 def _dynamic_lengths(model: LanguageModel) -> list[int]:

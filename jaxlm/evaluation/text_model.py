@@ -216,10 +216,10 @@ class TextModel:
 
     def _room(self, max_new_tokens: int) -> int | None:
         """Tokens of a prompt that leave room for so many new ones."""
+        if self.architecture is Architecture.ENCODER_DECODER:
+            return self._engine.model.source_length
         if self.context_length is None:
             return None
-        if self.architecture is Architecture.ENCODER_DECODER:
-            return self.context_length
         room = self.context_length - max_new_tokens - (self.start_id is not None)
         if room < 1:
             raise ValueError(

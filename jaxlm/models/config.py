@@ -11,6 +11,7 @@ from jaxlm.layers.embeddings import EmbeddingConfig
 from jaxlm.layers.feed_forward import Activation
 from jaxlm.layers.norms import NormConfig
 from jaxlm.layers.parameters import InitConfig, Parametrization, Scaling
+from jaxlm.layers.positions import LearnedPositions
 from jaxlm.layers.quantized import Quantization
 from jaxlm.layers.stack import StackConfig
 
@@ -184,6 +185,12 @@ class LanguageModelConfig:
     def width_of(self, stack: str) -> int:
         """Width of the stack of this name."""
         return self.width if stack == "decoder" or self.encoder_width is None else self.encoder_width
+
+    def learned_length(self, stack: str) -> int | None:
+        """Learned positions of the stack of this name; None: it has none, and they limit nothing."""
+        own = self.encoder_embedding if stack == "encoder" else None
+        positions = (own or self.embedding).positions
+        return positions.max_length if isinstance(positions, LearnedPositions) else None
 
     @property
     def stacks(self) -> dict[str, StackConfig]:

@@ -13,6 +13,7 @@ from jaxlm.layers.cache import CacheConfig, Caches, PackedTexts
 from jaxlm.layers.context import LOCAL, Context
 from jaxlm.layers.embeddings import Embedding
 from jaxlm.layers.parameters import ParameterMaker, PathKey
+from jaxlm.layers.positions import LearnedPositions
 from jaxlm.layers.side_values import SideValues
 from jaxlm.layers.stack import Layers, Stack, remat
 from jaxlm.layers.stacking import StackLayout, unstack
@@ -176,7 +177,7 @@ class LanguageModel(nnx.Module):
         """Hidden states of t new tokens of each slot, each of which sees its slot's text and the new ones before it.
 
         Args:
-          tokens: int32 [B, t].
+          tokens: int32 [B, t]. Those that count must not stand beyond learned positions.
           caches: what the slots hold, from `prefill`.
           present: bool [B, t], False on tokens that do not count, which come last in a slot; None: all do.
           context: operations.
@@ -185,6 +186,10 @@ class LanguageModel(nnx.Module):
           [B, t, E], and the caches, longer by the tokens that count.
         """
         positions = caches.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        if isinstance(learned := self.config.embedding.positions, LearnedPositions):
+            # What stands beyond the last one never counts: tokens of texts that have ended, drafts behind a text's end.
+            # As NaN it would stay in the caches, where 0 times NaN spoils who reads past it.
+            positions = jnp.minimum(positions, learned.max_length - 1)
         x = self.embedding(tokens, positions, context=context.fold("decoder_embedding"))
         stack = self.encoder if self.decoder is None else self.decoder
         inner = self._in_stack(context, "stack")

@@ -12,7 +12,6 @@ from jaxlm.checkpoints.sources import open_source
 from jaxlm.data.vocabularies import Vocabulary
 from jaxlm.layers.attention import AttentionConfig
 from jaxlm.layers.block import BlockConfig
-from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models import ModelConfig, build_model
 from jaxlm.models.config import LanguageModelConfig
 from jaxlm.objectives.base import Distillation, Objective
@@ -124,11 +123,11 @@ def check_teacher(
             f"targets as one text, since they are apart in a row; use a teacher whose layers are all AttentionConfig, "
             f"or train a student that is a {teacher.config.architecture.value} too."
         )
-    positions = teacher.config.embedding.positions
-    if isinstance(positions, LearnedPositions) and row_length > positions.max_length:
+    learned = min(filter(None, map(teacher.config.learned_length, teacher.config.stacks)), default=row_length)
+    if row_length > learned:
         raise ValueError(
-            f"The teacher {teacher.source} has learned positions for {positions.max_length} tokens, but is to read "
-            f"{row_length}; shorten TASK_FEATURE_LENGTHS."
+            f"The teacher {teacher.source} has learned positions for {learned} tokens, but is to read {row_length}; "
+            f"shorten TASK_FEATURE_LENGTHS."
         )
     if parallel.spec(("length",)):
         raise ValueError(

@@ -133,6 +133,8 @@ def native_sparse_attention(
 ) -> jax.Array:
     """The gated sum of NSA's three branches (equation 5), for one causal text a row.
 
+    Texts shorter than `config.size` have no compressed key, and that branch adds nothing.
+
     Args:
       q: [B, T, H, D].
       compressed: of config.count(T) compressed tokens.
@@ -152,5 +154,9 @@ def native_sparse_attention(
         (selected, select(q, compressed.k, config)),
         (near, Causal() & Window(window - 1, 0)),
     )
-    outs = [attention(q, branch.k, branch.v, mask=mask, backend=backend) for branch, mask in calls]
-    return sum(gates[..., i : i + 1] * out for i, out in enumerate(outs))
+    outs = {
+        i: attention(q, branch.k, branch.v, mask=mask, backend=backend)
+        for i, (branch, mask) in enumerate(calls)
+        if branch.k.shape[1]
+    }
+    return sum(gates[..., i : i + 1] * out for i, out in outs.items())

@@ -96,7 +96,7 @@ def products(q: jax.Array, k: jax.Array) -> jax.Array:
 def softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     """Softmax of the visible scores of the last axis; zeros where there are none."""
     scores = jnp.where(visible, scores, -jnp.inf)
-    highest = scores.max(axis=-1, keepdims=True)
+    highest = scores.max(axis=-1, keepdims=True, initial=-jnp.inf)  # there may be none at all
     weights = jnp.where(visible, jnp.exp(scores - jnp.where(jnp.isfinite(highest), highest, 0.0)), 0.0)
     total = weights.sum(axis=-1, keepdims=True)
     return weights / jnp.where(total > 0.0, total, 1.0)

@@ -1,6 +1,7 @@
 """Attention on TPUs: block sizes, plans and parts around the two kernels."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -63,17 +64,20 @@ class TpuKernels:
         return found["dq"].astype(q.dtype), dk, dv, found.get("diagonals"), d_dense
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> tuple[jax.Array, jax.Array]:
-        """`fused_attention` with these kernels, one part after the other where lists for all have no room."""
+        """`fused_attention` with these kernels, one part after the other where there can be no lists for all."""
         if not self.in_parts(q, k, v, inputs):
             return fused_attention(self, q, k, v, inputs)
-        by_heads = self._entries(q, k, v, inputs.block_sparse, 1) > schedule.MOST_ENTRIES
-        return _in_parts(self, q, k, v, inputs, by_heads)
+        batch, why_not = q.shape[0], functools.partial(self._why_not_listed, q, k, v, inputs.block_sparse)
+        by_heads, examples = why_not(1) is not None, 1
+        if not by_heads:
+            examples = next(n for n in range(batch, 0, -1) if batch % n == 0 and why_not(n) is None)
+        return _in_parts(self, q, k, v, inputs, examples, by_heads)
 
     def in_parts(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> bool:
-        """Whether lists for all examples have no room, so that `attend` takes one part after the other."""
+        """Whether there can be no lists for all examples, so that `attend` takes one part after the other."""
         sparse = inputs.block_sparse
         examples = max(inputs.rows.lo.shape[0], 1 if sparse is None else sparse.index.shape[0])
-        return self._entries(q, k, v, sparse, examples) > schedule.MOST_ENTRIES
+        return self._why_not_listed(q, k, v, sparse, examples) is not None
 
     def refuses(self, request: Request) -> list[str]:
         """See `pallas_kernels.requests.Backend`."""
@@ -94,12 +98,8 @@ class TpuKernels:
         q, k, v = (
             jax.ShapeDtypeStruct(shape, request.dtype) for shape in (request.q_shape, request.k_shape, request.v_shape)
         )
-        entries = self._entries(q, k, v, sparse, 1, one_key_head=True)
-        if entries > schedule.MOST_ENTRIES:
-            reasons.append(
-                f"the mask's blocks of one key head make a list of {entries}, and scalar memory holds "
-                f"{schedule.MOST_ENTRIES}: use larger blocks or shorter rows"
-            )
+        if why_not := self._why_not_listed(q, k, v, sparse, 1, one_key_head=True):
+            reasons.append(f"even of one key head {why_not}: use larger blocks or shorter rows")
         return reasons
 
     def _forward_sizes(self, q, k, v, within: tuple[int, int] | None) -> Sizes:
@@ -112,16 +112,20 @@ class TpuKernels:
     def _sizes(self, q, k, v, within, wanted: Blocks) -> Sizes:
         return Sizes.of(q, k, v, block_sizes.fitted(wanted, q.shape[1], k.shape[1], within))
 
-    def _entries(self, q, k, v, sparse, examples: int, one_key_head: bool = False) -> int:
-        """How long the longer of the two kernels' lists can become."""
+    def _why_not_listed(self, q, k, v, sparse, examples: int, one_key_head: bool = False) -> str | None:
+        """Why one of the two kernels cannot have lists for so many examples; None if both can, or need none."""
         within = None if sparse is None else sparse.block
         sizes = self._forward_sizes(q, k, v, within), self._backward_sizes(q, k, v, within)
-        entries = []
         for s, shared_heads in zip(sizes, (1, sizes[1].group)):
+            if _needs_no_lists(sparse, s):
+                continue
             per_head = sparse is not None and sparse.index.shape[1] > 1
             heads = shared_heads if not per_head else s.group if one_key_head else s.heads
-            entries.append(examples * heads * s.query_blocks * min(s.part_blocks, _longest_row(sparse, s)))
-        return max(entries)
+            entries = examples * heads * s.query_blocks * min(s.part_blocks, _longest_row(sparse, s))
+            why_not = schedule.why_not_listed(examples, heads, s.query_blocks, s.part_blocks, entries)
+            if why_not is not None:
+                return why_not
+        return None
 
 
 def _facts(q, v) -> tuple[str, int]:
@@ -130,6 +134,11 @@ def _facts(q, v) -> tuple[str, int]:
 
 def _sparse_block(inputs: Inputs) -> tuple[int, int] | None:
     return None if inputs.block_sparse is None else inputs.block_sparse.block
+
+
+def _needs_no_lists(sparse, sizes: Sizes) -> bool:
+    """Whether there is one block alone, with nothing to skip."""
+    return sparse is None and sizes.query_blocks * sizes.key_blocks == 1
 
 
 def _longest_row(sparse, sizes: Sizes) -> int:
@@ -143,7 +152,7 @@ def _walks(inputs: Inputs, sizes: Sizes, group: int) -> Callable[[jax.Array | in
     """From the number of a part of the keys to the walk over its blocks, with `group` query heads in a scope."""
     blocks, sparse = sizes.blocks, inputs.block_sparse
     unmasked = inputs.hides_nothing and sizes.keys == sizes.padded_keys
-    if unmasked or (sparse is None and sizes.query_blocks * sizes.key_blocks == 1):
+    if unmasked or _needs_no_lists(sparse, sizes):
         return lambda part: whole(sizes, group, masked=not unmasked)
     plan = plan_of_rows(inputs.rows, sizes.keys, (blocks.queries, blocks.keys))
     state = plan.state
@@ -187,31 +196,34 @@ def _joined(of_part: Callable[[jax.Array], dict[str, jax.Array]], sizes: Sizes) 
     return totals | {name: put_together(name, x) for name, x in parts.items()}
 
 
-def _in_parts(kernels: TpuKernels, q, k, v, inputs: Inputs, by_heads: bool) -> tuple[jax.Array, jax.Array]:
-    """Attention for one example after the other, or for one key head of one example."""
+def _in_parts(
+    kernels: TpuKernels, q, k, v, inputs: Inputs, examples: int, by_heads: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Attention for so many examples after the other, a divisor of all, or for one key head of them."""
     batch, tq, heads, _ = q.shape
     scopes = k.shape[2] if by_heads else 1
-    group = heads // scopes
+    group, parts = heads // scopes, batch // examples
 
-    def cut(x):  # [B * scopes, 1, T, heads, D]
-        x = x.reshape(*x.shape[:2], scopes, -1, x.shape[3])
-        return jnp.moveaxis(x, 2, 1).reshape(batch * scopes, 1, x.shape[1], -1, x.shape[4])
+    def cut(x):  # [parts * scopes, examples, T, heads, D]
+        x = x.reshape(parts, examples, x.shape[1], scopes, -1, x.shape[3])
+        return jnp.moveaxis(x, 3, 1).reshape(parts * scopes, examples, x.shape[2], -1, x.shape[5])
 
     def one(part):
         index, q, k, v = part
-        example, scope = index // scopes, index % scopes
-        return fused_attention(kernels, q, k, v, _part_of(inputs, example, scope * group, group))
+        example, head = index // scopes * examples, index % scopes * group
+        return fused_attention(kernels, q, k, v, _part_of(inputs, example, examples, head, group))
 
-    out, lse = jax.lax.map(one, (jnp.arange(batch * scopes), cut(q), cut(k), cut(v)))
-    out = jnp.moveaxis(out.reshape(batch, scopes, tq, group, -1), 1, 2).reshape(batch, tq, heads, -1)
+    out, lse = jax.lax.map(one, (jnp.arange(parts * scopes), cut(q), cut(k), cut(v)))
+    out = jnp.moveaxis(out.reshape(parts, scopes, examples, tq, group, -1), 1, 3).reshape(batch, tq, heads, -1)
+    lse = jnp.moveaxis(lse.reshape(parts, scopes, examples, group, tq), 1, 2)
     return out, lse.reshape(batch, heads, tq)
 
 
-def _part_of(inputs: Inputs, example: jax.Array, head: jax.Array, heads: int) -> Inputs:
-    """The inputs of one example and `heads` heads from `head` on."""
+def _part_of(inputs: Inputs, example: jax.Array, examples: int, head: jax.Array, heads: int) -> Inputs:
+    """The inputs of `examples` examples from `example` on, and of `heads` heads from `head` on."""
 
     def cut(x, example_axis, head_axis):
-        for axis, start, size in ((example_axis, example, 1), (head_axis, head, heads)):
+        for axis, start, size in ((example_axis, example, examples), (head_axis, head, heads)):
             if axis is not None and x.shape[axis] > 1:
                 x = jax.lax.dynamic_slice_in_dim(x, start, size, axis)
         return x

@@ -24,7 +24,7 @@ from pallas_kernels.plans import FULL, HIDDEN, Plan
 # Of the bits 0 means a visible, masked block in the middle of its row: what an entry is if nothing is known of it.
 _FULL, _NOTHING, _OPENS_ROW, _CLOSES_ROW, _OPENS_HEAD, _OPENS_SCOPE, _CLOSES_SCOPE = (1 << n for n in range(7))
 _HEAD, _EXAMPLE, _QUERY_BLOCK = 7, 19, 16
-_MOST_HEADS, _MOST_EXAMPLES, _MOST_QUERY_BLOCKS, _MOST_KEY_BLOCKS = 1 << 12, 1 << 12, 1 << 15, 1 << 16
+_MOST_HEADS, MOST_EXAMPLES, _MOST_QUERY_BLOCKS, _MOST_KEY_BLOCKS = 1 << 12, 1 << 12, 1 << 15, 1 << 16
 
 MOST_ENTRIES = 110_000
 """Scalar memory has 1 MiB; an entry takes 8 bytes, and other scalars need room too."""
@@ -216,12 +216,17 @@ def listed(plan: Plan, batch: int, heads: int, group: int, most: int | None = No
 
 
 def why_not_listed(examples: int, heads: int, query_blocks: int, key_blocks: int, entries: int) -> str | None:
-    """Why lists that name so many examples, heads and blocks have no room in scalar memory; None if they have."""
+    """Why lists cannot name so many examples, heads and blocks, or have no room in scalar memory; None if they can."""
     if entries > MOST_ENTRIES:
-        return f"its list of {entries} blocks is longer than the {MOST_ENTRIES} that scalar memory holds"
-    most = (_MOST_EXAMPLES, _MOST_HEADS, _MOST_QUERY_BLOCKS, _MOST_KEY_BLOCKS)
-    if any(n > m for n, m in zip((examples, heads, query_blocks, key_blocks), most)):
-        return f"it has more than {most} examples, heads, blocks of queries or blocks of keys"
+        return f"a list of {entries} blocks is longer than the {MOST_ENTRIES} that scalar memory holds"
+    for name, number, most in (
+        ("examples", examples, MOST_EXAMPLES),
+        ("heads", heads, _MOST_HEADS),
+        ("blocks of queries", query_blocks, _MOST_QUERY_BLOCKS),
+        ("blocks of keys", key_blocks, _MOST_KEY_BLOCKS),
+    ):
+        if number > most:
+            return f"a list cannot tell {number} {name} apart, only {most}"
     return None
 
 

@@ -208,6 +208,14 @@ def test_what_cannot_be_continued_is_said(config, build):
         CachedModel(model, start_id=41)
     dynamic = dataclasses.replace(GQA, position=Rope(scaling=NtkScaling(2.0, original_length=16)))
     assert CachedModel(build(config(CAUSAL, dynamic)), start_id=0, context_length=32).context_length == 16
+    own = {"encoder_embedding": EmbeddingConfig(positions=LearnedPositions(4)), "embedding": short}
+    crossing = CachedModel(build(config(CROSSING, dataclasses.replace(GQA, position=None), **own)), start_id=0)
+    assert (crossing.source_length, crossing.context_length) == (4, 6)
+    crossing.check([1] * 4, 6)
+    with pytest.raises(ValueError, match="prompt of 5 tokens is longer than the 4 that the model's encoder reads; sho"):
+        crossing.prefill([[1] * 5])
+    with pytest.raises(ValueError, match="0 tokens of prompt and 7 new ones is longer than the model's context of 6"):
+        crossing.check([1], 7)
     windowed = CachedModel(build(config(CAUSAL, dataclasses.replace(GQA, window=(4, 0)))), start_id=0)
     caches, _ = windowed.prefill([list(range(1, 12))])
     with pytest.raises(ValueError, match="3 tokens at once .* set CacheConfig.extension to 3"):

@@ -10,6 +10,8 @@ import pytest
 from jaxlm.architecture import Architecture
 from jaxlm.decoding.cached_model import CachedModel
 from jaxlm.decoding.engine import STOP_IDS, Engine, EngineConfig
+from jaxlm.decoding.forced import ForcedEnd
+from jaxlm.decoding.penalties import RepetitionPenalty
 from jaxlm.decoding.processors import Processor
 from jaxlm.decoding.requests import Finish, Request
 from jaxlm.decoding.sampling import NEVER, SamplingConfig, drawable_ids
@@ -96,6 +98,23 @@ def test_a_text_ends_at_its_own_stop_alone(model, answers):
     assert len(cut.log_probabilities) == 2
 
 
+def test_a_text_up_to_the_last_learned_position_leaves_its_slot_clean(config, build):
+    """Its slot stands still while the other goes on; who comes after finds nothing of it."""
+    learned = EmbeddingConfig(positions=LearnedPositions(16))
+    attention = dataclasses.replace(GQA, position=None)
+    short_model = CachedModel(build(config(Architecture.CAUSAL_DECODER, attention, embedding=learned)), start_id=0)
+    engine = Engine(short_model, EngineConfig(slots=2, steps=4))
+    busy, full, short = (
+        Request(prompt, SamplingConfig(n, 0.0)) for prompt, n in (([11], 15), ([5, 6, 7], 13), ([9], 4))
+    )
+    (alone,) = engine.generate([short])
+    for answer, request in zip(engine.generate([busy, full]), (busy, full)):
+        assert len(answer.tokens) == request.sampling.max_new_tokens
+    *_, after = engine.generate([busy, full, short])
+    assert after.tokens.tolist() == alone.tokens.tolist()
+    np.testing.assert_allclose(after.log_probabilities, alone.log_probabilities, atol=1e-4)
+
+
 def test_streams_are_what_is_answered(model, answers):
     parts = {i: [] for i in range(len(REQUESTS))}
     engine = Engine(model, EngineConfig(slots=3, steps=8))
@@ -137,6 +156,9 @@ class AddToLogit(Processor):
 
     token: int
 
+    def check(self, options):
+        return ("add",)
+
     def slot_state(self, request):
         return np.float32(request.options.get("add", 0.0))
 
@@ -176,6 +198,46 @@ def test_processors_and_constraints(model, answers):
     assert (constrained.tokens % 2).tolist() == [0, 1, 0, 1] and constrained.finish is Finish.COMPLETE
 
 
+class DeadEnd(EvenThenOdd):
+    """Three tokens, and then none that may follow."""
+
+    def allowed(self):
+        if self.count == 3:
+            raise ValueError("nothing may follow here")
+        return super().allowed()
+
+
+def test_a_constraint_that_raises_gives_its_slot_back(model, answers):
+    """Whoever asked is told; the others of its call are given up with it, and the next ones find a free slot."""
+    engine = Engine(model, EngineConfig(slots=2, steps=8))
+    stuck = dataclasses.replace(REQUESTS[5], constraint=DeadEnd)
+    unmade = dataclasses.replace(REQUESTS[5], constraint=lambda: 1 / 0)
+    for request, error in ((stuck, ValueError), (unmade, ZeroDivisionError)):
+        with pytest.raises(error):
+            engine.generate([request, *REQUESTS[:3]])
+        assert engine.step() == []
+    assert engine.generate(REQUESTS[:1])[0].tokens.tolist() == answers[0].tokens.tolist()
+    wanted, number = {n: i for i, n in enumerate(engine.submit_all(REQUESTS[:2]))}, engine.submit(stuck)
+    found, errors = {}, {}
+    while progress := engine.step():
+        found |= {wanted[one.request]: one.answer for one in progress if one.answer is not None}
+        errors |= {one.request: one.error for one in progress if one.error is not None}
+    assert list(errors) == [number] and str(errors[number]) == "nothing may follow here"
+    assert [found[i].tokens.tolist() for i in (0, 1)] == [answers[i].tokens.tolist() for i in (0, 1)]
+
+
+def test_what_is_cancelled_is_forgotten(model, answers):
+    """Those that run, those that wait, and numbers that nobody has."""
+    engine = Engine(model, EngineConfig(slots=2, steps=4))
+    numbers = engine.submit_all(REQUESTS)
+    assert {progress.request for progress in engine.step()} == set(numbers[:2])
+    engine.cancel([numbers[0], *numbers[2:5], 99])
+    ended = [(progress.request, progress.answer) for progress in engine.stream() if progress.answer is not None]
+    assert sorted(number for number, _ in ended) == [numbers[1], numbers[5]]
+    for number, answer in ended:
+        assert answer.tokens.tolist() == answers[number].tokens.tolist()
+
+
 def test_ids_that_may_not_be_drawn_are_not(model):
     engine = Engine(model, EngineConfig(slots=3, steps=8), drawable=drawable_ids(40, 10, (0,)))
     drawn = np.concatenate(
@@ -210,6 +272,21 @@ def test_what_cannot_be_asked_is_said(model, config, build):
     assert engine.step() == []  # none of the two was begun
     with pytest.raises(ValueError, match="Request.seed is -1"):
         Request([1], seed=-1)
+    built = [one.build(None, vocab_size=40, end_ids=(1,)) for one in (RepetitionPenalty(), ForcedEnd(4))]
+    penalized = Engine(model, EngineConfig(slots=2, processors=tuple(built)))
+    for options, message in (
+        ({"repetition_penality": 1.1}, "option 'repetition_penality', .* take max_new_tokens, repetition_penalty"),
+        ({"repetition_penalty": 0}, "option repetition_penalty = 0; it must be a number above 0"),
+        ({"repetition_penalty": "1.2"}, "option repetition_penalty = '1.2'; it must be a number above 0"),
+        ({"repetition_penalty": float("nan")}, "option repetition_penalty = nan"),
+        ({"max_new_tokens": 0}, "option max_new_tokens = 0; it must be a whole number of at least 1"),
+        ({"max_new_tokens": 2.5}, "option max_new_tokens = 2.5; it must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            penalized.submit(Request([1], options=options))
+    penalized.submit(Request([1], options={"repetition_penalty": np.float32(2), "max_new_tokens": 3}))
+    with pytest.raises(ValueError, match="option 'add', .* there is none"):
+        engine.submit(Request([1], options={"add": 1.0}))
     with pytest.raises(ValueError, match="EngineConfig.slots is 0"):
         EngineConfig(slots=0)
     with pytest.raises(ValueError, match="allow one at least"):

@@ -12,6 +12,7 @@ from jaxlm.exit_status import ExitStatus
 from jaxlm.generate import main
 from tests.checkpoints.test_pretrained import save_run
 
+BEAM = "--gin_file=gin_configs/decoding/beam.gin"
 SHORT = ["--max_new_tokens=5", "--gin.GenerationConfig.slots=2"]
 
 
@@ -109,6 +110,21 @@ def test_a_chat_template_in_its_sandbox(tmp_path):
         (["--file=/nowhere/prompts.txt"], 1, "/nowhere/prompts.txt"),
         (["no gap", "--infill"], 1, "gaps of 'no gap' must be marked by sentinels"),
         (["--chat", "--infill"], 2, "--chat and --infill are two ways to write"),
+        (["--chat", "--samples=2"], 2, "--chat has one answer to what is said, as it is said; leave out --samples"),
+        (["--chat", "--specials"], 2, "as it is said; leave out --specials"),
+        (
+            ["a", "--draft=b"],
+            2,
+            "nothing asks for drafts of a model; add --gin_file=.*draft_model.gin, or leave out --d",
+        ),
+        (["a", "--draft=b", "--gin_file=gin_configs/decoding/lookup.gin"], 2, "nothing asks for drafts of a model"),
+        (["a", "--seed=3", BEAM], 2, "--seed is of draws, and a beam search draws nothing; leave it out"),
+        (["a", "--samples=2", BEAM], 2, "--samples is of draws, .* leave it out .BeamConfig.num_return is"),
+        (
+            ["a<extra_id_0>", "--infill", BEAM, "--gin.BeamConfig.num_return=2"],
+            2,
+            "--infill fills a gap in one way, .* 2",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(ask, arguments, status, sentence):
@@ -118,7 +134,13 @@ def test_bad_input_is_one_sentence(ask, arguments, status, sentence):
 
 
 def test_unknown_flags_and_models(ask, capsys, tmp_path):
-    for arguments in (["--temprature=0", "a"], ["--temperature=hot", "a"]):
+    wrong = (
+        ["--temprature=0", "a"],
+        ["--temperature=hot", "a"],
+        ["--temperature=1", BEAM, "a"],
+        ["--averaged=no", "a"],
+    )
+    for arguments in wrong:
         with pytest.raises(SystemExit) as stopped:
             ask(*arguments)
         err = capsys.readouterr().err

@@ -82,6 +82,24 @@ def test_streams_are_the_texts_and_stop_strings_cut_them(model):
         assert not set(answer.text) & set("bd") and answer.finish is Finish.STOP
 
 
+def test_streams_may_be_left_and_taken_in_turn(model):
+    """One that is left gives its slots back; of several, and of `generate` meanwhile, each gets what is its own."""
+    short = generator(model, processors=LETTERS, steps=2, slots=2)
+    wanted = [answers[0].text for answers in short.generate(PROMPTS)]
+    for _ in short.stream(PROMPTS):
+        break
+    assert "".join(text for _, text, _ in short.stream(PROMPTS[:1])) == wanted[0]
+    first, second = (short.stream([prompt]) for prompt in PROMPTS)
+    texts = [next(first)[1], next(second)[1], ""]
+    assert [answers[0].text for answers in short.generate(PROMPTS[::-1])] == wanted[::-1]
+    for one, other in zip(first, second, strict=False):
+        texts[0] += one[1]
+        texts[1] += other[1]
+    texts[0] += "".join(text for _, text, _ in first)
+    texts[1] += "".join(text for _, text, _ in second)
+    assert texts[:2] == wanted
+
+
 def test_a_constraint_gives_each_answer_its_form(model):
     pytest.importorskip("llguidance", reason="the extra `constraints` is not installed")
     pattern = r"[a-f]{2}-[0-9]{3}"

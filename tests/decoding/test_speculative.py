@@ -193,14 +193,14 @@ def test_greedy_texts_are_those_of_the_engine(architecture, full):
     requests = [Request(prompt, sampling[i == 1]) for i, prompt in enumerate(PROMPTS)]
     engine = Engine(model, EngineConfig(slots=4))
     wanted = engine.generate(requests)
-    # A stop id that the third text has in its middle.
+    # The longest text goes on to its end, and once more up to a stop id that it has in its middle.
     stop = int(wanted[2].tokens[6])
-    requests[2] = Request(PROMPTS[2], sampling[0], stop_ids=(stop,))
+    requests.append(Request(PROMPTS[2], sampling[0], stop_ids=(stop,)))
     wanted = engine.generate(requests)
-    assert wanted[2].finish is Finish.STOP
+    assert len(wanted[2].tokens) == 12 and wanted[3].finish is Finish.STOP
     ways = [(SpeculativeConfig(K), draft), (SpeculativeConfig(K), model), (SpeculativeConfig(K, NGramLookup()), None)]
     if not full:
-        ways = ways[1:2] if architecture is Architecture.CAUSAL_DECODER else ways[:1]
+        ways = ways[1:] if architecture is Architecture.CAUSAL_DECODER else ways[:1]
     for config, drafter in ways:
         found = speculate(model, requests, config, draft=drafter)
         for answer, expected in zip(found, wanted, strict=True):
@@ -208,6 +208,8 @@ def test_greedy_texts_are_those_of_the_engine(architecture, full):
             assert answer.finish is expected.finish
             np.testing.assert_allclose(answer.log_probabilities, expected.log_probabilities, atol=1e-4)
             assert answer.passes <= len(expected.tokens) and answer.accepted <= answer.drafted
+        if drafter is None:
+            assert found[2].accepted < found[2].drafted  # some were refused
         if drafter is model:  # its own drafts are all accepted: one token from the prompt, then K + 1 a pass
             assert [answer.passes for answer in found[:2]] == [-(-11 // (K + 1)), -(-4 // (K + 1))]
             assert found[0].acceptance_length == K + 1
@@ -265,6 +267,10 @@ def test_what_does_not_go_together_is_refused():
             "takes no constraint",
         ),
         ({"config": SpeculativeConfig(K, NGramLookup()), "requests": [Request([99])]}, "has the id 99"),
+        (
+            {"config": SpeculativeConfig(K, NGramLookup()), "requests": [Request([5], options={"penalty": 2})]},
+            "has the option 'penalty'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             speculate(**{"model": ours, "requests": [request], **options})

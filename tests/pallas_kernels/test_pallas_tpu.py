@@ -71,6 +71,41 @@ def test_parts_where_lists_have_no_room(name, by_heads, small_blocks, monkeypatc
     assert used == [by_heads]
 
 
+def taken_in_parts(monkeypatch):
+    """A list that gets (examples of a part, whether by heads) of each call that is taken in parts."""
+    in_parts, taken = tpu_attention._in_parts, []
+    monkeypatch.setattr(tpu_attention, "_in_parts", lambda *args: taken.append(args[-2:]) or in_parts(*args))
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "part"), [(4096, 2048, None), (8192, 2048, 4096), (4098, 2048, 2049), (4097, 1024, None)]
+)
+def test_lists_number_4096_examples(batch, length, part, monkeypatch):
+    """More are taken in parts, of a size that divides them; rows of one block of scores need no list."""
+    taken = taken_in_parts(monkeypatch)
+    x, ids = jax.ShapeDtypeStruct((batch, length, 1, 64), jnp.float32), jax.ShapeDtypeStruct((batch, length), jnp.int32)
+    attend = lambda x, ids: attention(x, x, x, mask=masks.Causal() & masks.Segments(ids), backend="pallas_tpu")  # noqa: E731
+    assert jax.eval_shape(attend, x, ids).shape == x.shape
+    assert taken == ([] if part is None else [(part, False)])
+
+
+def test_parts_of_several_examples(small_blocks, monkeypatch):
+    """Four examples, two at a time: output and gradients are those of another backend."""
+    monkeypatch.setattr(schedule, "MOST_EXAMPLES", 2)
+    taken, rng = taken_in_parts(monkeypatch), np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.normal(size=(4, 256, heads, 64)), jnp.float32) for heads in (2, 1))
+    mask = masks.Causal() & masks.Segments(np.sort(rng.integers(1, 4, (4, 256)), axis=1))
+
+    def found(backend):
+        loss = lambda q, k: (attention(q, k, k, mask=mask, backend=backend) ** 2).sum()  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(q, k)
+
+    for ours, theirs in zip(*(jax.tree.leaves(found(backend)) for backend in ("pallas_tpu", "xla")), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
+    assert set(taken) == {(2, False)}
+
+
 @pytest.mark.parametrize("name", ordinary(["relative"], "packed prefix", "dense bias", "block sparse"))
 def test_parts_where_sums_have_no_room(name, small_blocks, monkeypatch):
     """dk and dv of one block of keys at a time."""
@@ -224,7 +259,7 @@ def test_refusals_say_what_and_who_can():
     assert "BlockSparse.block=(64, 64) is not in multiples of 128" in refusal(mask=sparse)
     many = masks.BlockSparse(np.zeros((1, 1, 512, 256), np.int32), np.ones((1, 1, 512), np.int32), (128, 128))
     said = refusal(mask=many, length=512 * 128)
-    assert "make a list of 131072" in said
+    assert "a list of 131072 blocks is longer than the 110000 that scalar memory holds" in said
     assert set(said.partition("Backends that can: ")[2].rstrip(".").split(", ")) == {"xla", "xla_blocks", "xla_chunked"}
 
 

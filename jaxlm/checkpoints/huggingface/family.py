@@ -44,6 +44,8 @@ class Family:
     code: ClassVar[str | None] = None
     # The architectures that such a file computes.
     computes: ClassVar[tuple[Architecture, ...]] = ()
+    # The field of config.json that says how many tokens the longest row had.
+    length_field: ClassVar[str] = "max_position_embeddings"
     # What the family says in generation_config.json.
     generation: ClassVar[Json] = {}
 
@@ -218,6 +220,11 @@ def rope(
             low, high = rest.pop("low_freq_factor"), rest.pop("high_freq_factor")
             found = Llama3Scaling(rest.pop("factor"), low, high, trained)
         case "yarn":
+            if not (truncate := rest.pop("truncate", True)):
+                raise ValueError(
+                    f"YaRN with truncate = {truncate}, a ramp that does not end at whole dimensions, has no equivalent "
+                    f"here."
+                )
             fast, slow = rest.pop("beta_fast", None) or 32.0, rest.pop("beta_slow", None) or 1.0
             found = YarnScaling(rest.pop("factor"), trained, fast, slow, rest.pop("attention_factor", None))
         case _:

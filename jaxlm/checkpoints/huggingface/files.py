@@ -21,6 +21,8 @@ from jaxlm.checkpoints.pending import Pending, put_in_order
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Constants that modules of old kept among their weights: masks, frequencies, position numbers.
+BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq", "position_ids")
 _ROWS = 64  # at least, of a transposed view: enough to use whole lines of the processor's cache
 _PIECE_BYTES = 1 << 20  # of a transposed view, put in order and written at once
 _NAMES = {
@@ -38,7 +40,7 @@ _TYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 class TensorFolder:
-    """The tensors of a Hugging Face checkpoint.
+    """The tensors of a Hugging Face checkpoint, but for `BUFFERS`.
 
     Args:
       folder: with `model.safetensors`, or shards and their index.
@@ -62,6 +64,8 @@ class TensorFolder:
                     f"whole, get it again."
                 )
             for name in names:
+                if name.endswith(BUFFERS):
+                    continue
                 self.shapes[name] = tuple(self._handle(file).get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:

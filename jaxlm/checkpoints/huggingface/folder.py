@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxlm.checkpoints import naming
 from jaxlm.checkpoints.huggingface import families
-from jaxlm.checkpoints.huggingface.family import Family, Json
+from jaxlm.checkpoints.huggingface.family import Family, Json, differences, essence
 from jaxlm.checkpoints.huggingface.files import TensorFolder, new_folder, read_json, write_json, write_tensors
 from jaxlm.checkpoints.huggingface.pickled import PickledFolder
 from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
@@ -66,7 +66,7 @@ def open_folder(
     """
     found = names_in(path, ignore=ignore, allow_pickle=allow_pickle)
     table = resolve(found.table, found.shapes)
-    if faults := mismatches(table, found.shapes, found.tensors.shapes):
+    if faults := mismatches(found, table):
         raise ValueError(f"{path} {faults[0]}; its config.json describes another model.")
     return dataclasses.replace(found, table=table)
 
@@ -96,7 +96,7 @@ def export(
     *,
     family: str | None = None,
     dtype: np.dtype | None = None,
-    special_ids: Mapping[str, int] | None = None,
+    special_ids: Json | None = None,
     shard_bytes: int = 5 << 30,
     beside: Callable[[pathlib.Path], None] = lambda folder: None,
 ) -> Family:
@@ -109,7 +109,7 @@ def export(
       value: path -> the parameter.
       family: a `model_type`; None takes the first that can express the model.
       dtype: of the tensors; None is float32.
-      special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`.
+      special_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, and what else `config.json` is to say.
       shard_bytes: size of the files.
       beside: writes what else belongs into the folder (tokenizer, card), before it appears.
 
@@ -117,7 +117,8 @@ def export(
       the family it is of.
 
     Raises:
-      ValueError: no family can express the model; the message says what stands in the way.
+      ValueError: no family can express the model, or what is written would not be read back; the message says what
+        stands in the way.
       FileExistsError: the folder exists.
     """
     adapter = families.by_model(config, family)
@@ -139,19 +140,43 @@ def export(
         return Pending(entry.shape(shapes), dtype, make)
 
     fields = {"architectures": [adapter.architecture], "model_type": adapter.model_type, "dtype": dtype.name}
+    fields |= adapter.write(config) | dict(special_ids or {})
+    _check_comes_back(adapter, fields, table, config)
     with new_folder(pathlib.Path(folder)) as unfinished:
         write_tensors(unfinished, {entry.name: tensor(entry) for entry in table}, shard_bytes=shard_bytes)
-        write_json(unfinished / CONFIG, fields | adapter.write(config) | dict(special_ids or {}))
+        write_json(unfinished / CONFIG, fields)
         if adapter.code is not None:
             shutil.copyfile(pathlib.Path(__file__).with_name(adapter.code), unfinished / adapter.code)
         beside(unfinished)
     return adapter
 
 
-def mismatches(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
-    """How the tensors found differ from those of a resolved table, a clause a kind of difference; [] if they do not."""
-    wanted = {entry.name: entry.shape(shapes) for entry in table}
-    faults = []
+def _check_comes_back(adapter: Family, fields: Json, table: Table, config: ModelConfig) -> None:
+    """Raises ValueError unless a `config.json` of these fields is read as the model."""
+    try:
+        again = adapter.model_of(fields, tensors=[entry.name for entry in table])
+        reasons = differences(essence(config), essence(again), adapter.model_type)
+    except ValueError as error:
+        reasons = [str(error).partition("; ")[0].rstrip(".")]  # without the remedy, which is for readers
+    if reasons:
+        raise ValueError(f"The config.json of this {adapter.model_type} would not be read back: {reasons[0]}.")
+
+
+def mismatches(folder: HuggingFaceFolder, table: Table) -> list[str]:
+    """How a folder's tensors differ from those of its model's table, a clause a kind of difference; [] if they do not.
+
+    An output matrix that is tied to the embedding may be there a second time; both are read to see that they are one.
+
+    Args:
+      folder: as `names_in` gives it.
+      table: its table, resolved.
+    """
+    wanted = {entry.name: entry.shape(folder.shapes) for entry in table}
+    found, faults = dict(folder.tensors.shapes), []
+    for again, embedding in _tied(folder, table):
+        del found[again]
+        if not np.array_equal(*map(folder.tensors.read, (again, embedding))):
+            faults.append(f"has {again}, which is not the {embedding} that config.json ties it to")
     for names, fault in ((set(wanted) - set(found), "lacks"), (set(found) - set(wanted), "has in excess")):
         if names:
             faults.append(f"{fault} {some(sorted(names))}")
@@ -159,3 +184,14 @@ def mismatches(table: Table, shapes: Mapping[str, Shape], found: Mapping[str, Sh
         if found.get(name, shape) != shape:
             faults.append(f"has {name} of shape {list(found[name])}, not {list(shape)}")
     return faults
+
+
+def _tied(folder: HuggingFaceFolder, table: Table) -> list[tuple[str, str]]:
+    """(a second name of the tied embedding, its first), of those that are both there."""
+
+    def names(entries: Table, path: str) -> list[str]:
+        return [entry.name for entry in entries if entry.paths == (path,) and entry.name in folder.tensors.shapes]
+
+    output = "vocabulary_head/kernel"
+    again = [] if output in folder.shapes else names(folder.table, output)
+    return [(name, embedding) for name in again for embedding in names(table, "embedding/tokens")]

@@ -106,6 +106,9 @@ class Gemma2(Gemma):
         """See `Family`."""
         whole = AttentionConfig(**self.sizes(fields), position=rope(fields))
         local = dataclasses.replace(whole, window=sliding_window(fields))
+        fields.expect(
+            "sliding_window_size", fields("sliding_window", None)
+        )  # its name at first; some folders have both
         count = fields("num_hidden_layers")
         default = ["full_attention" if i % 2 else "sliding_attention" for i in range(count)]
         kinds = layer_types(fields, count, default)

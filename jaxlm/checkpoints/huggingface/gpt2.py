@@ -1,5 +1,7 @@
 """GPT-2 (Radford et al. 2019): learned positions, fused and transposed projections."""
 
+from collections.abc import Collection
+
 from jaxlm.checkpoints.huggingface.family import Family, Json, activation, activation_name, causal_decoder
 from jaxlm.checkpoints.huggingface.fields import Fields
 from jaxlm.checkpoints.huggingface.tensors import Linear, Same, Table, entry, layers, linear, norm
@@ -67,10 +69,18 @@ class GPT2(Family):
 
     def table(self, config: LanguageModelConfig) -> Table:
         """See `Family`."""
+        return self.named(config, "transformer.")
+
+    def table_of(self, config: LanguageModelConfig, tensors: Collection[str]) -> Table:
+        """See `Family`; the released folders hold the tensors of `GPT2Model`, whose names begin without a prefix."""
+        return self.named(config, "" if "wte.weight" in tensors else "transformer.")
+
+    def named(self, config: LanguageModelConfig, prefix: str) -> Table:
+        """The table with this before every name but the output matrix's."""
         return (
-            entry("transformer.wte.weight", "embedding/tokens", form=Same()),
-            entry("transformer.wpe.weight", "embedding/positions", form=Same()),
-            *layers(BLOCK, config.decoder.depth, "transformer.h", "decoder/layers"),
-            *norm("transformer.ln_f", "decoder/norm"),
+            entry(f"{prefix}wte.weight", "embedding/tokens", form=Same()),
+            entry(f"{prefix}wpe.weight", "embedding/positions", form=Same()),
+            *layers(BLOCK, config.decoder.depth, f"{prefix}h", "decoder/layers"),
+            *norm(f"{prefix}ln_f", "decoder/norm"),
             entry("lm_head.weight", "vocabulary_head/kernel", form=Linear()),
         )

@@ -25,12 +25,13 @@ class OpenElm(Family):
 
     model_type = "openelm"
     architecture = "OpenELMForCausalLM"
+    length_field = "max_context_length"
 
     def read(self, fields: Fields) -> LanguageModelConfig:
         """See `Family`."""
         width, count, head_dim = fields("model_dim"), fields("num_transformer_layers"), fields("head_dim")
         fields.expect("normalization_layer_name", "rms_norm")
-        fields("max_context_length", None)
+        fields(self.length_field, None)
         fields("rope_max_length", None)
         normed, shared = NormConfig(), fields("num_gqa_groups", 1)
         across = fields("qkv_multipliers", (1.0, 1.0))

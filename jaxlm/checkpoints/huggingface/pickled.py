@@ -6,12 +6,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxlm.checkpoints.huggingface.files import read_json
+from jaxlm.checkpoints.huggingface.files import BUFFERS, read_json
 
 INDEX = "pytorch_model.bin.index.json"
 SINGLE = "pytorch_model.bin"
-# Constants that modules of old kept among their weights: masks, frequencies, position numbers.
-_BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq", "position_ids")
 
 
 class PickledFolder:
@@ -36,7 +34,7 @@ class PickledFolder:
             for name, tensor in _load(folder / file).items():
                 place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
                 # safetensors has no two names for one array: tied weights are there once.
-                if not name.endswith(_BUFFERS) and place not in places:
+                if not name.endswith(BUFFERS) and place not in places:
                     places.add(place)
                     self._tensors[name] = tensor
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}

@@ -9,6 +9,8 @@ import dataclasses
 import enum
 import re
 
+import numpy as np
+
 from jaxlm.checkpoints.manifest import CheckpointError
 from jaxlm.checkpoints.surgery.leaves import Draft
 from jaxlm.checkpoints.surgery.rules import (
@@ -217,7 +219,8 @@ class WidenResidual(Recipe):
     the stream shares its weights out among the copies, what writes to it writes the same to each. Heads, head size and
     hidden width stay; blocks are dense. The function stays the same, for norms of either kind, where nothing is scaled
     by the model's width (`EmbeddingConfig.scale_by_width`, `HeadConfig.scale_by_width`, a parametrisation but the
-    standard). Copies train alike until something tells them apart: dropout, or noise.
+    standard). Where the output is the embedding, the final norm's scale shares out for it and must be there. Copies
+    train alike until something tells them apart: dropout, or noise.
     """
 
     def rules(self, draft: Draft) -> tuple[Rule, ...]:
@@ -231,7 +234,10 @@ class WidenResidual(Recipe):
         last = r"(?:encoder|decoder)/norm/(?:scale|bias)"
         tied = "vocabulary_head/kernel" not in draft.leaves
         decoders = any(leaf.startswith("decoder/") for leaf in draft.leaves)
-        output = rf"{'decoder' if decoders else 'encoder'}/norm/(?:scale|bias)"  # what a tied embedding multiplies
+        final = f"{'decoder' if decoders else 'encoder'}/norm"  # what a tied embedding multiplies
+        output, offset = rf"{final}/(?:scale|bias)", 0.0
+        if tied and new > old:
+            offset = self._offset(draft, f"{final}/scale", new // old)
         rules = (
             (r"embedding/(?:tokens|positions|types)", -1, Fill.REPEATED),
             (r"embedding/norm/(?:scale|bias)", 0, Fill.REPEATED),
@@ -244,7 +250,36 @@ class WidenResidual(Recipe):
             (last, 0, Fill.REPEATED),
             (r"vocabulary_head/kernel", 0, Fill.SHARED),
         )
-        return tuple(Resize(p, axis, new, fill) for p, axis, fill in rules if _matches(draft, p))
+        resized = tuple(Resize(p, axis, new, fill) for p, axis, fill in rules if _matches(draft, p))
+        # Of offset + scale, not of the scale alone, each copy has its share.
+        return (*resized, _Add(f"{final}/scale", offset * (old / new - 1.0))) if offset else resized
+
+    def _offset(self, draft: Draft, scale: str, copies: int) -> float:
+        """`NormConfig.scale_offset` of the final norm: scales start at 1 less of it."""
+        if scale not in draft.leaves:
+            raise CheckpointError(
+                f"WidenResidual would make the logits {copies} times as large: the output is the embedding, and "
+                f"{scale} is not there to divide them; untie it first (HeadConfig.tied = False, Copy and Transpose)."
+            )
+        start = draft.initial(scale)
+        if np.ptp(start):
+            raise CheckpointError(
+                f"WidenResidual sees by the model's initial {scale} what is added to it (NormConfig.scale_offset), but "
+                f"finds {start.min():g} to {start.max():g} there, not one number; start from a fresh model."
+            )
+        return 1.0 - float(start[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Add(Rule):
+    """Adds to one leaf."""
+
+    name: str
+    term: float
+
+    def apply(self, draft: Draft) -> None:
+        leaf = draft.leaves[self.name]
+        draft.leaves[self.name] = leaf.changed(f"plus {self.term:g}", lambda x: x + np.asarray(self.term, x.dtype))
 
 
 def _matches(draft: Draft, pattern: str) -> bool:

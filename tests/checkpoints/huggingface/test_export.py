@@ -1,5 +1,7 @@
 """A run goes to a Hugging Face folder and back with everything that belongs to it; the folder works in transformers."""
 
+import dataclasses
+import functools
 import json
 
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from flax import nnx
 
 from benchmarks.tiny_runs import Workshop
 from jaxlm.architecture import Architecture
-from jaxlm.checkpoints import conversion
+from jaxlm.checkpoints import conversion, pretrained
 from jaxlm.checkpoints.huggingface.folder import open_folder
 from jaxlm.checkpoints.huggingface.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 from jaxlm.checkpoints.pretrained import load
@@ -17,6 +19,7 @@ from jaxlm.checkpoints.sources import open_source
 from jaxlm.data.vocabularies import ByteVocabulary, PythonVocabulary, TokenizersVocabulary, Vocabulary
 from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models.config import LanguageModelConfig
+from tests.checkpoints.huggingface import openelm_reference
 from tests.checkpoints.huggingface.family_cases import CASES
 from tests.checkpoints.huggingface.test_folder import config_of, written
 from tests.checkpoints.saved_runs import save_run
@@ -130,6 +133,10 @@ def test_a_dry_run_says_what_is_missing(exported, tmp_path, capsys):
     (tmp_path / "llama" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     assert convert_checkpoint.main([str(tmp_path / "llama"), "--dry-run"]) == 1
     assert "lacks model.layers.4." in capsys.readouterr().out
+    (tmp_path / "llama" / "config.json").write_text(json.dumps(config | {"partial_attention": 3}))
+    assert convert_checkpoint.main([str(tmp_path / "llama"), "--dry-run"]) == 1
+    assert "--ignore=partial_attention" in capsys.readouterr().err
+    assert convert_checkpoint.main([str(tmp_path / "llama"), "--dry-run", "--ignore=partial_attention"]) == 0
 
 
 def test_bad_input_is_one_sentence(exported, tmp_path, capsys):
@@ -145,6 +152,32 @@ def test_bad_input_is_one_sentence(exported, tmp_path, capsys):
         error = capsys.readouterr().err
         assert sentence in error and error.count("\n") == 1, error
     assert not (tmp_path / "x").exists()
+
+
+def rotating():
+    """The cases whose models know positions by rotations, and OpenELM."""
+    found = {case.name: case for case in CASES}
+    configs = {name: config_of(case)[1] for name, case in found.items()}
+    names = [name for name, config in configs.items() if hasattr(config, "stacks") and conversion._rotates(config)]
+    return {name: functools.partial(written, case=found[name]) for name in names} | {
+        "openelm": openelm_reference.written
+    }
+
+
+@pytest.mark.parametrize("name", rotating())
+def test_what_rotates_says_how_long_its_rows_were(name, tmp_path, monkeypatch):
+    """In a field that its own adapter reads: the folder of a run opens again, and knows the length."""
+    rotating()[name](tmp_path / "theirs")
+    source = open_folder(tmp_path / "theirs")
+    both = source.config.architecture is Architecture.ENCODER_DECODER  # whose runs say nothing of it
+    length = None if both else 24
+    about = dataclasses.replace(pretrained.describe(source), context_length=length)
+    monkeypatch.setattr(conversion, "describe", lambda _: about)
+    conversion.to_hugging_face(source, tmp_path / "ours", family=source.family.model_type)
+    found = open_folder(tmp_path / "ours")
+    assert found.config == source.config
+    dynamic = source.fields.get("max_position_embeddings")  # which the rotations depend on
+    assert pretrained.describe(found).context_length == (dynamic or length)
 
 
 def test_a_half_written_folder_is_not_left(exported, tmp_path, monkeypatch):

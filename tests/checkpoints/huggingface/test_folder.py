@@ -17,7 +17,7 @@ from jaxlm.checkpoints.surgery import Fresh
 from jaxlm.checkpoints.warm_start import WarmStart, warm_start
 from jaxlm.models import build_model
 from jaxlm.training.state import abstract_model
-from tests.checkpoints.huggingface.family_cases import CASES
+from tests.checkpoints.huggingface.family_cases import CASES, YARN
 
 LLAMA = CASES[0]
 
@@ -79,6 +79,14 @@ def test_a_stack_of_experts_is_read_once_and_let_go(tmp_path):
 
     export(tmp_path / "model", config, shapes, value, family=family.model_type)
     assert len(asked) == len(set(asked)) == len(shapes)
+
+
+def test_what_would_not_be_read_back_is_not_written(tmp_path):
+    with pytest.raises(
+        ValueError, match="config.json of this llama would not be read back: .* has strange = 3, which "
+    ):
+        written(tmp_path / "model", special_ids={"strange": 3})
+    assert not list(tmp_path.iterdir())
 
 
 def test_shards_hold_what_one_file_holds(tmp_path):
@@ -145,6 +153,46 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+BUFFERS = {
+    "gpt2": ("h.0.attn.bias", "h.0.attn.masked_bias"),
+    "gpt_neox": tuple(f"gpt_neox.layers.0.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")),
+}
+
+
+def rewritten(folder, change):
+    """Writes a folder's tensors again, as `change` has them of {name: array}."""
+    tensors = TensorFolder(folder)
+    found = change({name: tensors.read(name) for name in tensors.shapes})
+    pending = {name: Pending(x.shape, x.dtype, lambda x=x: x) for name, x in found.items()}
+    write_tensors(folder, pending)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma2"])
+def test_folders_open_as_they_were_released(name, tmp_path):
+    """GPT-2's names without `transformer.`, buffers among the tensors, fields of transformers' caches."""
+    config, values = written(tmp_path / "model", next(case for case in CASES if case.name == name))
+    short = lambda tensor: tensor.removeprefix("transformer.")  # noqa: E731
+    buffers = {buffer: np.ones(3, np.float32) for buffer in BUFFERS.get(name, ())}
+    rewritten(tmp_path / "model", lambda found: {short(tensor): x for tensor, x in found.items()} | buffers)
+    if name == "gemma2":
+        edited(tmp_path / "model", cache_implementation="hybrid", sliding_window_size=8)
+    found = open_folder(tmp_path / "model")
+    assert found.config == config and not set(buffers) & set(found.tensors.shapes)
+    for path, value in values.items():
+        np.testing.assert_array_equal(found.array(("params", *path.split("/"))), value, path)
+
+
+def test_a_tied_output_may_be_there_twice(tmp_path):
+    """As trainers and older versions of transformers leave it, if it is what the embedding is."""
+    config, _ = written(tmp_path / "model", next(case for case in CASES if case.name == "gpt2"))
+    rewritten(tmp_path / "model", lambda found: found | {"lm_head.weight": found["transformer.wte.weight"]})
+    assert config.head.tied and open_folder(tmp_path / "model").config == config
+    rewritten(tmp_path / "model", lambda found: found | {"lm_head.weight": found["lm_head.weight"] + 1})
+    message = r"lm_head\.weight, which is not the transformer\.wte\.weight that config\.json ties it to"
+    with pytest.raises(ValueError, match=message):
+        open_folder(tmp_path / "model")
+
+
 def edited(folder, **changes):
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changes
@@ -155,13 +203,17 @@ def edited(folder, **changes):
     ("changes", "message"),
     [
         ({"model_type": "rwkv", "architectures": ["RwkvForCausalLM"]}, "no adapter for .*Rwkv.*; there are .*Llama"),
-        ({"partial_attention": 3}, "has partial_attention = 3, which the adapter does not know"),
+        (
+            {"partial_attention": 3},
+            "partial_attention = 3, which the adapter does not know.* --ignore=partial_attention",
+        ),
         ({"hidden_size": ...}, "lacks 'hidden_size'"),
         ({"hidden_act": "gelu_fast"}, "activation 'gelu_fast' is not among"),
         ({"intermediate_size": 47}, r"has .*mlp\..* of shape \[48, 32\], not \[47, 32\]"),
         ({"num_hidden_layers": 3}, r"has in excess model\.layers\.3\."),
         ({"num_hidden_layers": 5}, r"lacks model\.layers\.4\."),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "RoPE scaling of type 'longrope'"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "YaRN with truncate = False, .* has no equivalent here"),
     ],
 )
 def test_other_models_are_refused_in_a_sentence(folder, changes, message):

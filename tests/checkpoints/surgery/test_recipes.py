@@ -129,6 +129,9 @@ class Clinic:
     def operated(self, path, config, *rules):
         """(definition, parameters) of a model made of the one at `path`."""
         definition, fresh = random_parameters(config, seed=2)
+        final = fresh["decoder"].get("norm", {})
+        if "scale" in final:  # a recipe looks at what it starts from
+            final["scale"] = jnp.full_like(final["scale"], 1.0 - config.decoder.final_norm.scale_offset)
         started = warm_start(fresh, WarmStart(path, rules=rules), definition.layouts, report=lambda _: None)
         return definition, started.params
 
@@ -266,9 +269,17 @@ def test_an_encoder_of_another_size(clinic):
         clinic.operated(path, both, DecoderToEncoderDecoder(encoder_path=other))
 
 
-@pytest.mark.parametrize(("name", "config"), [("llama", LLAMA), ("gpt", GPT)])
+def finally_normed(config, norm):
+    return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, final_norm=norm))
+
+
+OFFSET = finally_normed(LLAMA, NormConfig(scale_offset=1.0))
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", LLAMA), ("gpt", GPT), ("offset", OFFSET)])
 def test_a_wider_model_computes_the_same(clinic, name, config):
-    """Twice the width (RMS norms and a tied output; layer norms and one of its own), then more hidden units."""
+    """Twice the width (RMS norms and a tied output, also with 1 + scale; layer norms and one of its own), then more
+    hidden units."""
     path, definition, params = clinic.donor(name, config)
     expected = clinic.logits(config, definition, params)
     (block,) = config.decoder.blocks
@@ -280,6 +291,17 @@ def test_a_wider_model_computes_the_same(clinic, name, config):
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     with pytest.raises(CheckpointError, match="WidenResidual goes from a width to a multiple .* choose 32"):
         clinic.operated(path, dataclasses.replace(config, width=24), WidenResidual())
+
+
+@pytest.mark.parametrize("norm", [None, NormConfig(scale=False)])
+def test_a_tied_output_without_a_scale_before_it_is_not_widened(clinic, norm):
+    """Nothing is there that could divide the logits by the number of copies."""
+    path, *_ = clinic.donor(f"without_{norm is None}", finally_normed(LLAMA, norm))
+    wide = dataclasses.replace(finally_normed(LLAMA, norm), width=2 * WIDTH)
+    with pytest.raises(
+        CheckpointError, match="2 times as large: the output is the embedding, and decoder/norm/scale is n"
+    ):
+        clinic.operated(path, wide, WidenResidual())
 
 
 @pytest.mark.parametrize(("name", "config"), [("llama", LLAMA), ("gpt", GPT)])

@@ -81,6 +81,19 @@ def test_three_branches_by_hand():
     assert np.linalg.norm(attend(*inputs) - out) <= 1e-5 * np.linalg.norm(out)
 
 
+@pytest.mark.parametrize("per_block", [True, False])
+@pytest.mark.parametrize("length", [1, CONFIG.size - 1])
+def test_texts_shorter_than_a_compressed_key_have_two_branches(length, per_block):
+    """No key sums up so few tokens: that branch gives nothing, and the others all that is causal."""
+    q, compressed, selected, near, gates = jax.tree.map(lambda x: x[:, :length], arrays())
+    compressed = jax.tree.map(lambda x: x[:, :0], compressed)
+    assert CONFIG.count(length) == 0
+    outs = [nsa.attention(q, *branch, mask=masks.Causal(), backend="xla") for branch in (selected, near)]
+    expected = gates[..., 1:2] * outs[0] + gates[..., 2:] * outs[1]
+    found = attend(q, compressed, selected, near, gates, per_block=per_block)
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
 def test_the_first_query_chooses_for_its_block():
     q, compressed, *_ = arrays(1)
     alone, together = (f(q, compressed.k).block_sparse for f in (per_query, per_block))
