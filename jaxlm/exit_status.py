@@ -1,4 +1,4 @@
-"""The exit statuses of `python -m jaxlm.train`: all there are, and what a scheduler should do about each."""
+"""The exit statuses of the entry points: all there are, and what a scheduler should do about each."""
 
 import enum
 
@@ -11,6 +11,7 @@ class ExitStatus(enum.IntEnum):
     CONFIGURATION: the gin files or flags do not make a configuration; nothing was touched.
     ENDED_EARLY: the data ended, or a callback wanted to stop, before the last step.
     DIVERGED: the loss is not finite, or the spike guard stopped the run. Started again it would do the same.
+    DOES_NOT_FIT: of `python -m jaxlm.plan` alone: the run needs more memory than the machine has.
     PREEMPTED: asked to end (SIGTERM, Ctrl-C), and saved; the same command continues. 75 is EX_TEMPFAIL of sysexits.h.
     HUNG: the watchdog saw no progress, wrote the stacks of all threads and ended the process.
     """
@@ -20,5 +21,6 @@ class ExitStatus(enum.IntEnum):
     CONFIGURATION = 2
     ENDED_EARLY = 3
     DIVERGED = 4
+    DOES_NOT_FIT = 5
     PREEMPTED = 75
     HUNG = 76

@@ -10,7 +10,7 @@ python -m jaxlm.plan --gin_file=... --topology=cpu:8 --save=plans/mine
 --xla_preset=NAME         compiles with these compiler flags, as jaxlm.train does
 --gin_file, --gin.NAME    as of jaxlm.train; the run's data need not exist
 
-TPUs need the package libtpu; an H200 needs what pallas_kernels/ahead_of_time.py says. Exits with status 4 where the
+TPUs need the package libtpu; an H200 needs what pallas_kernels/ahead_of_time.py says. Exits with status 5 where the
 plan does not fit.
 """
 
@@ -19,9 +19,9 @@ import pathlib
 import sys
 
 from jaxlm.configuration import take_flags
+from jaxlm.exit_status import ExitStatus
 from jaxlm.parallel import xla_flags
 
-DOES_NOT_FIT = 4
 _CANDIDATES = 8
 
 
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
-        return 0
+        return ExitStatus.FINISHED
     flags, rest = take_flags(arguments, ("topology", "save", "xla_preset"), optional=("search",))
     # Programs are compiled for the machine planned; what runs here is a CPU, whatever else there is.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--search={tries} is not a number of candidates; write --search or --search=8.")
     except ValueError as error:
         print(f"jaxlm.plan: {error}", file=sys.stderr)
-        return 2
+        return ExitStatus.CONFIGURATION
     if machine.kind == "cpu":
         ask_for_cpu_devices(machine.num_devices)
 
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("JAXLM_TRACEBACK"):
             raise
         print(f"jaxlm.plan: {error}", file=sys.stderr)
-        return 1
+        return ExitStatus.FAILED
 
 
 def _plan(run, machine, tries: int, folder: pathlib.Path | None) -> int:
@@ -94,7 +94,7 @@ def _plan(run, machine, tries: int, folder: pathlib.Path | None) -> int:
     if folder is not None:
         report.save(folder, plan, advised, search)
         console.print(f"Saved in {folder}.")
-    return 0 if plan.fits else DOES_NOT_FIT
+    return ExitStatus.FINISHED if plan.fits else ExitStatus.DOES_NOT_FIT
 
 
 if __name__ == "__main__":

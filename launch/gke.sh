@@ -12,7 +12,8 @@
 #   --slices    how many; the batch is split over them (MeshConfig.slices)
 #   --chips-per-host   4, or 8 for hosts of v5e and v6e with all chips of a 2x4
 #   --secret    a Kubernetes secret whose entries become environment variables (WANDB_API_KEY); only its name is shown
-#   --restarts  how often a job that ended is started again, to go on where it was
+#   --restarts  how often a job that ended is started again, to go on where it was (10)
+#   --namespace  of the cluster (default)
 # The cluster needs node pools of that type and the JobSet controller. xpk makes such clusters; its workloads are JobSets
 # like this one, so nothing else is needed of it.
 set -euo pipefail

@@ -131,7 +131,9 @@ def _llguidance():
     try:
         import llguidance
     except ImportError as error:
-        raise ImportError("Constraints need llguidance: pip install 'jaxlm[constraints]'.") from error
+        raise ImportError(
+            "Constraints need llguidance: python -m pip install -e '.[constraints]' in the clone."
+        ) from error
     return llguidance
 
 

@@ -2,8 +2,8 @@
 
     python -m jaxlm.evaluation.harness run --model jaxlm --model_args path=runs/mine --tasks hellaswag
 
-is the harness' own command line (package lm-eval, `pip install 'jaxlm[harness]'`) that knows the model "jaxlm"; from
-Python, importing this module registers it. `model_args`:
+is the harness' own command line (package lm-eval; `python -m pip install -e '.[harness]'` in the clone) that knows the
+model "jaxlm"; from Python, importing this module registers it. `model_args`:
 
     path            a run's folder, one of its steps, or a Hugging Face folder
     step, averaged, compute     as of `jaxlm.checkpoints.pretrained.load`
@@ -28,7 +28,7 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs
 except ImportError as error:
     raise ImportError(
-        f"lm-evaluation-harness is missing ({error}); install it: pip install 'jaxlm[harness]'."
+        f"lm-evaluation-harness is missing ({error}); install it: python -m pip install -e '.[harness]' in the clone."
     ) from error
 
 from jaxlm.checkpoints import pretrained

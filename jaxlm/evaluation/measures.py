@@ -254,7 +254,9 @@ Similarity = Callable[[str, str], float]
 
 
 def _missing(name: str, package: str) -> ValueError:
-    return ValueError(f"The metric {name} needs the package {package}: pip install 'jaxlm[evaluation]'.")
+    return ValueError(
+        f"The metric {name} needs the package {package}: python -m pip install -e '.[evaluation]' in the clone."
+    )
 
 
 def _rouge(name: str) -> Similarity:

@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from jaxlm.configuration import ConfigError, resolve, resolved_text
+from jaxlm.layers import Remat
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "gin_configs"
@@ -88,6 +89,37 @@ def test_golden_forms_belong_to_shipped_files(request):
             (GOLDEN / path).unlink()
         stale = set()
     assert not stale, f"golden forms without a gin file: {sorted(map(str, stale))}; run this with --update-golden"
+
+
+# Presets of gin_configs/parallel and the runs that they are for.
+MESHES = {
+    "1b_v5e_16": ("decoder_1b", (1, 16)),
+    "1b_v6e_8_zero1": ("decoder_1b", (8, 1)),
+    "8b_v5p_64": ("llama3_8b", (1, 64)),
+    "8b_v6e_64": ("llama3_8b", (1, 64)),
+    "70b_v5p_64": ("llama3_70b", (1, 64)),
+    "70b_v6e_256": ("llama3_70b", (1, 256)),
+}
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (SHIPPED / "parallel").glob("*.gin")))
+def test_a_mesh_goes_with_its_run(preset, tmp_path):
+    """As a second --gin_file, and as the last include of a file of one's own."""
+    run, degrees = MESHES[preset]
+    files = [f"gin_configs/runs/pods/{run}.gin", f"gin_configs/parallel/{preset}.gin"]
+    (tmp_path / "both.gin").write_text("".join(f"include '{file}'\n" for file in files))
+    for flags in ([f"--gin_file={file}" for file in files], [f"--gin_file={tmp_path}/both.gin"]):
+        config = resolve(ROOTS["parallel"], flags)
+        assert (config.parallel.mesh.data, config.parallel.mesh.fsdp) == degrees
+        assert config.model.decoder.remat is not Remat.FULL
+
+
+def test_model_and_objective_predict_as_many_tokens():
+    """In either order of the files."""
+    files = [f"--gin_file=gin_configs/{part}/multi_token.gin" for part in ("models/tiny", "objectives")]
+    for flags, number in ((files, 4), (files[::-1], 2)):
+        config = resolve(ROOTS["runs"], ["--gin_file=gin_configs/runs/quickstart.gin", *flags])
+        assert config.model.future_tokens == config.objective.num_future == number
 
 
 def test_one_line_chooses_who_computes_attention():

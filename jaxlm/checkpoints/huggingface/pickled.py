@@ -58,7 +58,8 @@ def _load(path: pathlib.Path) -> dict[str, Any]:
         import torch
     except ImportError as error:
         raise ValueError(
-            f"{path} is pickled, and reading it needs torch ({error}): pip install 'jaxlm[torch]'."
+            f"{path} is pickled, and reading it needs torch ({error}): python -m pip install -e '.[torch]' in the "
+            f"clone."
         ) from None
     if "/" in path.name or not path.is_file():
         raise FileNotFoundError(f"{path} is not there; the folder is not whole.")

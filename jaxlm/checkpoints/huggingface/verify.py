@@ -72,7 +72,9 @@ def compare(ours: Pretrained, folder: pathlib.Path, text: str, dtype: np.dtype |
         import torch
         import transformers
     except ImportError as error:
-        raise ValueError(f"--verify needs torch and transformers ({error}): pip install 'jaxlm[torch]'.") from None
+        raise ValueError(
+            f"--verify needs torch and transformers ({error}): python -m pip install -e '.[torch]' in the clone."
+        ) from None
     own_code = "auto_map" in read_json(folder / CONFIG)
     auto = getattr(transformers, _AUTO[ours.config.architecture])
     theirs = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=own_code).eval()
