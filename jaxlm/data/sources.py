@@ -40,7 +40,8 @@ class Shard:
     Attributes:
       name: what messages call it.
       size: bytes, roughly; for progress and for dividing the work.
-      digest: changes whenever the records may have changed.
+      digest: changes whenever the records may have changed: with the files, and with every setting of the source that
+        `read` goes by.
       split: the split it belongs to.
       parts: what the source needs to find it.
     """
@@ -133,7 +134,7 @@ class StandardLibrary(Source):
             Shard(
                 name=f"standard library {i}",
                 size=sum(size for *_, size in group),
-                digest=fingerprint(sys.version, [(name, size) for _, name, size in group]),
+                digest=fingerprint(self.text, sys.version, [(name, size) for _, name, size in group]),
                 split=split,
                 parts=tuple((path, name) for path, name, _ in group),
             )
@@ -199,7 +200,7 @@ class TextFiles(Source):
         _check_split(self, split, ("train", "validation"))
         files = _files(self.validation if split == "validation" and self.validation else self.pattern)
         sizes = {path: os.path.getsize(path) for path in files}
-        held_out = 0.0 if self.validation else self.held_out
+        held_out = self._held_out
         by_tail = sum(_suffix(path) in _PLAIN for path in files) < 20
         longest = max(files, key=sizes.__getitem__)
         if _suffix(longest) in _PLAIN and sizes[longest] > self.document_bytes:
@@ -235,17 +236,23 @@ class TextFiles(Source):
         def times(path: str) -> int:
             return os.stat(path).st_mtime_ns
 
+        files = [(os.path.abspath(path), a, b, sizes[path], times(path)) for path, a, b in ranges]
         return Shard(
             name=ranges[0][0] if len(ranges) == 1 else f"{ranges[0][0]} and {len(ranges) - 1} more",
             size=sum(_range_size(r, sizes) for r in ranges),
-            digest=fingerprint([(os.path.abspath(path), a, b, sizes[path], times(path)) for path, a, b in ranges]),
+            digest=fingerprint(files, self._held_out, self.document_bytes),
             split=split,
             parts=tuple(ranges),
         )
 
+    @property
+    def _held_out(self) -> float:
+        """The share of `pattern` that is left to the validation split."""
+        return 0.0 if self.validation else self.held_out
+
     @override
     def read(self, shard: Shard) -> Iterator[Record]:
-        held_out = 0.0 if self.validation else self.held_out
+        held_out = self._held_out
         for path, start, stop in shard.parts:
             with _clear_errors(path):
                 if _suffix(path) in _PLAIN:
