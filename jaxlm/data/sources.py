@@ -184,7 +184,7 @@ class TextFiles(Source):
     hash falls below `held_out`; of fewer than 20 plain files, the end of each.
 
     Attributes:
-      pattern: a folder (read recursively), a file, a glob, or a tuple of these.
+      pattern: a folder (read recursively), a file, a glob (** is folders at any depth), or a tuple of these.
       validation: the same for the validation split, or None to hold out a share of `pattern`.
       held_out: that share.
       document_bytes: a longer plain file is read as several documents, cut at line ends where there are any.
@@ -278,9 +278,7 @@ def _files(pattern: str | tuple[str, ...]) -> list[str]:
     found: list[str] = []
     for one in (pattern,) if isinstance(pattern, str) else pattern:
         one = os.path.expanduser(one)
-        paths = (
-            glob.glob(os.path.join(glob.escape(one), "**"), recursive=True) if os.path.isdir(one) else glob.glob(one)
-        )
+        paths = glob.glob(os.path.join(glob.escape(one), "**") if os.path.isdir(one) else one, recursive=True)
         there_are = [p for p in paths if os.path.isfile(p)]
         matching = [p for p in there_are if _suffix(p) in _SUFFIXES]
         if not matching:

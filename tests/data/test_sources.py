@@ -74,6 +74,18 @@ def test_all_kinds_of_files_are_read_in_order(corpus):
     assert read(TextFiles(str(corpus / "d.jsonl"), held_out=0.0), "train")[1] == {"text": "line 2", "n": 3}
 
 
+def test_a_glob_reads_folders_at_any_depth(tmp_path):
+    """The README's pattern, books/**/*.txt, is all text in the folder."""
+    folder = tmp_path
+    for depth in range(3):
+        (folder / "notes.pdf").write_bytes(b"%PDF")
+        (folder / f"{depth}.txt").write_text(f"at depth {depth}")
+        folder = folder / "deeper"
+        folder.mkdir()
+    found = [texts(TextFiles(str(path), held_out=0.0), "train") for path in (tmp_path / "**" / "*.txt", tmp_path)]
+    assert found[0] == found[1] == [f"at depth {depth}" for depth in range(3)]
+
+
 def test_a_changed_file_changes_the_digest(corpus):
     source = TextFiles(str(corpus / "a.txt"), held_out=0.0)
     before = source.shards("train")
