@@ -20,6 +20,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -171,6 +172,8 @@ _PLAIN = (".txt", ".md", ".py")
 _SUFFIXES = (*_PLAIN, ".jsonl", ".json", ".parquet")
 _RANGE = 64 << 20  # bytes of plain files in one shard: what a worker does before it reports
 _LINE_LIMIT = 256 << 20
+# What half a character may look like in a line of JSON: an escape, or bytes that no UTF-8 has.
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +181,8 @@ class TextFiles(Source):
     """Files on disk: `.txt`, `.md`, `.py` (a file is a document), `.jsonl` (a line), `.parquet` (a row).
 
     All but parquet may be gzipped (`.gz`). A record is {"text": ...} for plain files and the object's or row's own
-    fields otherwise.
+    fields otherwise. Half a character in JSON (a lone surrogate, where a text was cut inside an emoji) is read as
+    U+FFFD, and a warning counts the lines.
 
     Without `validation` the validation split is taken from the same files: of lines, rows and many files, those whose
     hash falls below `held_out`; of fewer than 20 plain files, the end of each.
@@ -381,15 +385,13 @@ def _pieces(path: str, start: int, stop: int, limit: int) -> Iterator[str]:
 
 def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, Record]]:
     """(position in bytes, object) of the lines of a JSON-lines file that begin in [start, stop)."""
+    mended: list[int] = []
     with _open(path) as file:
         at = start
         if start:
             file.seek(start - 1)
             at = start - 1 + len(file.readline(_LINE_LIMIT))
-        while stop < 0 or at < stop:
-            line = file.readline(_LINE_LIMIT)
-            if not line:
-                return
+        while (stop < 0 or at < stop) and (line := file.readline(_LINE_LIMIT)):
             if len(line) == _LINE_LIMIT:
                 raise ValueError(
                     f"{path} has a line longer than {_LINE_LIMIT >> 20} MB at byte {at}; is it JSON lines? Split the "
@@ -406,8 +408,25 @@ def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, Record]]:
                     raise ValueError(
                         f"{path} has a line at byte {at} that is not an object but {type(record).__name__}."
                     )
+                if _HALF.search(line) and (whole := _whole(record)) != record:
+                    mended.append(at)
+                    record = whole
                 yield at, record
             at += len(line)
+    if mended:
+        log.warning(
+            "%s has halves of characters (lone surrogates) in %d lines, the first at byte %d; each is read as U+FFFD.",
+            *(path, len(mended), mended[0]),
+        )
+
+
+def _whole(value: Any) -> Any:
+    """A value of JSON with U+FFFD in place of each half of a character."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {_whole(name): _whole(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _rows(path: str) -> Iterator[tuple[int, Record]]:
