@@ -90,12 +90,19 @@ class TokenCache:
         return self._arrays["offsets", feature]
 
     def stored(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """An array derived from the ids, made at its first use and kept beside them, memory-mapped."""
+        """An array derived from the ids, made at its first use and kept beside them, memory-mapped.
+
+        Args:
+          name: of the file.
+          make: gives the array. It holds the cache's lock, so that it must ask for no stored array itself.
+        """
         path = os.path.join(self.folder, f"{name}.npy")
         if not os.path.exists(path):
-            part = f"{path}.{os.getpid()}.tmp.npy"
-            np.save(part, make())
-            os.replace(part, path)
+            with _lock(self.folder + ".lock"):
+                if not os.path.exists(path):
+                    part = os.path.join(self.folder, f"{name}.partial.npy")
+                    np.save(part, make())
+                    os.replace(part, path)
         return np.asarray(np.load(path, mmap_mode="r"))
 
     def lengths(self, feature: str) -> np.ndarray:

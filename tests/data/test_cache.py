@@ -1,8 +1,11 @@
 """The token cache: built once, found again, resumed after an interruption, rebuilt when anything changes."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -144,6 +147,30 @@ def test_an_interrupted_build_goes_on_where_it_was(files, tmp_path, monkeypatch)
     monkeypatch.setattr(caches, "_tokenise", lambda *job: (done.append(job[3]), tokenise(*job)))
     assert documents(open_cache(task, "train", str(tmp_path / "cache"))) == expected
     assert done == list(range(len(task.source.shards("train"))))
+
+
+def test_hosts_that_want_a_plan_at_once_make_it_once(files, tmp_path, monkeypatch):
+    """Two containers on two hosts may have the same process id, as two threads have."""
+    task = text_task("corpus", TextFiles(str(files), held_out=0.0), ByteVocabulary())
+    cache = open_cache(task, "train", str(tmp_path / "cache"))
+    barrier, made = threading.Barrier(2), []
+
+    def make():
+        made.append(1)
+        time.sleep(0.2)
+        return np.arange(10)
+
+    def stored(_):
+        barrier.wait(10)
+        return cache.stored("plan", make)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for array in pool.map(stored, range(2)):
+            np.testing.assert_array_equal(array, np.arange(10))
+    assert made == [1]
+    assert not [name for name in os.listdir(cache.folder) if "partial" in name or "tmp" in name]
+    monkeypatch.setattr(caches, "_lock", None)  # what is there needs no lock, nor a folder that can be written
+    assert len(cache.stored("plan", make)) == 10
 
 
 def test_the_directory_is_the_argument_else_the_environment_else_the_users(monkeypatch):
