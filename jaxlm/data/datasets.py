@@ -102,7 +102,9 @@ class DataSets:
 
             look_ahead = config.plan_look_ahead if config.packing is Packing.PLAN else config.look_ahead
             capacity = self.converter.capacity
-            rows = plan_rows(cache, self._plan_key, examples, size, capacity, look_ahead, not self.one_pass)
+            endless = not self.one_pass
+            options = {"shuffle": config.shuffle and endless, "lasting": endless}
+            rows = plan_rows(cache, self._plan_key, examples, size, capacity, look_ahead, **options)
         self.examples.append(examples)
         self.rows.append(rows)
 

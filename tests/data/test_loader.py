@@ -218,6 +218,28 @@ def test_positions_of_other_data_are_refused(build):
         build().restore({})
 
 
+@pytest.mark.parametrize("packing", Packing)
+def test_without_shuffling_examples_come_in_the_order_of_the_files(make_text, packing):
+    """Packing moves an example only inside its window; every epoch is alike."""
+    config = DataConfig(
+        make_text("in order", documents=48, longest=30),
+        {"targets": 64},
+        packing=packing,
+        shuffle=False,
+        **{"virtual_shards": 1, "look_ahead": 8, "plan_look_ahead": 8},
+    )
+    loader = lm_loader(config, batch_size=1)
+    ids = []
+    while len(ids) < 96:
+        ids += [(epoch, index) for _, index, epoch in loader.examples_at(loader.state())[0]]
+        next(loader)
+    loader.close()
+    window = 1 if packing in (Packing.NONE, Packing.CONCAT_AND_SPLIT) else 8
+    windows = [sorted(ids[start : start + window]) for start in range(0, 96, window)]
+    assert sum(windows, []) == sorted(ids)[:96]
+    assert {index for _, index in ids[:48]} == set(range(48)) or packing is Packing.CONCAT_AND_SPLIT
+
+
 # Indexed --------------------------------------------------------------------------------------------------------
 
 
