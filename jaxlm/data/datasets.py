@@ -18,6 +18,8 @@ from jaxlm.data.tasks import Mixture, Task, resolve
 from jaxlm.data.vocabularies import Vocabulary
 from jaxlm.objectives.base import Example, Objective
 
+_TRIES = 8  # of an objective on a text: what it does may be left to chance
+
 
 class DataSets:
     """The tasks of a mixture with their caches, the objective and the converter.
@@ -57,7 +59,7 @@ class DataSets:
         self.converter = feature_converter(architecture, lengths, self.info.pad_id)
         self.objective = objective.fit(lengths, architecture)
         self._raw_length = self.objective.raw_length(lengths, architecture)
-        self._limits = self._probe(lengths)
+        self._limits = self._probe(lengths, architecture)
         self._plan_key = fingerprint(
             self.objective, architecture, lengths, (config.seed, start_step) if one_pass else None
         )
@@ -108,25 +110,34 @@ class DataSets:
         self.examples.append(examples)
         self.rows.append(rows)
 
-    def _probe(self, lengths: Mapping[str, int]) -> dict[str, int]:
-        """Tries the objective once on each kind of task, so that what cannot work fails now, and by name.
+    def _probe(self, lengths: Mapping[str, int], architecture: Architecture) -> dict[str, int]:
+        """Tries every objective that may be drawn on each kind of task, so that what cannot work fails now, by name.
 
-        Returns how many tokens of a pair's fields fit in a row, beside what the objective adds to them (EOS): `corrupt`
+        Returns how many tokens of a pair's fields fit in a row, beside the most that any of them adds (EOS): `corrupt`
         alone knows that, and whether it looks at inputs at all.
         """
         rng = np.random.default_rng(0)
         kinds = {tuple(sorted(task.output_features)): task.name for task in self.tasks}
-        if ("targets",) in kinds:
-            text = np.resize(self.info.ordinary_ids, self._raw_length)
-            self.objective.corrupt({"targets": text}, self.info, rng)
-        if ("inputs", "targets") not in kinds:
-            return {}
+        found: list[dict[str, int]] = []
+        for objective in self.objective.drawn:
+            if ("targets",) in kinds:
+                text = np.resize(self.info.ordinary_ids, objective.raw_length(lengths, architecture))
+                for _ in range(_TRIES):
+                    objective.corrupt({"targets": text}, self.info, rng)
+            if ("inputs", "targets") in kinds:
+                found.append(self._room(objective, lengths, kinds[("inputs", "targets")], rng))
+        return {name: min(limits[name] for limits in found) for name in found[0]} if found else {}
+
+    def _room(
+        self, objective: Objective, lengths: Mapping[str, int], task: str, rng: np.random.Generator
+    ) -> dict[str, int]:
+        """How many tokens of a pair's fields fit in a row beside what one objective adds."""
         shown, target = self.info.ordinary_ids[:1], self.info.ordinary_ids[1:2]
-        example = self.objective.corrupt({"inputs": shown, "targets": target}, self.info, rng)
+        example = objective.corrupt({"inputs": shown, "targets": target}, self.info, rng)
         if shown[0] not in example.inputs and shown[0] not in example.targets:
             raise ValueError(
-                f"The objective {self.objective.name} reads text alone and would drop the inputs of task "
-                f"{kinds[('inputs', 'targets')]!r}; use the supervised objective."
+                f"The objective {objective.name} reads text alone and would drop the inputs of task {task!r}; use the "
+                f"supervised objective."
             )
         room = {"inputs": lengths.get("inputs", 0), "targets": lengths["targets"]}
         limits = {
@@ -135,8 +146,8 @@ class DataSets:
         }
         if min(limits.values()) < 1:
             raise ValueError(
-                f"Rows of {lengths} have no room for the inputs and targets of task {kinds[('inputs', 'targets')]!r}; "
-                f"give both a length in DataConfig.feature_lengths, e.g. {{'inputs': 512, 'targets': 128}}."
+                f"Rows of {lengths} have no room for the inputs and targets of task {task!r}; give both a length in "
+                f"DataConfig.feature_lengths, e.g. {{'inputs': 512, 'targets': 128}}."
             )
         return limits
 

@@ -193,6 +193,11 @@ class Objective(abc.ABC):
         """Names that `Example.objective` indexes; more than one only for mixtures of objectives."""
         return (self.name,)
 
+    @property
+    def drawn(self) -> tuple[Objective, ...]:
+        """The objectives that `corrupt` draws among: this one; of a mixture, the members that ever have a weight."""
+        return (self,)
+
     def refuses(self, architecture: Architecture) -> str | None:
         """None if this objective can train `architecture`, else one sentence why not and what could."""
         if self.layout is Layout.ALIGNED and architecture is not Architecture.ENCODER:

@@ -1,6 +1,8 @@
 """Loaders: laws 4 and 5 (the stream of batches does not depend on hosts, interruptions or history), and accounting."""
 
 import dataclasses
+import functools
+import itertools
 import json
 import time
 
@@ -12,11 +14,13 @@ from jaxlm.data.loader import DataConfig, Packing, Seen, build_loader, merge_sta
 from jaxlm.data.tasks import ExamplesRate, Mixture, text_task
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.objectives import mixture as objective_mixture
+from jaxlm.objectives.codegen2 import CodeGen2
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.objectives.masked_lm import MaskedLM
 from jaxlm.objectives.prefix_lm import PrefixLM
 from jaxlm.objectives.span_corruption import SpanCorruption
-from jaxlm.objectives.supervised import Supervised
+from jaxlm.objectives.supervised import Eos, Supervised
+from jaxlm.objectives.ul2 import UL2
 from jaxlm.piecewise import Piecewise
 
 VOCABULARY = ByteVocabulary()
@@ -39,7 +43,10 @@ def data(make_text, make_pairs):
         tasks = ((make(f"{name} {i}", seed=i), SCHEDULE if i else 1.0) for i in range(2))
         return Mixture(name, tuple(tasks))
 
-    return {"text": mixture(make_text, "text"), "pairs": mixture(make_pairs, "pairs")}
+    modes = make_text("modes")
+    vocabulary = ByteVocabulary(extra_ids=40, named_tokens=("[R]", "[S]", "[X]"))
+    modes = text_task("modes", modes.source, vocabulary)
+    return {"text": mixture(make_text, "text"), "pairs": mixture(make_pairs, "pairs"), "modes": modes}
 
 
 @pytest.fixture(params=CASES)
@@ -459,6 +466,16 @@ def cut(records):
     return [(record["inputs"][:48], record["targets"][:15]) for record in records]
 
 
+def test_pairs_leave_room_for_every_member_of_a_mixture(make_pairs):
+    """One member ends both texts and the other neither: no example is longer than a row, and a plan knows it."""
+    task = make_pairs("room", pairs=60, inputs=60, targets=24)
+    mixed = objective_mixture.Mixture((Supervised(Eos.NONE), Supervised(Eos.BOTH)), (1.0, 1.0))
+    config = DataConfig(task, LENGTHS, packing=Packing.FIRST_FIT, virtual_shards=4, look_ahead=16)
+    loader = build_loader(config, objective=mixed, architecture=Architecture.ENCODER_DECODER, batch_size=4)
+    found = pairs_in(joined(take(loader, 12)))
+    assert max(len(inputs) for inputs, _ in found) == 47 and max(len(targets) for _, targets in found) == 15
+
+
 @pytest.mark.parametrize("packing", [Packing.PLAN, Packing.FIRST_FIT, Packing.NONE])
 def test_one_pass_has_every_pair_once(make_pairs, packing):
     task = make_pairs("validated", pairs=120, inputs=60, targets=20)
@@ -513,6 +530,24 @@ def test_one_pass_is_as_at_its_first_step(data):
     assert not passes[0].any() and passes[100].any() and not np.array_equal(passes[50].any(1), passes[100].any(1))
 
 
+@pytest.mark.parametrize("packing", [Packing.CONCAT_AND_SPLIT, Packing.FIRST_FIT, Packing.PLAN])
+def test_a_lone_weight_gives_the_batches_of_its_member(data, packing):
+    """What another member would take of a text does not matter where it is never drawn."""
+    never = Piecewise((0, 10), (0.0, 0.0))
+    mixtures = objective_mixture.Mixture((FullLM(), SpanCorruption()), (never, 2.0)), UL2(weights=(1.0, *[0.0] * 6))
+    for mixed, pure in zip(mixtures, (SpanCorruption(), mixtures[1].mixture.members[0]), strict=True):
+        config = DataConfig(data["modes"], LENGTHS, packing=packing, virtual_shards=4, look_ahead=16)
+        build = functools.partial(build_loader, config, architecture=Architecture.PREFIX_DECODER, batch_size=4)
+        loaders = [build(objective=objective) for objective in (mixed, pure)]
+        assert loaders[0].objective.raw_length(LENGTHS, Architecture.PREFIX_DECODER) == pure.raw_length(
+            LENGTHS, Architecture.PREFIX_DECODER
+        )
+        for a, b in zip(*(take(loader, 4) for loader in loaders), strict=True):
+            assert set(a.pop("objective_ids").flat) <= {0, 1}
+            del b["objective_ids"]
+            same(a, b)
+
+
 # Bad input (law 8) ----------------------------------------------------------------------------------------------
 
 
@@ -531,6 +566,17 @@ def test_what_does_not_go_together_is_refused_by_name(data):
     refused("reads text alone and would drop the inputs", DataConfig(pairs, LENGTHS, plan), SpanCorruption(), both)
     refused("supervised needs examples with inputs", DataConfig(text, LENGTHS, plan), Supervised(), both)
     refused("supervised cannot fill rows", DataConfig(pairs, {"targets": 8}, plan), Supervised(), causal)
+    packed = Packing.FIRST_FIT
+    drawn = [objective_mixture.Mixture(pair, (1.0, 1.0)) for pair in itertools.permutations((PrefixLM(), Supervised()))]
+    for mixed in drawn:
+        refused("prefix_lm reads text alone and would drop the inputs", DataConfig(pairs, LENGTHS, packed), mixed, both)
+        refused("supervised needs examples with inputs", DataConfig(text, LENGTHS, plan), mixed, both)
+    few = DataConfig(data["modes"], {"inputs": 200, "targets": 200})
+    refused("span_corruption needs .* sentinels for a text of", few, UL2(), causal)
+    later = UL2(weights=(0.0, 0.0, 1.0, Piecewise((0, 9), (0.0, 1.0)), 0.0, 0.0, 0.0))
+    refused("span_corruption needs .* sentinels for a text of", few, later, causal)
+    build_loader(few, objective=UL2(weights=(0.0, 0.0, 1.0, *[0.0] * 4)), architecture=causal, batch_size=4)
+    refused("codegen2 needs the special token '<sep>'", few, CodeGen2(), causal)
     refused("no task or mixture named 'sdtlib'", DataConfig("sdtlib", LENGTHS), FullLM(), causal)
     refused(r"Rows \[2, 4\] of a batch of 4 were asked for", DataConfig(text, LENGTHS), FullLM(), causal, rows=(2, 4))
     masked = DataConfig(text, LENGTHS, document_mask=True)
