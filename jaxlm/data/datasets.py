@@ -12,8 +12,9 @@ from jaxlm.data import cache as caches
 from jaxlm.data.config import DataConfig, Packing
 from jaxlm.data.converters import feature_converter
 from jaxlm.data.fingerprint import fingerprint
+from jaxlm.data.mixing import Clock, Mixer
 from jaxlm.data.randomness import ExampleGenerator, key_of, permute
-from jaxlm.data.rows import Examples, Raw, RowSet, Singles, Windows, plan_rows
+from jaxlm.data.rows import Examples, Plan, Raw, RowSet, Singles, Windows, plan_rows
 from jaxlm.data.tasks import Mixture, Task, resolve
 from jaxlm.data.vocabularies import Vocabulary
 from jaxlm.objectives.base import Example, Objective
@@ -72,6 +73,10 @@ class DataSets:
         self.num_tokens: list[int] = []
         for dataset in range(len(self.tasks)):
             self._add(dataset)
+        self._rows_per_example: dict[str, float] | None = None
+        if config.packing is Packing.PLAN:
+            fills = (len(rows) / len(examples) for rows, examples in zip(self.rows, self.examples))
+            self._rows_per_example = dict(zip(self.num_examples, fills))
         self.identity = self._identify()
 
     def _add(self, dataset: int) -> None:
@@ -164,6 +169,10 @@ class DataSets:
         example.dataset = dataset
         return example
 
+    def mixer(self, clocks: tuple[Clock, ...]) -> Mixer:
+        """Which data set each draw is from: each row, or with FIRST_FIT each example."""
+        return Mixer(self.mixture, self.num_examples, self.config.seed, clocks, self._rows_per_example)
+
     def ordered(self, dataset: np.ndarray, drawn: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(index, epoch) of draw `drawn` from each data set, which has `counts[dataset]` members; int64 [n] all."""
         count = counts[dataset]
@@ -175,7 +184,13 @@ class DataSets:
     def _identify(self) -> dict[str, Any]:
         """What a position belongs to: enough to refuse another's, and to say why."""
         config = self.config
-        counts = [len(examples if rows is None else rows) for rows, examples in zip(self.rows, self.examples)]
+        counts = [
+            # Plans of as many rows may be different ones.
+            (len(rows), len(rows.examples), rows.density, config.plan_look_ahead)
+            if isinstance(rows, Plan)
+            else len(examples if rows is None else rows)
+            for rows, examples in zip(self.rows, self.examples)
+        ]
         options = (config.document_mask, config.shuffle, config.virtual_shards, config.look_ahead)
         return {
             "mixture": self.mixture.name,

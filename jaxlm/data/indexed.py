@@ -72,7 +72,7 @@ class IndexedLoader(Loader):
     @override
     def examples_at(self, state: Mapping[str, Any]) -> list[list[ExampleId]]:
         clocks = tuple(Clock(*clock) for clock in state["clocks"])
-        mixer = Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, clocks)
+        mixer = self._data.mixer(clocks)
         numbers = clocks[-1].draws_at(state["step"]) + np.arange(self._batch_size)
         return [
             [ExampleId(self.dataset_names[d], i, e) for i, _ in self._data.rows[d].row(r)]

@@ -159,7 +159,7 @@ class Loader(Iterator[Batch]):
             self._clocks = (*history, changed) if scheduled else (changed,)
 
     def _mixer(self) -> Mixer:
-        return Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, self._clocks)
+        return self._data.mixer(self._clocks)
 
     def _seen(self, drawn: np.ndarray, counts: np.ndarray) -> dict[str, Seen]:
         """`seen` from the draws from each data set and its members, int64 [data sets] both."""

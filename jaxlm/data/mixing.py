@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -85,9 +86,17 @@ class Mixer:
       examples: number of examples of each task, for rates that follow it.
       seed: of the run.
       clocks: how rows and steps go together, one a change of batch size, in order.
+      rows_per_example: of each task, where a row has several examples: rates count examples. None: a row is one.
     """
 
-    def __init__(self, mixture: Task | Mixture, examples: dict[str, int], seed: int, clocks: tuple[Clock, ...]):
+    def __init__(
+        self,
+        mixture: Task | Mixture,
+        examples: Mapping[str, int],
+        seed: int,
+        clocks: tuple[Clock, ...],
+        rows_per_example: Mapping[str, float] | None = None,
+    ):
         self.scheduled = isinstance(mixture, Mixture) and bool(mixture.schedules())
         self._scramble = key_of("mixture", seed) >> (64 - _BITS)
         self._single = not isinstance(mixture, Mixture) or len(mixture.tasks()) == 1
@@ -111,8 +120,11 @@ class Mixer:
         self._stairs[0] = 0
         self._edges = []  # of the data sets' shares, in units of 2^-BITS, [stairs, data sets + 1]
         for a, b in itertools.zip_longest(steps, steps[1:]):
-            shares = list(mixture.shares(a if b is None else (a + b - 1) // 2, examples).values())
-            edges = np.round(np.cumsum([0.0, *shares]) * 2**_BITS).astype(np.int64)
+            shares = mixture.shares(a if b is None else (a + b - 1) // 2, examples)
+            if rows_per_example is not None:
+                rows = {name: share * rows_per_example[name] for name, share in shares.items()}
+                shares = {name: share / sum(rows.values()) for name, share in rows.items()}
+            edges = np.round(np.cumsum([0.0, *shares.values()]) * 2**_BITS).astype(np.int64)
             edges[-1] = 2**_BITS
             self._edges.append(edges)
         self._edges = np.array(self._edges)

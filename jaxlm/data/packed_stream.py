@@ -123,7 +123,7 @@ class StreamLoader(Loader):
     @override
     def examples_at(self, state: Mapping[str, Any]) -> list[list[ExampleId]]:
         clocks = tuple(Clock(*clock) for clock in state["clocks"])
-        mixer = Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, clocks)
+        mixer = self._data.mixer(clocks)
         positions = {shard: tuple(position) for shard, position in enumerate(state["positions"])}
         groups = range(math.gcd(self._batch_size, self._data.config.virtual_shards))
         rows, _, _ = next(self._rows(groups, positions, state["phase"], mixer))

@@ -231,9 +231,10 @@ class Mixture:
 
     Attributes:
       name: unique.
-      tasks_and_rates: ((task or mixture or the name of one, rate), ...). Rates are relative; a `Piecewise` rate is a
-        function of the training step. A mixture inside has this share as a whole, divided by its own rates. A task
-        that occurs twice has the sum.
+      tasks_and_rates: ((task or mixture or the name of one, rate), ...). Rates are relative and count examples: pairs,
+        documents or pieces of documents, however many share a row; with `Packing.CONCAT_AND_SPLIT`, where rows are cut
+        anywhere, they count rows. A `Piecewise` rate is a function of the training step. A mixture inside has this
+        share as a whole, divided by its own rates. A task that occurs twice has the sum.
     """
 
     name: str

@@ -11,6 +11,7 @@ import pytest
 
 from jaxlm.architecture import Architecture
 from jaxlm.data.loader import DataConfig, Packing, Seen, build_loader, merge_states
+from jaxlm.data.prompted import TemplateRate
 from jaxlm.data.tasks import ExamplesRate, Mixture, text_task
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.objectives import mixture as objective_mixture
@@ -355,6 +356,19 @@ def test_rates_by_examples_follow_the_caches(make_text):
     mixture = Mixture("by examples", tuple((task, ExamplesRate()) for task in tasks))
     rows = joined(take(lm_loader(DataConfig(mixture, {"targets": 32}), batch_size=50), 10))
     assert abs(rows["dataset_ids"][:, 0].mean() - 0.8) < 0.02
+
+
+def test_rates_by_examples_give_equal_epochs_however_rows_are_packed(make_pairs):
+    """T0's rates: many short pairs share a row, where a long one fills it; each set has as many epochs as the other."""
+    sizes = {"short": (6, 3), "long": (44, 14)}
+    tasks = (make_pairs(name, 200, inputs, targets) for name, (inputs, targets) in sizes.items())
+    mixture = Mixture("two sizes", tuple((task, TemplateRate(1)) for task in tasks))
+    for packing in (Packing.PLAN, Packing.FIRST_FIT, Packing.NONE):
+        config = DataConfig(mixture, LENGTHS, packing=packing, virtual_shards=4, look_ahead=16, plan_look_ahead=16)
+        loader = stream_loader(config, 8)
+        take(loader, 120)
+        epochs = [seen.epochs for seen in loader.seen().values()]
+        assert min(epochs) > 1 and max(epochs) / min(epochs) < 1.1, packing
 
 
 def test_a_thousand_tasks_open_quickly(make_text, tmp_path):
