@@ -12,7 +12,7 @@ from jaxlm.data import cache as caches
 from jaxlm.data.config import DataConfig, Packing
 from jaxlm.data.converters import feature_converter
 from jaxlm.data.fingerprint import fingerprint
-from jaxlm.data.mixing import Clock, Mixer
+from jaxlm.data.mixing import Clock, Drawn, Mixer
 from jaxlm.data.randomness import ExampleGenerator, key_of, permute
 from jaxlm.data.rows import Examples, Plan, Raw, RowSet, Singles, Windows, plan_rows
 from jaxlm.data.tasks import Mixture, Task, resolve
@@ -35,6 +35,9 @@ class DataSets:
       rows: rows of each task, where they are known beforehand.
       num_examples: documents or pairs of each task, by name.
       num_tokens: ids of each task, all features.
+      identity: what a position belongs to: data and their order.
+      rates: digest of the mixing rates.
+      packed: digest of what makes examples of the data, and so decides how they pack.
 
     Raises:
       ValueError: data, objective, architecture and lengths do not go together; the message says which and what to do.
@@ -78,6 +81,8 @@ class DataSets:
             fills = (len(rows) / len(examples) for rows, examples in zip(self.rows, self.examples))
             self._rows_per_example = dict(zip(self.num_examples, fills))
         self.identity = self._identify()
+        self.rates = fingerprint(self._rates(self.mixture))[:16]
+        self.packed = fingerprint(self.objective, architecture, lengths)[:16]
 
     def _add(self, dataset: int) -> None:
         config, name = self.config, self.tasks[dataset].name
@@ -169,9 +174,14 @@ class DataSets:
         example.dataset = dataset
         return example
 
-    def mixer(self, clocks: tuple[Clock, ...]) -> Mixer:
+    @property
+    def scheduled(self) -> bool:
+        """Whether the mixing rates change over training."""
+        return isinstance(self.mixture, Mixture) and bool(self.mixture.schedules())
+
+    def mixer(self, clock: Clock, drawn: Drawn | None) -> Mixer:
         """Which data set each draw is from: each row, or with FIRST_FIT each example."""
-        return Mixer(self.mixture, self.num_examples, self.config.seed, clocks, self._rows_per_example)
+        return Mixer(self.mixture, self.num_examples, self.config.seed, clock, drawn, self._rows_per_example)
 
     def ordered(self, dataset: np.ndarray, drawn: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(index, epoch) of draw `drawn` from each data set, which has `counts[dataset]` members; int64 [n] all."""
@@ -180,6 +190,11 @@ class DataSets:
         if self.config.shuffle and not self.one_pass:
             index = permute(index, count, self._orders[dataset] + epoch.astype(np.uint64))
         return index, epoch
+
+    def _rates(self, member: Task | Mixture) -> Any:
+        if isinstance(member, Task):
+            return member.name
+        return [(self._rates(inside), rate) for inside, rate in member.rates(self.num_examples)]
 
     def _identify(self) -> dict[str, Any]:
         """What a position belongs to: enough to refuse another's, and to say why."""
