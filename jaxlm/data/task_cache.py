@@ -18,7 +18,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -155,16 +154,13 @@ def cached_task(folder: str, name: str | None = None) -> Task:
 
 
 def _describe_features(task: Task, folder: str) -> dict[str, Any]:
-    """The features as JSON; copies the vocabulary's file into the folder."""
+    """The features as JSON; the vocabularies' files are put into the folder."""
     described = {}
     for name, feature in task.output_features.items():
-        vocabulary = feature.vocabulary
+        vocabulary = feature.vocabulary.copied(folder)
         fields = dataclasses.asdict(vocabulary)
         if "path" in fields:
-            copy = f"{vocabulary.fingerprint()}{os.path.splitext(vocabulary.path)[1]}"
-            if not os.path.exists(os.path.join(folder, copy)):
-                shutil.copyfile(os.path.expanduser(vocabulary.path), os.path.join(folder, copy))
-            fields["path"] = copy
+            fields["path"] = os.path.basename(vocabulary.path)
         # Through JSON and back, so that it compares with what is read (tuples become lists).
         fields = json.loads(json.dumps(fields))
         described[name] = {"vocabulary": type(vocabulary).__name__, "fields": fields, "add_eos": feature.add_eos}

@@ -1,5 +1,6 @@
 """A cached task is the task: same ids in the same order, whatever ran the job, wherever the folder goes."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,11 +12,12 @@ import sys
 import numpy as np
 import pytest
 
-from jaxlm.data import task_cache
+from jaxlm.data import task_cache, tasks, vocabularies
 from jaxlm.data.cache import open_cache
-from jaxlm.data.sources import InMemory, TextFiles
+from jaxlm.data.sources import InMemory, StandardLibrary, TextFiles
 from jaxlm.data.tasks import pairs_task, text_task
-from jaxlm.data.vocabularies import ByteVocabulary
+from jaxlm.data.vocabularies import ByteVocabulary, PythonVocabulary, SentencePieceVocabulary, TokenizersVocabulary
+from tools import cache_tasks
 
 ROOT = pathlib.Path(__file__).parents[2]
 ALONE = functools.partial(task_cache.run_in_pool, workers=1)
@@ -64,6 +66,77 @@ def test_text_and_pairs_come_back_as_they_were(texts, tmp_path):
         for split in splits:
             assert_same(all_ids(task, split), all_ids(back, split))
         assert json.loads((pathlib.Path(moved) / "task.json").read_text())["fingerprint"] == fingerprint
+
+
+@pytest.fixture(scope="module")
+def vocabulary(request, tmp_path_factory):
+    """A vocabulary of a kind, with files that are gone when the task is read back."""
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("vocabulary")
+    model = folder / "some.model"
+    shutil.copyfile(os.path.join(vocabularies._ASSETS, "python_4k.model"), model)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<stop>", "<fill>"])
+    tokenizer.train_from_iterator(
+        ["document"],
+        tokenizers.trainers.BpeTrainer(
+            special_tokens=["<|endoftext|>", "<stop>", "<fill>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = ("[R]", "<sep>")
+    made = {
+        "bytes": lambda: ByteVocabulary(10, names),
+        "sentencepiece": lambda: SentencePieceVocabulary(str(model), 5, names),
+        "python": lambda: PythonVocabulary(extra_ids=7),
+        "tokenizer": lambda: TokenizersVocabulary(str(folder / "tokenizer.json"), 3, names),
+        "tokenizer_named_roles": lambda: TokenizersVocabulary(str(folder / "tokenizer.json"), eos_token="<stop>"),
+        "tokenizer_config": lambda: TokenizersVocabulary(str(folder / "tokenizer.json")),
+    }
+    if request.param == "tokenizer_config":
+        config = {"eos_token": "<stop>", "pad_token": {"content": "<fill>"}, "bos_token": None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    yield made[request.param]()
+    shutil.rmtree(folder)
+
+
+KINDS = ("bytes", "sentencepiece", "python", "tokenizer", "tokenizer_named_roles", "tokenizer_config")
+
+
+@pytest.mark.parametrize("vocabulary", KINDS, indirect=True)
+def test_vocabularies_of_all_kinds_come_back(vocabulary, tmp_path):
+    """Their files come with the folder, and what stood in a file beside them."""
+    task = text_task("texts", InMemory(("a document", "another: 東京")), vocabulary)
+    folder = tmp_path / "first"
+    task_cache.cache_task(task, str(folder), ("train",), ALONE)
+    back = task_cache.cached_task(shutil.move(folder, tmp_path / "moved"))
+    read = back.output_features["targets"].vocabulary
+    assert read.fingerprint() == vocabulary.fingerprint()
+    for name in ("size", "pad_id", "eos_id", "unk_id", "bos_id", "sentinel_ids", "named_ids"):
+        assert getattr(read.info(), name) == getattr(vocabulary.info(), name), name
+    assert read.encode("more").tolist() == vocabulary.encode("more").tolist()
+    assert_same(all_ids(task, "train"), all_ids(back, "train"))
+    assert not [name for name in os.listdir(tmp_path / "moved") if name.endswith(".partial")]
+
+
+def test_the_documented_example(tmp_path, monkeypatch):
+    """`--tasks python_stdlib --out caches`, of a few modules."""
+    shards = StandardLibrary.shards
+
+    def few(self, split):
+        return tuple(dataclasses.replace(shard, parts=shard.parts[:3]) for shard in shards(self, split)[:1])
+
+    monkeypatch.setattr(StandardLibrary, "shards", few)
+    cache_tasks.main(["--tasks", "python_stdlib", "--out", str(tmp_path / "caches"), "--workers", "1"])
+    back = task_cache.cached_task(str(tmp_path / "caches" / "python_stdlib"))
+    assert back.output_features["targets"].vocabulary.fingerprint() == PythonVocabulary().fingerprint()
+    for split in ("train", "validation"):
+        assert_same(all_ids(tasks.get("python_stdlib"), split), all_ids(back, split))
 
 
 def test_the_runner_does_not_matter(texts, tmp_path):
