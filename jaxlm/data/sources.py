@@ -547,22 +547,40 @@ def _text(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
+CARD = "task.json"  # of a folder of cached files: which there are
+
+
+def shard_file(split: str, index: int, count: int) -> str:
+    """Name of one of the `count` files of a cached split."""
+    return f"{split}-{index:05d}-of-{count:05d}.array_record"
+
+
 @dataclasses.dataclass(frozen=True)
 class ArrayRecordSource(Source):
     """Files of records in the format of `jaxlm.data.records`: what tools/cache_tasks.py writes.
 
     Attributes:
-      folder: holds `<split>-*.array_record` files.
+      folder: holds `<split>-*.array_record` files; where it has a card (`CARD`), those that it names are read.
     """
 
     folder: str
 
     def _files(self, split: str) -> list[str]:
-        files = sorted(glob.glob(os.path.join(glob.escape(os.path.expanduser(self.folder)), f"{split}-*.array_record")))
+        folder = os.path.expanduser(self.folder)
+        files = sorted(glob.glob(os.path.join(glob.escape(folder), f"{split}-*.array_record")))
+        if os.path.exists(card := os.path.join(folder, CARD)):
+            with open(card, encoding="utf-8") as file:
+                count = json.load(file)["splits"].get(split, {}).get("shards", 0)
+            files = [os.path.join(folder, shard_file(split, i, count)) for i in range(count)]
+        if missing := [path for path in files if not os.path.exists(path)]:
+            raise ValueError(
+                f"The cached task in {self.folder!r} lacks the file {os.path.basename(missing[0])}; cache it again "
+                f"with tools/cache_tasks.py."
+            )
         if not files:
             raise ValueError(
-                f"The cached task in {self.folder!r} has no split {split!r} (no {split}-*.array_record files); cache "
-                f"it with tools/cache_tasks.py."
+                f"The cached task in {self.folder!r} has no split {split!r} (whole {split}-*.array_record files); "
+                f"cache it with tools/cache_tasks.py."
             )
         return files
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -174,6 +175,92 @@ def test_an_interrupted_job_goes_on(texts, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
     assert resumed == task_cache.cache_task(texts, str(tmp_path / "b"), ("train",), ALONE)
+
+
+def numbered(count, texts=12):
+    """A task whose source has so many shards."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Numbered(InMemory):
+        def shards(self, split):
+            (shard,) = super().shards(split)
+            return tuple(dataclasses.replace(shard, digest=f"{shard.digest} {i}", parts=(i,)) for i in range(count))
+
+        def read(self, shard):
+            yield from itertools.islice(super().read(shard), shard.parts[0], None, count)
+
+    lines = tuple(f"text {i}" for i in range(texts))
+    return text_task("numbered", Numbered(lines, lines[:5]), ByteVocabulary(10))
+
+
+def files_of(folder, split=""):
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).glob(f"{split}*.array_record*")}
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
+def test_another_number_of_shards_replaces_the_first(tmp_path, counts):
+    folder, fresh = str(tmp_path / "a"), str(tmp_path / "b")
+    for count in counts:
+        found = task_cache.cache_task(numbered(count), folder, ("train", "validation"), ALONE)
+    assert found == task_cache.cache_task(numbered(counts[1]), fresh, ("train", "validation"), ALONE)
+    assert files_of(folder).keys() == files_of(fresh).keys() and len(files_of(folder)) == 2 * counts[1]
+    assert_same(all_ids(task_cache.cached_task(folder), "train"), all_ids(task_cache.cached_task(fresh), "train"))
+    # What a run that was killed before it tidied up had left is not read, and goes with the next.
+    stray = pathlib.Path(folder) / f"train-00000-of-{counts[0]:05d}.array_record"
+    shutil.copyfile(pathlib.Path(folder) / f"train-00000-of-{counts[1]:05d}.array_record", stray)
+    assert len(task_cache.cached_task(folder).source.shards("train")) == counts[1]
+    os.unlink(pathlib.Path(folder) / f"train-00001-of-{counts[1]:05d}.array_record")
+    with pytest.raises(ValueError, match="lacks the file train-00001-of-.*cache it again"):
+        task_cache.cached_task(folder).source.shards("train")
+    assert task_cache.cache_task(numbered(counts[1]), folder, ("train",), ALONE) == found
+    assert files_of(folder).keys() == files_of(fresh).keys()
+
+
+def shouted(record):
+    return record | {"text": record["text"].upper()}
+
+
+@pytest.mark.parametrize("change", ["preprocessors", "vocabulary"])
+def test_an_interrupted_job_goes_on_with_one_definition(tmp_path, change):
+    """Half of the files are of an earlier definition; they are made again, as they are in a fresh folder."""
+    first = numbered(4)
+    if change == "preprocessors":
+        second = dataclasses.replace(first, preprocessors=(shouted, *first.preprocessors))
+    else:
+        second = text_task("numbered", first.source, PythonVocabulary())
+    folder, fresh = str(tmp_path / "a"), str(tmp_path / "b")
+
+    def fails_half_way(jobs):
+        for job in jobs[:2]:
+            task_cache.write_shard(job)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        task_cache.cache_task(first, folder, ("train",), fails_half_way)
+    found = task_cache.cache_task(second, folder, ("train",), ALONE)
+    assert found == task_cache.cache_task(second, fresh, ("train",), ALONE)
+    assert_same(all_ids(task_cache.cached_task(folder), "train"), all_ids(task_cache.cached_task(fresh), "train"))
+
+
+def test_a_split_that_is_cached_again_is_not_read_half_way(tmp_path):
+    task = numbered(3)
+    other = dataclasses.replace(task, preprocessors=(shouted, *task.preprocessors))
+    folder = str(tmp_path / "a")
+    first = task_cache.cache_task(task, folder, ("train", "validation"), ALONE)
+    # As it was, nothing is written again.
+    assert task_cache.cache_task(task, folder, ("train",), lambda jobs: pytest.fail("nothing is to be done")) == first
+    with pytest.raises(ValueError, match="the splits validation .* by other preprocessors; cache them too, or .* new"):
+        task_cache.cache_task(other, folder, ("train",), ALONE)
+
+    def fails_half_way(jobs):
+        task_cache.write_shard(jobs[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        task_cache.cache_task(other, folder, ("train", "validation"), fails_half_way)
+    with pytest.raises(ValueError, match="no split 'train'"):
+        task_cache.cached_task(folder).source.shards("train")
+    assert task_cache.cache_task(other, folder, ("train", "validation"), ALONE) != first
 
 
 def test_the_command_line(tmp_path):
