@@ -45,6 +45,15 @@ class Piecewise:
         return self.values[i] + share * (self.values[i + 1] - self.values[i])
 
 
+def varies(value: object) -> bool:
+    """Whether a value is a `Piecewise`, or has one among its items or a dataclass's fields."""
+    if isinstance(value, (tuple, list)):
+        return any(map(varies, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Piecewise)):
+        return any(varies(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return isinstance(value, Piecewise)
+
+
 def at_step(value: float | Piecewise, step: int) -> float:
     """`value` itself if it is a plain number, otherwise its value at `step`."""
     return value(step) if isinstance(value, Piecewise) else value

@@ -23,6 +23,7 @@ from jaxlm.checkpoints.manifest import CheckpointError
 from jaxlm.checkpoints.stored import committed_steps
 from jaxlm.checkpoints.warm_start import warm_start
 from jaxlm.configuration import diff_from_defaults, resolve_or_exit, resolved_text, take_flags
+from jaxlm.data.loader import gather_state
 from jaxlm.exit_status import ExitStatus
 from jaxlm.parallel import multihost, xla_flags
 from jaxlm.parallel.parallelism import Parallelism
@@ -309,7 +310,8 @@ def advance(
 ) -> tuple[Parts, TrainState]:
     """The next phase's parts and the state it starts from.
 
-    The data goes on where the last phase stopped if the next one reads the same data in the same way.
+    The data go on where the last phase stopped if the next one reads the same rows or examples, whatever it makes of
+    them and at whatever rates; else they start from their beginning.
 
     Args:
       parts, state: of the phase that ended, the loader at its last batch.
@@ -317,9 +319,10 @@ def advance(
       report: is told of a new stage: what is trained, and digests of what it starts from.
     """
     following = assemble(run, phase, parallel, programs)
-    data = parts.loader.state()
-    if data["data"] == following.loader.state()["data"]:
-        following.loader.restore(data)
+    data = gather_state(parts.loader.state())
+    goes_on = data["data"] == following.loader.state()["data"]
+    if goes_on:
+        following.loader.restore(data, after=parts.loader)
     parts.loader.close()
     if phase.stage_index != parts.phase.stage_index:
         before = digests(state)
@@ -328,7 +331,7 @@ def advance(
         kept = ", ".join(f"{name} {after[name]}{' as before' * (after[name] == before[name])}" for name in after)
         report(
             f"Stage {phase.stage_index + 1} begins after step {phase.start:,}: {stage.objective.name}, "
-            f"{following.model.architecture.value}; {kept}."
+            f"{following.model.architecture.value}; {kept}; data {'go on' if goes_on else 'from their beginning'}."
         )
     return following, state
 

@@ -2,8 +2,8 @@
 
 A cache holds, for each feature of a task, one flat array of ids (uint16 where the vocabulary allows, else int32) and
 the offsets of the examples in it (int64 [examples + 1]). Its folder is named by a digest of everything that decides its
-contents: the source's files (path, size, time of change), the task's definition, the vocabularies. Opening it takes
-milliseconds whatever the corpus's size.
+contents: the source's files (path, size, time of change) and settings, the task's definition, the vocabularies. Opening
+it takes milliseconds whatever the corpus's size.
 
 A build goes shard by shard, in processes when there is much to do. Each finished shard is a file, so that a build that
 was interrupted goes on where it was; the whole appears under its name by one rename, so that nobody sees half a cache.
@@ -35,7 +35,7 @@ from jaxlm.data.tasks import Task
 
 log = logging.getLogger("jaxlm.data")
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_CHARACTERS = 1 << 20  # text tokenised at a time
 _LOG_SECONDS = 30.0
 _POOL_BYTES = 64 << 20  # smaller sources are tokenised in this process: a pool takes seconds to start
@@ -90,12 +90,19 @@ class TokenCache:
         return self._arrays["offsets", feature]
 
     def stored(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """An array derived from the ids, made at its first use and kept beside them, memory-mapped."""
+        """An array derived from the ids, made at its first use and kept beside them, memory-mapped.
+
+        Args:
+          name: of the file.
+          make: gives the array. It holds the cache's lock, so that it must ask for no stored array itself.
+        """
         path = os.path.join(self.folder, f"{name}.npy")
         if not os.path.exists(path):
-            part = f"{path}.{os.getpid()}.tmp.npy"
-            np.save(part, make())
-            os.replace(part, path)
+            with _lock(self.folder + ".lock"):
+                if not os.path.exists(path):
+                    part = os.path.join(self.folder, f"{name}.partial.npy")
+                    np.save(part, make())
+                    os.replace(part, path)
         return np.asarray(np.load(path, mmap_mode="r"))
 
     def lengths(self, feature: str) -> np.ndarray:

@@ -12,11 +12,14 @@ from jaxlm.data import cache as caches
 from jaxlm.data.config import DataConfig, Packing
 from jaxlm.data.converters import feature_converter
 from jaxlm.data.fingerprint import fingerprint
+from jaxlm.data.mixing import Clock, Drawn, Mixer
 from jaxlm.data.randomness import ExampleGenerator, key_of, permute
-from jaxlm.data.rows import Examples, Raw, RowSet, Singles, Windows, plan_rows
+from jaxlm.data.rows import Examples, Plan, Raw, RowSet, Singles, Windows, plan_rows
 from jaxlm.data.tasks import Mixture, Task, resolve
 from jaxlm.data.vocabularies import Vocabulary
 from jaxlm.objectives.base import Example, Objective
+
+_TRIES = 8  # of an objective on a text: what it does may be left to chance
 
 
 class DataSets:
@@ -32,6 +35,9 @@ class DataSets:
       rows: rows of each task, where they are known beforehand.
       num_examples: documents or pairs of each task, by name.
       num_tokens: ids of each task, all features.
+      identity: what a position belongs to: data and their order.
+      rates: digest of the mixing rates.
+      packed: digest of what makes examples of the data, and so decides how they pack.
 
     Raises:
       ValueError: data, objective, architecture and lengths do not go together; the message says which and what to do.
@@ -57,7 +63,7 @@ class DataSets:
         self.converter = feature_converter(architecture, lengths, self.info.pad_id)
         self.objective = objective.fit(lengths, architecture)
         self._raw_length = self.objective.raw_length(lengths, architecture)
-        self._limits = self._probe(lengths)
+        self._limits = self._probe(lengths, architecture)
         self._plan_key = fingerprint(
             self.objective, architecture, lengths, (config.seed, start_step) if one_pass else None
         )
@@ -70,7 +76,13 @@ class DataSets:
         self.num_tokens: list[int] = []
         for dataset in range(len(self.tasks)):
             self._add(dataset)
+        self._rows_per_example: dict[str, float] | None = None
+        if config.packing is Packing.PLAN:
+            fills = (len(rows) / len(examples) for rows, examples in zip(self.rows, self.examples))
+            self._rows_per_example = dict(zip(self.num_examples, fills))
         self.identity = self._identify()
+        self.rates = fingerprint(self._rates(self.mixture))[:16]
+        self.packed = fingerprint(self.objective, architecture, lengths)[:16]
 
     def _add(self, dataset: int) -> None:
         config, name = self.config, self.tasks[dataset].name
@@ -102,29 +114,40 @@ class DataSets:
 
             look_ahead = config.plan_look_ahead if config.packing is Packing.PLAN else config.look_ahead
             capacity = self.converter.capacity
-            rows = plan_rows(cache, self._plan_key, examples, size, capacity, look_ahead, not self.one_pass)
+            endless = not self.one_pass
+            options = {"shuffle": config.shuffle and endless, "lasting": endless}
+            rows = plan_rows(cache, self._plan_key, examples, size, capacity, look_ahead, **options)
         self.examples.append(examples)
         self.rows.append(rows)
 
-    def _probe(self, lengths: Mapping[str, int]) -> dict[str, int]:
-        """Tries the objective once on each kind of task, so that what cannot work fails now, and by name.
+    def _probe(self, lengths: Mapping[str, int], architecture: Architecture) -> dict[str, int]:
+        """Tries every objective that may be drawn on each kind of task, so that what cannot work fails now, by name.
 
-        Returns how many tokens of a pair's fields fit in a row, beside what the objective adds to them (EOS): `corrupt`
+        Returns how many tokens of a pair's fields fit in a row, beside the most that any of them adds (EOS): `corrupt`
         alone knows that, and whether it looks at inputs at all.
         """
         rng = np.random.default_rng(0)
         kinds = {tuple(sorted(task.output_features)): task.name for task in self.tasks}
-        if ("targets",) in kinds:
-            text = np.resize(self.info.ordinary_ids, self._raw_length)
-            self.objective.corrupt({"targets": text}, self.info, rng)
-        if ("inputs", "targets") not in kinds:
-            return {}
+        found: list[dict[str, int]] = []
+        for objective in self.objective.drawn:
+            if ("targets",) in kinds:
+                text = np.resize(self.info.ordinary_ids, objective.raw_length(lengths, architecture))
+                for _ in range(_TRIES):
+                    objective.corrupt({"targets": text}, self.info, rng)
+            if ("inputs", "targets") in kinds:
+                found.append(self._room(objective, lengths, kinds[("inputs", "targets")], rng))
+        return {name: min(limits[name] for limits in found) for name in found[0]} if found else {}
+
+    def _room(
+        self, objective: Objective, lengths: Mapping[str, int], task: str, rng: np.random.Generator
+    ) -> dict[str, int]:
+        """How many tokens of a pair's fields fit in a row beside what one objective adds."""
         shown, target = self.info.ordinary_ids[:1], self.info.ordinary_ids[1:2]
-        example = self.objective.corrupt({"inputs": shown, "targets": target}, self.info, rng)
+        example = objective.corrupt({"inputs": shown, "targets": target}, self.info, rng)
         if shown[0] not in example.inputs and shown[0] not in example.targets:
             raise ValueError(
-                f"The objective {self.objective.name} reads text alone and would drop the inputs of task "
-                f"{kinds[('inputs', 'targets')]!r}; use the supervised objective."
+                f"The objective {objective.name} reads text alone and would drop the inputs of task {task!r}; use the "
+                f"supervised objective."
             )
         room = {"inputs": lengths.get("inputs", 0), "targets": lengths["targets"]}
         limits = {
@@ -133,8 +156,8 @@ class DataSets:
         }
         if min(limits.values()) < 1:
             raise ValueError(
-                f"Rows of {lengths} have no room for the inputs and targets of task {kinds[('inputs', 'targets')]!r}; "
-                f"give both a length in DataConfig.feature_lengths, e.g. {{'inputs': 512, 'targets': 128}}."
+                f"Rows of {lengths} have no room for the inputs and targets of task {task!r}; give both a length in "
+                f"DataConfig.feature_lengths, e.g. {{'inputs': 512, 'targets': 128}}."
             )
         return limits
 
@@ -151,6 +174,15 @@ class DataSets:
         example.dataset = dataset
         return example
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether the mixing rates change over training."""
+        return isinstance(self.mixture, Mixture) and bool(self.mixture.schedules())
+
+    def mixer(self, clock: Clock, drawn: Drawn | None) -> Mixer:
+        """Which data set each draw is from: each row, or with FIRST_FIT each example."""
+        return Mixer(self.mixture, self.num_examples, self.config.seed, clock, drawn, self._rows_per_example)
+
     def ordered(self, dataset: np.ndarray, drawn: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(index, epoch) of draw `drawn` from each data set, which has `counts[dataset]` members; int64 [n] all."""
         count = counts[dataset]
@@ -159,10 +191,21 @@ class DataSets:
             index = permute(index, count, self._orders[dataset] + epoch.astype(np.uint64))
         return index, epoch
 
+    def _rates(self, member: Task | Mixture) -> Any:
+        if isinstance(member, Task):
+            return member.name
+        return [(self._rates(inside), rate) for inside, rate in member.rates(self.num_examples)]
+
     def _identify(self) -> dict[str, Any]:
         """What a position belongs to: enough to refuse another's, and to say why."""
         config = self.config
-        counts = [len(examples if rows is None else rows) for rows, examples in zip(self.rows, self.examples)]
+        counts = [
+            # Plans of as many rows may be different ones.
+            (len(rows), len(rows.examples), rows.density, config.plan_look_ahead)
+            if isinstance(rows, Plan)
+            else len(examples if rows is None else rows)
+            for rows, examples in zip(self.rows, self.examples)
+        ]
         options = (config.document_mask, config.shuffle, config.virtual_shards, config.look_ahead)
         return {
             "mixture": self.mixture.name,

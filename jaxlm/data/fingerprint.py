@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import hashlib
 import inspect
+import re
+import types
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -16,18 +19,42 @@ def fingerprint(*parts: object) -> str:
     """Digest of plain values, dataclasses, functions and containers of them, 32 hex digits.
 
     An object with a `fingerprint()` method (a vocabulary: its contents, not its path) answers for itself. A function
-    is known by its name and source, so that editing a preprocessor makes a new cache.
+    is known by its name and source, its defaults and what it closes over, so that editing a preprocessor, or making it
+    with other settings, makes a new cache.
 
     Raises:
       TypeError: a part has no stable description (say, an open file).
     """
     digest = hashlib.sha256()
-    for piece in _describe(parts):
+    for piece in _describe(parts, ()):
         digest.update(piece)
     return digest.hexdigest()[:32]
 
 
-def _describe(value: object) -> Iterator[bytes]:
+def source_of(function: types.FunctionType) -> tuple:
+    """A function's module, name and source; in place of source that no file has, its bytecode."""
+    try:
+        source = inspect.getsource(function.__code__)
+    except OSError:  # typed into an interpreter
+        source = _bytecode(function.__code__)
+    return function.__module__, function.__qualname__, source
+
+
+def _bytecode(code: types.CodeType) -> tuple:
+    inner = tuple(_bytecode(part) if inspect.iscode(part) else repr(part) for part in code.co_consts)
+    return code.co_code, code.co_names, inner
+
+
+def _closed_over(function: types.FunctionType) -> dict[str, object]:
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with contextlib.suppress(ValueError):  # nothing was assigned yet
+            found[name] = cell.cell_contents
+    return found
+
+
+def _describe(value: object, inside: tuple[object, ...]) -> Iterator[bytes]:
+    """Describes a part; `inside` are the functions in whose closures it was found."""
     kind = type(value)
     if value is None or kind in (bool, int, float, str, bytes):
         body = repr(value).encode()
@@ -40,31 +67,37 @@ def _describe(value: object) -> Iterator[bytes]:
         yield f"{kind.__module__}.{kind.__qualname__}(".encode()
         for field in dataclasses.fields(value):
             yield field.name.encode() + b"="
-            yield from _describe(getattr(value, field.name))
+            yield from _describe(getattr(value, field.name), inside)
         yield b")"
     elif isinstance(value, Mapping):
         yield b"{"
         for key in sorted(value, key=repr):
-            yield from _describe(key)
-            yield from _describe(value[key])
+            yield from _describe(key, inside)
+            yield from _describe(value[key], inside)
         yield b"}"
     elif isinstance(value, (tuple, list)):
         yield b"["
         for item in value:
-            yield from _describe(item)
+            yield from _describe(item, inside)
         yield b"]"
-    elif isinstance(value, np.ndarray):
+    elif isinstance(value, (set, frozenset)):
+        yield b"<" + b"".join(sorted(b"".join(_describe(item, inside)) for item in value)) + b">"
+    elif isinstance(value, (np.ndarray, np.generic)):
         yield f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes()
     elif isinstance(value, functools.partial):
-        yield from _describe((value.func, value.args, value.keywords))
+        yield from _describe((value.func, value.args, value.keywords), inside)
     elif inspect.isfunction(value):
-        try:
-            source = inspect.getsource(value)
-        except OSError:  # typed into an interpreter: its bytecode and constants must do
-            source = value.__code__.co_code.hex() + repr(value.__code__.co_consts)
-        yield from _describe((value.__module__, value.__qualname__, source))
+        if value in inside:  # it calls itself
+            yield f"function {inside.index(value)};".encode()
+            return
+        settings = (value.__defaults__, value.__kwdefaults__, _closed_over(value))
+        yield from _describe((source_of(value), *settings), (*inside, value))
+    elif isinstance(value, re.Pattern):
+        yield from _describe((value.pattern, value.flags), inside)
     elif isinstance(value, type) or inspect.isbuiltin(value):
         yield f"{value.__module__}.{value.__qualname__};".encode()
+    elif inspect.ismodule(value):
+        yield f"module {value.__name__};".encode()
     else:
         raise TypeError(
             f"{value!r} ({kind.__qualname__}) has no stable description to name a cache by; use plain functions, "

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxlm.data.converters import Batch
 from jaxlm.data.datasets import DataSets
-from jaxlm.data.loader_base import ExampleId, Loader, Seen
-from jaxlm.data.mixing import Clock, Mixer
+from jaxlm.data.loader_base import ExampleId, Loader, Seen, mixing_at
+from jaxlm.data.mixing import Mixer
 from jaxlm.data.randomness import ExampleGenerator
 
 
@@ -45,12 +45,12 @@ class IndexedLoader(Loader):
         """Batches from `step` to the end."""
         if not self._data.one_pass:
             return 1 << 40
-        return max(-(-(int(self._ends[-1]) - self._clocks[-1].draws_at(step)) // self._batch_size), 0)
+        return max(-(-(int(self._ends[-1]) - self._clock.draws_at(step)) // self._batch_size), 0)
 
     def batch(self, step: int, mixer: Mixer) -> Batch:
         """This host's rows of the batch of a training step."""
         data = self._data
-        numbers = self._clocks[-1].draws_at(step) + self._own_rows
+        numbers = self._clock.draws_at(step) + self._own_rows
         generator = ExampleGenerator(data.config.seed)
         rows = [
             [data.example(generator, d, i, e, step, raw) for i, raw in data.rows[d].row(r)]
@@ -70,10 +70,16 @@ class IndexedLoader(Loader):
         return list(zip(dataset.tolist(), index.tolist(), epoch.tolist()))
 
     @override
+    def _go_on(self, state: Mapping[str, Any], before: DataSets) -> None:
+        step, same_rate = int(state["step"]), self._clock.draws_per_step == self._draws_per_step
+        if before.rates != self._data.rates or self._step != step or not same_rate:
+            self._begin(self._clock.draws_at(step), before)
+
+    @override
     def examples_at(self, state: Mapping[str, Any]) -> list[list[ExampleId]]:
-        clocks = tuple(Clock(*clock) for clock in state["clocks"])
-        mixer = Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, clocks)
-        numbers = clocks[-1].draws_at(state["step"]) + np.arange(self._batch_size)
+        clock, drawn = mixing_at(state)
+        mixer = self._data.mixer(clock, drawn)
+        numbers = clock.draws_at(state["step"]) + np.arange(self._batch_size)
         return [
             [ExampleId(self.dataset_names[d], i, e) for i, _ in self._data.rows[d].row(r)]
             for d, r, e in self._rows(numbers, mixer)
@@ -81,7 +87,7 @@ class IndexedLoader(Loader):
 
     @override
     def seen(self) -> dict[str, Seen]:
-        rows = self._clocks[-1].draws_at(self._step)
+        rows = self._clock.draws_at(self._step)
         if self._data.one_pass:
             return self._seen(np.clip(rows - (self._ends - self._counts), 0, self._counts), self._counts)
         return self._seen(self._mixer().counts(rows), self._counts)

@@ -11,8 +11,11 @@ import numpy as np
 
 from jaxlm.data.converters import Batch
 from jaxlm.data.datasets import DataSets
-from jaxlm.data.mixing import Clock, Mixer
-from jaxlm.data.tasks import Mixture
+from jaxlm.data.mixing import Clock, Drawn, Mixer
+
+_REFUSAL = (
+    "The saved data position is of a run with {}; go on with that run's settings, or start the data from its beginning."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Loader(Iterator[Batch]):
         self._own_rows = own_rows
         self.batch_size = batch_size
         self._start_step = self._step = start_step
-        self._clocks = (Clock(start_step, 0, self._draws_per_step),)
+        self._clock = Clock(start_step, 0, self._draws_per_step)
+        self._drawn: Drawn | None = None
         self._iterator: Iterator | None = None
         self.objective = data.objective
         self.vocabulary = data.vocabulary
@@ -121,45 +125,62 @@ class Loader(Iterator[Batch]):
 
     def state(self) -> dict[str, Any]:
         """The position after the last batch taken, JSON-able; what was read ahead does not count."""
-        clocks = [list(dataclasses.astuple(clock)) for clock in self._clocks]
-        return {"data": self._data.identity, "step": self._step, "clocks": clocks}
+        clocks = [list(dataclasses.astuple(self._clock))]  # earlier versions had several
+        state = {"data": self._data.identity, "rates": self._data.rates, "step": self._step, "clocks": clocks}
+        if self._drawn is not None:
+            state["drawn"] = [self._drawn.draws, *self._drawn.counts]
+        return state
 
-    def restore(self, state: Mapping[str, Any], *, step: int | None = None) -> None:
+    def restore(self, state: Mapping[str, Any], *, step: int | None = None, after: Loader | None = None) -> None:
         """Goes to a position; the number of hosts may differ from that of the run that saved it.
 
-        With another batch size, reading goes on where that run stopped.
+        With another batch size, other rates or another objective, reading goes on where that run stopped: no example
+        comes twice in an epoch. A packed stream that would pack the windows in use in another way passes over what is
+        left of them.
 
         Args:
           state: from `state`.
           step: the training step that the next batch is for, where it is not the position's own: a run that went back
             to an earlier step goes on with later data.
+          after: the loader whose position it is, which a loader with other mixing rates has to know.
 
         Raises:
           ValueError: the position belongs to other data, or another way of reading it.
         """
+        before = self._data if after is None else after._data
+        self._check(state, before)
+        self.close()
+        self._step = int(state["step"]) if step is None else step
+        self._clock, self._drawn = mixing_at(state)
+        self._go_on(state, before)
+
+    @abc.abstractmethod
+    def _go_on(self, state: Mapping[str, Any], before: DataSets) -> None:
+        """Takes up a position whose step, clock and draws are set already; `before` are the data sets that it is of."""
+
+    def _check(self, state: Mapping[str, Any], before: DataSets) -> None:
         ours, theirs = self._data.identity, state.get("data", {})
         for name in ours:
             if ours[name] != theirs.get(name):
                 differs = f"{name} {theirs.get(name)!r} instead of {ours[name]!r}"
                 if name == "digest":
                     differs = "other files, row lengths or reading options"
-                raise ValueError(
-                    f"The saved data position is of a run with {differs}; go on with that run's settings, or start the "
-                    f"data from its beginning."
-                )
-        self.close()
-        self._step = int(state["step"]) if step is None else step
-        self._clocks = tuple(Clock(int(step), int(draws), float(rate)) for step, draws, rate in state["clocks"])
-        now = self._clocks[-1]
-        if now.draws_per_step != self._draws_per_step or self._step != state["step"]:
-            changed = Clock(self._step, now.draws_at(int(state["step"])), self._draws_per_step)
-            # The history matters only to rates that have changed with the step.
-            scheduled = isinstance(self._data.mixture, Mixture) and self._data.mixture.schedules()
-            history = tuple(clock for clock in self._clocks if clock.step < changed.step)
-            self._clocks = (*history, changed) if scheduled else (changed,)
+                raise ValueError(_REFUSAL.format(differs))
+        if state.get("rates", before.rates) != before.rates:
+            raise ValueError(_REFUSAL.format("other mixing rates"))
+        if len(state["clocks"]) > 1:
+            raise ValueError(_REFUSAL.format("an earlier version of jaxlm, at rates that change with the step"))
+
+    def _begin(self, draws: int, before: DataSets) -> None:
+        """Reads from `draws` on by the present rates and batch size, `before` having dealt the draws until there."""
+        # What was dealt matters only where it would be dealt in another way now.
+        if before.rates != self._data.rates or self._data.scheduled:
+            counts = before.mixer(self._clock, self._drawn).counts(draws)
+            self._drawn = Drawn(draws, tuple(counts.tolist()))
+        self._clock = Clock(self._step, draws, self._draws_per_step)
 
     def _mixer(self) -> Mixer:
-        return Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, self._clocks)
+        return self._data.mixer(self._clock, self._drawn)
 
     def _seen(self, drawn: np.ndarray, counts: np.ndarray) -> dict[str, Seen]:
         """`seen` from the draws from each data set and its members, int64 [data sets] both."""
@@ -167,3 +188,10 @@ class Loader(Iterator[Batch]):
             name: Seen(int(n), float(n / count), int(n * (tokens / count)))
             for name, n, count, tokens in zip(self.dataset_names, drawn, counts, self._data.num_tokens)
         }
+
+
+def mixing_at(state: Mapping[str, Any]) -> tuple[Clock, Drawn | None]:
+    """The clock of a position, and what was drawn before it began."""
+    [(step, draws, rate)] = state["clocks"]
+    drawn = state.get("drawn")
+    return Clock(int(step), int(draws), float(rate)), drawn and Drawn(drawn[0], tuple(drawn[1:]))

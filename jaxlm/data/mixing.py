@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -77,6 +78,19 @@ class Clock:
         return self.draws + math.ceil((step - self.step) * self.draws_per_step)
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What was drawn before the present rates, or the present clock, began to hold.
+
+    Attributes:
+      draws: draws of the run.
+      counts: of each data set among them.
+    """
+
+    draws: int
+    counts: tuple[int, ...]
+
+
 class Mixer:
     """Assigns rows to data sets.
 
@@ -84,48 +98,59 @@ class Mixer:
       mixture: a task or mixture.
       examples: number of examples of each task, for rates that follow it.
       seed: of the run.
-      clocks: how rows and steps go together, one a change of batch size, in order.
+      clock: how rows and steps go together.
+      drawn: where mixing goes on; None begins.
+      rows_per_example: of each task, where a row has several examples: rates count examples. None: a row is one.
+
+    Attributes:
+      clock: as given.
     """
 
-    def __init__(self, mixture: Task | Mixture, examples: dict[str, int], seed: int, clocks: tuple[Clock, ...]):
-        self.scheduled = isinstance(mixture, Mixture) and bool(mixture.schedules())
+    def __init__(
+        self,
+        mixture: Task | Mixture,
+        examples: Mapping[str, int],
+        seed: int,
+        clock: Clock,
+        drawn: Drawn | None = None,
+        rows_per_example: Mapping[str, float] | None = None,
+    ):
+        self.clock = clock
+        schedules = mixture.schedules() if isinstance(mixture, Mixture) else ()
         self._scramble = key_of("mixture", seed) >> (64 - _BITS)
         self._single = not isinstance(mixture, Mixture) or len(mixture.tasks()) == 1
         if self._single:
             return
-        steps = [clocks[0].step]
-        if self.scheduled:
-            ends = {clocks[0].step}
-            for schedule in mixture.schedules():
-                for a, b in itertools.pairwise(schedule.steps):
-                    stairs = min(_STAIRS, b - a) if schedule.linear else 1
-                    ends.update(np.linspace(a, b, stairs + 1).astype(int).tolist())
-            # Where the batch size changes nothing else does, but a stair must not reach over it.
-            ends.update(clock.step for clock in clocks)
-            steps = sorted(end for end in ends if end >= clocks[0].step)
+        ends = {clock.step}
+        for schedule in schedules:
+            for a, b in itertools.pairwise(schedule.steps):
+                stairs = min(_STAIRS, b - a) if schedule.linear else 1
+                ends.update(np.linspace(a, b, stairs + 1).astype(int).tolist())
+        steps = sorted(end for end in ends if end >= clock.step)
         # Row at which each stair begins.
-        self._stairs = np.array(
-            [max((c for c in clocks if c.step <= step), key=lambda c: c.step).draws_at(step) for step in steps],
-            np.int64,
-        )
-        self._stairs[0] = 0
+        self._stairs = np.array([min(clock.draws_at(step), 2**_BITS - 1) for step in steps], np.int64)
+        self._stairs[0] = 0 if drawn is None else drawn.draws
         self._edges = []  # of the data sets' shares, in units of 2^-BITS, [stairs, data sets + 1]
         for a, b in itertools.zip_longest(steps, steps[1:]):
-            shares = list(mixture.shares(a if b is None else (a + b - 1) // 2, examples).values())
-            edges = np.round(np.cumsum([0.0, *shares]) * 2**_BITS).astype(np.int64)
+            shares = mixture.shares(a if b is None else (a + b - 1) // 2, examples)
+            if rows_per_example is not None:
+                rows = {name: share * rows_per_example[name] for name, share in shares.items()}
+                shares = {name: share / sum(rows.values()) for name, share in rows.items()}
+            edges = np.round(np.cumsum([0.0, *shares.values()]) * 2**_BITS).astype(np.int64)
             edges[-1] = 2**_BITS
             self._edges.append(edges)
         self._edges = np.array(self._edges)
         # Rows each data set has had when a stair begins.
         self._before = np.zeros((len(steps), self._edges.shape[1] - 1), np.int64)
-        for i in range(1, len(steps)):
-            a, b = self._stairs[i - 1], self._stairs[i]
-            self._before[i] = self._before[i - 1] + self._between(a, b, self._edges[i - 1])
+        if drawn is not None:
+            self._before[0] = drawn.counts
+        stairs = self._between(self._stairs[:-1, None], self._stairs[1:, None], self._edges[:-1])
+        self._before[1:] = self._before[0] + stairs.cumsum(0)
 
     def _between(self, start: np.ndarray, stop: np.ndarray, edges: np.ndarray) -> np.ndarray:
-        """Rows of each data set among rows start .. stop - 1 of one stair, [data sets]."""
+        """Rows of each data set among rows start .. stop - 1 of a stair, [..., data sets]."""
         below = _count_below(stop, edges, self._scramble) - _count_below(start, edges, self._scramble)
-        return np.diff(below)
+        return np.diff(below, axis=-1)
 
     def assign(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Data set of each row, and how many rows that data set had before; int64 [n] both."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, override
@@ -12,7 +11,7 @@ import numpy as np
 from jaxlm.data import packing
 from jaxlm.data.converters import Batch
 from jaxlm.data.datasets import DataSets
-from jaxlm.data.loader_base import ExampleId, Loader, Seen
+from jaxlm.data.loader_base import ExampleId, Loader, Seen, mixing_at
 from jaxlm.data.mixing import Clock, Mixer
 from jaxlm.data.randomness import ExampleGenerator
 from jaxlm.objectives.base import Example
@@ -50,8 +49,8 @@ class StreamLoader(Loader):
         self._data, self._batch_size = data, batch_size
         self._counts = np.array([len(examples) for examples in data.examples], np.int64)
         # The first window as if all of it fell into the first step.
-        self._clocks = (Clock(start_step, 0, 2.0**38),)
-        self._examples_per_row = data.config.look_ahead / len(self._pack(0, 0, self._mixer()))
+        first = data.mixer(Clock(start_step, 0, 2.0**38), None)
+        self._examples_per_row = data.config.look_ahead / len(self._pack(0, 0, first))
         super().__init__(data, batch_size, own_rows, start_step)
         self._own = [group * group_shards + i for group in self._own_groups.tolist() for i in range(group_shards)]
         self._positions: dict[int, Position] = dict.fromkeys(self._own, (0, 0))
@@ -68,7 +67,8 @@ class StreamLoader(Loader):
         numbers = (window * config.look_ahead + np.arange(config.look_ahead)) * config.virtual_shards + shard
         dataset, drawn = mixer.assign(numbers)
         index, epoch = data.ordered(dataset, drawn, self._counts)
-        steps = self._steps_of(numbers)
+        clock = mixer.clock
+        steps = (clock.step + (numbers - clock.draws) / clock.draws_per_step).astype(np.int64)
         generator = ExampleGenerator(config.seed)
         examples = [
             data.example(generator, d, i, e, step, data.examples[d][i])
@@ -77,12 +77,6 @@ class StreamLoader(Loader):
         ids = [ExampleId(data.tasks[d].name, i, e) for d, i, e in zip(dataset.tolist(), index.tolist(), epoch.tolist())]
         sizes = np.array([data.converter.size(example) for example in examples], np.int64)
         return [[(ids[i], examples[i]) for i in row] for row in packing.pack_window(sizes, data.converter.capacity)]
-
-    def _steps_of(self, numbers: np.ndarray) -> np.ndarray:
-        """The training step of each example by the clock, int64 [n]."""
-        step, draws, rate = (np.array(column) for column in zip(*map(dataclasses.astuple, self._clocks)))
-        clock = np.maximum(np.searchsorted(draws, numbers, "right") - 1, 0)
-        return (step[clock] + (numbers - draws[clock]) / rate[clock]).astype(np.int64)
 
     def _batches(self) -> Iterator[tuple[Batch, dict[int, Position], int]]:
         """Batches from the current position on, each with the position after it."""
@@ -122,8 +116,7 @@ class StreamLoader(Loader):
 
     @override
     def examples_at(self, state: Mapping[str, Any]) -> list[list[ExampleId]]:
-        clocks = tuple(Clock(*clock) for clock in state["clocks"])
-        mixer = Mixer(self._data.mixture, self._data.num_examples, self._data.config.seed, clocks)
+        mixer = self._data.mixer(*mixing_at(state))
         positions = {shard: tuple(position) for shard, position in enumerate(state["positions"])}
         groups = range(math.gcd(self._batch_size, self._data.config.virtual_shards))
         rows, _, _ = next(self._rows(groups, positions, state["phase"], mixer))
@@ -149,20 +142,32 @@ class StreamLoader(Loader):
     def state(self) -> dict[str, Any]:
         """As `Loader.state`, with this host's shards alone: several hosts `gather_state` before they save."""
         positions = [self._positions.get(shard) for shard in range(self._data.config.virtual_shards)]
-        return super().state() | {"batch_size": self._batch_size, "phase": self._phase, "positions": positions}
+        stream = {"batch_size": self._batch_size, "phase": self._phase, "positions": positions}
+        return super().state() | {"packed": self._data.packed} | stream
 
     @override
-    def restore(self, state: Mapping[str, Any], *, step: int | None = None) -> None:
-        # With other clocks, and so other rates, a window that is half used would pack in another way.
-        super().restore(state)
-        self._step = self._step if step is None else step
-        missing = [shard for shard in self._own if state["positions"][shard] is None]
-        if missing:
+    def _go_on(self, state: Mapping[str, Any], before: DataSets) -> None:
+        # An earlier step (`restore`) keeps its clock: with another the windows in use would pack in another way.
+        other_rates = before.rates != self._data.rates
+        other_clock = self._clock.draws_per_step != self._draws_per_step
+        other_examples = state.get("packed", self._data.packed) != self._data.packed
+        by_step = self._data.scheduled or self._data.objective.scheduled
+        positions = dict(enumerate(state["positions"]))
+        repacks = other_rates or other_examples or (other_clock and by_step)
+        # Windows that no shard has begun are nobody's yet, so that whatever decides about them may change.
+        wanted = positions if repacks else self._own
+        if missing := [shard for shard in wanted if positions[shard] is None]:
             raise ValueError(
                 f"The saved data position lacks virtual shard {missing[0]}, because one host of several saved its own; "
                 f"save what jaxlm.data.loader.gather_state gives."
             )
-        self._positions = {shard: tuple(state["positions"][shard]) for shard in self._own}
+        if repacks:
+            window = max(window + (row > 0) for window, row in positions.values())
+            self._begin(window * self._data.config.look_ahead * self._data.config.virtual_shards, before)
+            positions = dict.fromkeys(positions, (window, 0))
+        elif other_clock:
+            self._begin(self._clock.draws_at(int(state["step"])), before)
+        self._positions = {shard: tuple(positions[shard]) for shard in self._own}
         # Another batch size deals rows to shards in another way, from its own beginning.
         self._phase = state["phase"] if state["batch_size"] == self._batch_size else 0
 

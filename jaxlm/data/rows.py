@@ -150,7 +150,9 @@ def plan_rows(
     size: Callable[[int, int, int], tuple[int, ...]],
     capacity: tuple[int, ...],
     look_ahead: int,
+    *,
     shuffle: bool,
+    lasting: bool,
 ) -> Plan:
     """The pack plan of a data set: made once (an example's corruption each), kept in its cache.
 
@@ -162,22 +164,23 @@ def plan_rows(
       capacity: columns of a row.
       look_ahead: examples in a window of packing.
       shuffle: cut the windows from a shuffled order, so that neighbours in a file do not share every row.
+      lasting: the plan is for every epoch and step, not for one pass alone.
 
     Raises:
-      ValueError: sizes differ from epoch to epoch or with the step, and `shuffle` says that there are many.
+      ValueError: the plan is to last, but sizes differ from epoch to epoch or with the step.
     """
 
     def make() -> np.ndarray:
         order = np.arange(len(examples))
         if shuffle:
             order = permute(order, len(order), key_of("plan"))
-            visits = ((0, 0), (1, 0), (2, 1 << 30), (3, 1 << 30))  # epochs and steps, the first and the very last
-            for i in range(min(64, len(examples))):
-                if len({size(i, *visit) for visit in visits}) > 1:
-                    raise ValueError(
-                        f"Packing.PLAN needs examples whose length is the same in every epoch, but the objective makes "
-                        f"them of random lengths (task {cache.task!r}); use Packing.FIRST_FIT."
-                    )
+        visits = ((0, 0), (1, 0), (2, 1 << 30), (3, 1 << 30))  # epochs and steps, the first and the very last
+        for i in range(min(64, len(examples)) if lasting else 0):
+            if len({size(i, *visit) for visit in visits}) > 1:
+                raise ValueError(
+                    f"Packing.PLAN needs examples whose length is the same in every epoch, but the objective makes "
+                    f"them of random lengths (task {cache.task!r}); use Packing.FIRST_FIT."
+                )
         sizes = np.empty((len(examples), len(capacity)), np.int64)
         with progress_bar(f"planning rows of {cache.task}", len(examples)) as advance:
             for i in range(len(examples)):

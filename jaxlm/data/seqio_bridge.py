@@ -16,6 +16,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import inspect
 import itertools
 import logging
 import os
@@ -32,7 +33,7 @@ from jaxlm.architecture import Architecture
 from jaxlm.data import packing, tasks
 from jaxlm.data.cache import cache_directory, open_cache
 from jaxlm.data.converters import Batch, feature_converter
-from jaxlm.data.fingerprint import fingerprint
+from jaxlm.data.fingerprint import fingerprint, source_of
 from jaxlm.data.randomness import ExampleGenerator, key_of
 from jaxlm.data.sources import Record, Shard, Source
 from jaxlm.data.vocabularies import ByteVocabulary, SentencePieceVocabulary, Vocabulary
@@ -232,12 +233,14 @@ class SeqioSource(Source):
         return prepared
 
 
-def _definition(preprocessor: Callable) -> object:
-    """Something about a preprocessor that changes when it does, as far as that can be told."""
+def _definition(part: object) -> object:
+    """Something about a preprocessor, or a setting of one, that changes when it does, as far as that can be told."""
     try:
-        return fingerprint(preprocessor)
+        return fingerprint(part)
     except TypeError:
-        return type(preprocessor).__qualname__
+        if isinstance(part, functools.partial):
+            return [_definition(inner) for inner in (part.func, *part.args, *itertools.chain(*part.keywords.items()))]
+        return source_of(part) if inspect.isfunction(part) else type(part).__qualname__
 
 
 # Without a cache ------------------------------------------------------------------------------------------------

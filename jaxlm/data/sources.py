@@ -20,6 +20,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ class Shard:
     Attributes:
       name: what messages call it.
       size: bytes, roughly; for progress and for dividing the work.
-      digest: changes whenever the records may have changed.
+      digest: changes whenever the records may have changed: with the files, and with every setting of the source that
+        `read` goes by.
       split: the split it belongs to.
       parts: what the source needs to find it.
     """
@@ -133,7 +135,7 @@ class StandardLibrary(Source):
             Shard(
                 name=f"standard library {i}",
                 size=sum(size for *_, size in group),
-                digest=fingerprint(sys.version, [(name, size) for _, name, size in group]),
+                digest=fingerprint(self.text, sys.version, [(name, size) for _, name, size in group]),
                 split=split,
                 parts=tuple((path, name) for path, name, _ in group),
             )
@@ -170,6 +172,8 @@ _PLAIN = (".txt", ".md", ".py")
 _SUFFIXES = (*_PLAIN, ".jsonl", ".json", ".parquet")
 _RANGE = 64 << 20  # bytes of plain files in one shard: what a worker does before it reports
 _LINE_LIMIT = 256 << 20
+# What half a character may look like in a line of JSON: an escape, or bytes that no UTF-8 has.
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,13 +181,14 @@ class TextFiles(Source):
     """Files on disk: `.txt`, `.md`, `.py` (a file is a document), `.jsonl` (a line), `.parquet` (a row).
 
     All but parquet may be gzipped (`.gz`). A record is {"text": ...} for plain files and the object's or row's own
-    fields otherwise.
+    fields otherwise. Half a character in JSON (a lone surrogate, where a text was cut inside an emoji) is read as
+    U+FFFD, and a warning counts the lines.
 
     Without `validation` the validation split is taken from the same files: of lines, rows and many files, those whose
     hash falls below `held_out`; of fewer than 20 plain files, the end of each.
 
     Attributes:
-      pattern: a folder (read recursively), a file, a glob, or a tuple of these.
+      pattern: a folder (read recursively), a file, a glob (** is folders at any depth), or a tuple of these.
       validation: the same for the validation split, or None to hold out a share of `pattern`.
       held_out: that share.
       document_bytes: a longer plain file is read as several documents, cut at line ends where there are any.
@@ -199,7 +204,7 @@ class TextFiles(Source):
         _check_split(self, split, ("train", "validation"))
         files = _files(self.validation if split == "validation" and self.validation else self.pattern)
         sizes = {path: os.path.getsize(path) for path in files}
-        held_out = 0.0 if self.validation else self.held_out
+        held_out = self._held_out
         by_tail = sum(_suffix(path) in _PLAIN for path in files) < 20
         longest = max(files, key=sizes.__getitem__)
         if _suffix(longest) in _PLAIN and sizes[longest] > self.document_bytes:
@@ -235,17 +240,23 @@ class TextFiles(Source):
         def times(path: str) -> int:
             return os.stat(path).st_mtime_ns
 
+        files = [(os.path.abspath(path), a, b, sizes[path], times(path)) for path, a, b in ranges]
         return Shard(
             name=ranges[0][0] if len(ranges) == 1 else f"{ranges[0][0]} and {len(ranges) - 1} more",
             size=sum(_range_size(r, sizes) for r in ranges),
-            digest=fingerprint([(os.path.abspath(path), a, b, sizes[path], times(path)) for path, a, b in ranges]),
+            digest=fingerprint(files, self._held_out, self.document_bytes),
             split=split,
             parts=tuple(ranges),
         )
 
+    @property
+    def _held_out(self) -> float:
+        """The share of `pattern` that is left to the validation split."""
+        return 0.0 if self.validation else self.held_out
+
     @override
     def read(self, shard: Shard) -> Iterator[Record]:
-        held_out = 0.0 if self.validation else self.held_out
+        held_out = self._held_out
         for path, start, stop in shard.parts:
             with _clear_errors(path):
                 if _suffix(path) in _PLAIN:
@@ -271,9 +282,7 @@ def _files(pattern: str | tuple[str, ...]) -> list[str]:
     found: list[str] = []
     for one in (pattern,) if isinstance(pattern, str) else pattern:
         one = os.path.expanduser(one)
-        paths = (
-            glob.glob(os.path.join(glob.escape(one), "**"), recursive=True) if os.path.isdir(one) else glob.glob(one)
-        )
+        paths = glob.glob(os.path.join(glob.escape(one), "**") if os.path.isdir(one) else one, recursive=True)
         there_are = [p for p in paths if os.path.isfile(p)]
         matching = [p for p in there_are if _suffix(p) in _SUFFIXES]
         if not matching:
@@ -376,15 +385,13 @@ def _pieces(path: str, start: int, stop: int, limit: int) -> Iterator[str]:
 
 def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, Record]]:
     """(position in bytes, object) of the lines of a JSON-lines file that begin in [start, stop)."""
+    mended: list[int] = []
     with _open(path) as file:
         at = start
         if start:
             file.seek(start - 1)
             at = start - 1 + len(file.readline(_LINE_LIMIT))
-        while stop < 0 or at < stop:
-            line = file.readline(_LINE_LIMIT)
-            if not line:
-                return
+        while (stop < 0 or at < stop) and (line := file.readline(_LINE_LIMIT)):
             if len(line) == _LINE_LIMIT:
                 raise ValueError(
                     f"{path} has a line longer than {_LINE_LIMIT >> 20} MB at byte {at}; is it JSON lines? Split the "
@@ -401,8 +408,25 @@ def _lines(path: str, start: int, stop: int) -> Iterator[tuple[int, Record]]:
                     raise ValueError(
                         f"{path} has a line at byte {at} that is not an object but {type(record).__name__}."
                     )
+                if _HALF.search(line) and (whole := _whole(record)) != record:
+                    mended.append(at)
+                    record = whole
                 yield at, record
             at += len(line)
+    if mended:
+        log.warning(
+            "%s has halves of characters (lone surrogates) in %d lines, the first at byte %d; each is read as U+FFFD.",
+            *(path, len(mended), mended[0]),
+        )
+
+
+def _whole(value: Any) -> Any:
+    """A value of JSON with U+FFFD in place of each half of a character."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {_whole(name): _whole(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _rows(path: str) -> Iterator[tuple[int, Record]]:
@@ -523,22 +547,40 @@ def _text(value: Any) -> Any:
     return value.decode() if isinstance(value, bytes) else value
 
 
+CARD = "task.json"  # of a folder of cached files: which there are
+
+
+def shard_file(split: str, index: int, count: int) -> str:
+    """Name of one of the `count` files of a cached split."""
+    return f"{split}-{index:05d}-of-{count:05d}.array_record"
+
+
 @dataclasses.dataclass(frozen=True)
 class ArrayRecordSource(Source):
     """Files of records in the format of `jaxlm.data.records`: what tools/cache_tasks.py writes.
 
     Attributes:
-      folder: holds `<split>-*.array_record` files.
+      folder: holds `<split>-*.array_record` files; where it has a card (`CARD`), those that it names are read.
     """
 
     folder: str
 
     def _files(self, split: str) -> list[str]:
-        files = sorted(glob.glob(os.path.join(glob.escape(os.path.expanduser(self.folder)), f"{split}-*.array_record")))
+        folder = os.path.expanduser(self.folder)
+        files = sorted(glob.glob(os.path.join(glob.escape(folder), f"{split}-*.array_record")))
+        if os.path.exists(card := os.path.join(folder, CARD)):
+            with open(card, encoding="utf-8") as file:
+                count = json.load(file)["splits"].get(split, {}).get("shards", 0)
+            files = [os.path.join(folder, shard_file(split, i, count)) for i in range(count)]
+        if missing := [path for path in files if not os.path.exists(path)]:
+            raise ValueError(
+                f"The cached task in {self.folder!r} lacks the file {os.path.basename(missing[0])}; cache it again "
+                f"with tools/cache_tasks.py."
+            )
         if not files:
             raise ValueError(
-                f"The cached task in {self.folder!r} has no split {split!r} (no {split}-*.array_record files); cache "
-                f"it with tools/cache_tasks.py."
+                f"The cached task in {self.folder!r} has no split {split!r} (whole {split}-*.array_record files); "
+                f"cache it with tools/cache_tasks.py."
             )
         return files
 

@@ -4,7 +4,7 @@ Raw files need none of this: they are cached as flat arrays at first use (`jaxlm
 be moved, shared, or read where what it is made from is not installed (a seqio task, without TensorFlow).
 `tools/cache_tasks.py` is the command line.
 
-    folder/task.json                          features, vocabularies, counts and fingerprint of each split
+    folder/task.json                          features, vocabularies, number and counts of each split's files
     folder/train-00000-of-00004.array_record  records as jaxlm.data.records has them
     folder/<fingerprint>.model                the vocabulary's file, where it has one
 """
@@ -18,17 +18,16 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
+import re
 from collections.abc import Callable
 from typing import Any
 
 from jaxlm.data import vocabularies
+from jaxlm.data.fingerprint import fingerprint
 from jaxlm.data.records import encode_record
-from jaxlm.data.sources import ArrayRecordSource, Shard
+from jaxlm.data.sources import CARD, ArrayRecordSource, Shard, shard_file
 from jaxlm.data.tasks import Feature, Task
 from jaxlm.data.vocabularies import Vocabulary
-
-_CARD = "task.json"
 
 # A shard's examples, as (task, shard, folder, index, count); what a pool or a Beam runner maps over.
 Job = tuple[Task, Shard, str, int, int]
@@ -39,13 +38,14 @@ def write_shard(job: Job) -> dict[str, Any]:
     from array_record.python import array_record_module
 
     task, shard, folder, index, count = job
-    path = os.path.join(folder, f"{shard.split}-{index:05d}-of-{count:05d}.array_record")
+    path = os.path.join(folder, shard_file(shard.split, index, count))
     entry_path = f"{path}.json"
     if os.path.exists(entry_path):
         with open(entry_path, encoding="utf-8") as file:
             entry = json.load(file)
         if entry["shard"] == shard.digest and os.path.exists(path):
             return entry
+        os.unlink(entry_path)  # it must not stand beside the file that is written now
     digest, examples, tokens = hashlib.sha256(), 0, dict.fromkeys(task.output_features, 0)
     # group_size 1: any record can be read without its neighbours.
     writer = array_record_module.ArrayRecordWriter(f"{path}.partial", "group_size:1")
@@ -91,7 +91,9 @@ def run_in_beam(jobs: list[Job], arguments: list[str]) -> list[dict[str, Any]]:
 
 
 def cache_task(task: Task, folder: str, splits: tuple[str, ...], run: Callable[[list[Job]], list[dict]]) -> str:
-    """Caches splits of a task into `folder`; goes on where an interrupted run was.
+    """Caches splits of a task into `folder`; goes on where an interrupted run was, if it was of the same definition.
+
+    A split that is there as it would be made is left alone. One that is made again has no place in the card meanwhile.
 
     Args:
       task: what to cache.
@@ -103,11 +105,12 @@ def cache_task(task: Task, folder: str, splits: tuple[str, ...], run: Callable[[
       The fingerprint: a digest of all records and vocabularies, 32 hex digits.
 
     Raises:
-      ValueError: the folder holds another task, or a split is empty.
+      ValueError: the folder holds another task, or other splits by other preprocessors, or a split is empty.
     """
     os.makedirs(folder, exist_ok=True)
-    card = {"task": task.name, "features": _describe_features(task, folder), "splits": {}}
-    path = os.path.join(folder, _CARD)
+    features, preprocessors = _describe_features(task, folder), fingerprint(task.preprocessors)
+    card = {"task": task.name, "features": features, "preprocessors": preprocessors, "splits": {}}
+    path = os.path.join(folder, CARD)
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             old = json.load(file)
@@ -116,9 +119,22 @@ def cache_task(task: Task, folder: str, splits: tuple[str, ...], run: Callable[[
                 f"{folder!r} holds the task {old['task']!r} with other features or vocabularies; cache into a new "
                 f"folder."
             )
+        kept = [name for name in old["splits"] if name not in splits]
+        if kept and old.get("preprocessors", preprocessors) != preprocessors:
+            raise ValueError(
+                f"{folder!r} holds the splits {', '.join(kept)} of {task.name!r}, made by other preprocessors; cache "
+                f"them too, or into a new folder."
+            )
         card["splits"] = old["splits"]
     for split in splits:
-        shards = task.source.shards(split)
+        shards = _defined(task, split)
+        definition = fingerprint([shard.digest for shard in shards])
+        files = [os.path.join(folder, shard_file(split, i, len(shards))) for i in range(len(shards))]
+        known = card["splits"].get(split, {})
+        if known.get("definition") == definition and all(map(os.path.exists, files)):
+            continue
+        if card["splits"].pop(split, None):  # nobody is to read some of each
+            _write_card(card, path)
         entries = run([(task, shard, folder, i, len(shards)) for i, shard in enumerate(shards)])
         if not any(entry["examples"] for entry in entries):
             raise ValueError(f"The {split} split of task {task.name!r} has no examples; check its preprocessors.")
@@ -127,16 +143,40 @@ def cache_task(task: Task, folder: str, splits: tuple[str, ...], run: Callable[[
             "examples": sum(entry["examples"] for entry in entries),
             "tokens": {name: sum(e["tokens"][name] for e in entries) for name in task.output_features},
             "sha256": [entry["sha256"] for entry in entries],
+            "definition": definition,
         }
-    described = json.dumps([card["features"], card["splits"]], sort_keys=True)
+    _write_card(card, path)
+    _tidy(folder, splits, card)
+    return card["fingerprint"]
+
+
+def _defined(task: Task, split: str) -> list[Shard]:
+    """The shards of a split, with digests of all that decides the records made of them."""
+    definition = fingerprint(task.output_features, task.preprocessors)
+    return [
+        dataclasses.replace(shard, digest=fingerprint(shard.digest, definition)) for shard in task.source.shards(split)
+    ]
+
+
+def _write_card(card: dict[str, Any], path: str) -> None:
+    """Writes the card with its fingerprint, which is of the records and does not ask where they come from."""
+    made = {name: {k: v for k, v in split.items() if k != "definition"} for name, split in card["splits"].items()}
+    described = json.dumps([card["features"], made], sort_keys=True)
     card["fingerprint"] = hashlib.sha256(described.encode()).hexdigest()[:32]
     with open(f"{path}.partial", "w", encoding="utf-8") as file:
         json.dump(card, file, indent=1)
     os.replace(f"{path}.partial", path)
+
+
+def _tidy(folder: str, splits: tuple[str, ...], card: dict[str, Any]) -> None:
+    """Deletes what the card does not name: files of these splits in another number, and entries of all files."""
+    named = {shard_file(split, i, n) for split in splits for n in [card["splits"][split]["shards"]] for i in range(n)}
+    ours = "|".join(map(re.escape, splits))
     for name in os.listdir(folder):
-        if name.endswith(".array_record.json"):
+        if name.endswith(".array_record.json") or (
+            re.fullmatch(rf"({ours})-\d+-of-\d+\.array_record(\.partial)?", name) and name not in named
+        ):
             os.unlink(os.path.join(folder, name))
-    return card["fingerprint"]
 
 
 def cached_task(folder: str, name: str | None = None) -> Task:
@@ -145,9 +185,9 @@ def cached_task(folder: str, name: str | None = None) -> Task:
     Raises:
       ValueError: no task was cached there, or not to its end.
     """
-    path = os.path.join(os.path.expanduser(folder), _CARD)
+    path = os.path.join(os.path.expanduser(folder), CARD)
     if not os.path.exists(path):
-        raise ValueError(f"There is no cached task in {folder!r} (no {_CARD}); cache one with tools/cache_tasks.py.")
+        raise ValueError(f"There is no cached task in {folder!r} (no {CARD}); cache one with tools/cache_tasks.py.")
     with open(path, encoding="utf-8") as file:
         card = json.load(file)
     features = {key: Feature(_vocabulary(said, folder), said["add_eos"]) for key, said in card["features"].items()}
@@ -155,16 +195,13 @@ def cached_task(folder: str, name: str | None = None) -> Task:
 
 
 def _describe_features(task: Task, folder: str) -> dict[str, Any]:
-    """The features as JSON; copies the vocabulary's file into the folder."""
+    """The features as JSON; the vocabularies' files are put into the folder."""
     described = {}
     for name, feature in task.output_features.items():
-        vocabulary = feature.vocabulary
+        vocabulary = feature.vocabulary.copied(folder)
         fields = dataclasses.asdict(vocabulary)
         if "path" in fields:
-            copy = f"{vocabulary.fingerprint()}{os.path.splitext(vocabulary.path)[1]}"
-            if not os.path.exists(os.path.join(folder, copy)):
-                shutil.copyfile(os.path.expanduser(vocabulary.path), os.path.join(folder, copy))
-            fields["path"] = copy
+            fields["path"] = os.path.basename(vocabulary.path)
         # Through JSON and back, so that it compares with what is read (tuples become lists).
         fields = json.loads(json.dumps(fields))
         described[name] = {"vocabulary": type(vocabulary).__name__, "fields": fields, "add_eos": feature.add_eos}

@@ -22,7 +22,7 @@ import numpy as np
 from jaxlm.data.fingerprint import fingerprint
 from jaxlm.data.sources import Record, Source
 from jaxlm.data.vocabularies import Vocabulary
-from jaxlm.piecewise import Piecewise
+from jaxlm.piecewise import Piecewise, at_step
 
 
 class StreamPreprocessor(Protocol):
@@ -231,9 +231,10 @@ class Mixture:
 
     Attributes:
       name: unique.
-      tasks_and_rates: ((task or mixture or the name of one, rate), ...). Rates are relative; a `Piecewise` rate is a
-        function of the training step. A mixture inside has this share as a whole, divided by its own rates. A task
-        that occurs twice has the sum.
+      tasks_and_rates: ((task or mixture or the name of one, rate), ...). Rates are relative and count examples: pairs,
+        documents or pieces of documents, however many share a row; with `Packing.CONCAT_AND_SPLIT`, where rows are cut
+        anywhere, they count rows. A `Piecewise` rate is a function of the training step. A mixture inside has this
+        share as a whole, divided by its own rates. A task that occurs twice has the sum.
     """
 
     name: str
@@ -251,6 +252,21 @@ class Mixture:
             raise ValueError(f"Mixture {self.name!r} has no tasks; give tasks_and_rates=((task, rate), ...).")
         return tuple(found.values())
 
+    def rates(self, examples: Mapping[str, int]) -> tuple[tuple[Task | Mixture, float | Piecewise], ...]:
+        """The members with their rates, those that follow the number of examples worked out.
+
+        Args:
+          examples: number of examples of each task.
+        """
+        found = []
+        for member, rate in self.tasks_and_rates:
+            member = resolve(member)
+            if callable(rate) and not isinstance(rate, Piecewise):
+                tasks = member.tasks() if isinstance(member, Mixture) else (member,)
+                rate = rate(sum(examples[task.name] for task in tasks))
+            found.append((member, rate))
+        return tuple(found)
+
     def shares(self, step: int, examples: Mapping[str, int]) -> dict[str, float]:
         """Share of each task at a training step, summing to 1.
 
@@ -259,13 +275,9 @@ class Mixture:
           examples: number of examples of each task, for `ExamplesRate`.
         """
         shares = dict.fromkeys((task.name for task in self.tasks()), 0.0)
-        for member, rate in self.tasks_and_rates:
-            member = resolve(member)
+        for member, rate in self.rates(examples):
             inside = member.shares(step, examples) if isinstance(member, Mixture) else {member.name: 1.0}
-            if isinstance(rate, Piecewise):
-                rate = rate(step)
-            elif callable(rate):
-                rate = rate(sum(examples[name] for name in inside))
+            rate = at_step(rate, step)
             if rate < 0:
                 raise ValueError(
                     f"Mixture {self.name!r} gives {member.name!r} the rate {rate} at step {step}; use >= 0."

@@ -91,6 +91,11 @@ class Vocabulary(abc.ABC):
     def fingerprint(self) -> str:
         """A digest of everything that decides ids (contents, not paths), 16 hex digits."""
 
+    def copied(self, folder: str) -> Vocabulary:
+        """The same vocabulary (by its fingerprint) that needs no files but those it is given in `folder`."""
+        del folder
+        return self
+
     @property
     def size(self) -> int:
         """Number of ids; every id is in [0, size)."""
@@ -124,6 +129,15 @@ def _read(path: str, what: str) -> bytes:
         )
     with open(path, "rb") as file:
         return file.read()
+
+
+def _write(data: bytes, folder: str, name: str) -> str:
+    """Puts a file into a folder, whole or not at all; returns its path."""
+    path = os.path.join(folder, name)
+    with open(f"{path}.partial", "wb") as file:
+        file.write(data)
+    os.replace(f"{path}.partial", path)
+    return path
 
 
 def _sentinel_names(extra_ids: int) -> list[str]:
@@ -387,6 +401,11 @@ class SentencePieceVocabulary(Vocabulary):
         return self._model.with_specials.serialized_model_proto()
 
     @override
+    def copied(self, folder: str) -> SentencePieceVocabulary:
+        path = _write(self.model_file(), folder, f"{self.fingerprint()}.model")
+        return SentencePieceVocabulary(path, self.extra_ids, self.named_tokens)
+
+    @override
     def fingerprint(self) -> str:
         return _digest("sentencepiece", self._model.digest, self.extra_ids, self.named_tokens)
 
@@ -577,6 +596,13 @@ class TokenizersVocabulary(Vocabulary):
             return piece.replace("▁", " ").encode()
 
         return tuple(data(i, piece) for i, piece in enumerate(self._pieces()))
+
+    @override
+    def copied(self, folder: str) -> TokenizersVocabulary:
+        path = _write(_read(self.path, "tokenizer.json"), folder, f"{self.fingerprint()}.json")
+        # By name, since a tokenizer_config.json that gave them does not come with it.
+        roles = {f"{role}_token": self._loaded[0].id_to_token(i) for role, i in self._roles().items() if i is not None}
+        return dataclasses.replace(self, path=path, **roles)
 
     @override
     def fingerprint(self) -> str:

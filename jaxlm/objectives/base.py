@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from jaxlm.architecture import Architecture
+from jaxlm.piecewise import varies
 
 if TYPE_CHECKING:
     import jax
@@ -192,6 +193,16 @@ class Objective(abc.ABC):
     def parts(self) -> tuple[str, ...]:
         """Names that `Example.objective` indexes; more than one only for mixtures of objectives."""
         return (self.name,)
+
+    @property
+    def drawn(self) -> tuple[Objective, ...]:
+        """The objectives that `corrupt` draws among: this one; of a mixture, the members that ever have a weight."""
+        return (self,)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether `corrupt` depends on the step. Override it where that is not by a `Piecewise` among the fields."""
+        return varies(self)
 
     def refuses(self, architecture: Architecture) -> str | None:
         """None if this objective can train `architecture`, else one sentence why not and what could."""

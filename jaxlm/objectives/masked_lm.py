@@ -33,6 +33,15 @@ class Count(enum.Enum):
     BERNOULLI = "bernoulli"
 
 
+class Alike(enum.Enum):
+    """Which masked tokens are shown alike: all as the mask id, all as random ids (each its own) or all as they are.
+
+    SPAN: those of a span (SpanBERT). What is masked one by one is a span of one unit, so that whole words are alike.
+    """
+
+    SPAN = "span"
+
+
 @dataclasses.dataclass(frozen=True)
 class MaskedLM(Objective):
     """BERT's masked LM (Devlin et al. 2018, arXiv 1810.04805, section 3.1), with its later forms.
@@ -40,7 +49,7 @@ class MaskedLM(Objective):
     Of the masked tokens a share `mask_share` becomes the mask id, `random_share` a random id of text, the rest stays.
     The loss is on all of them. Special ids are never masked nor drawn. Settings of papers:
       - BERT: the defaults; whole-word BERT: unit WORD;
-      - SpanBERT (arXiv 1907.10529, 3.1): unit WORD, span_lengths geometric_lengths(0.2, 10);
+      - SpanBERT (arXiv 1907.10529, 3.1): unit WORD, span_lengths geometric_lengths(0.2, 10), alike SPAN;
       - ALBERT's n-grams (arXiv 1909.11942, 3.1): unit WORD, span_lengths (6/11, 3/11, 2/11);
       - 40% masking (arXiv 2202.08005): mask_rate 0.4, mask_share 1, random_share 0.
 
@@ -51,6 +60,8 @@ class MaskedLM(Objective):
       unit: tokens or words.
       span_lengths: probabilities of masking 1, 2, ... units in a row at a time.
       count: exact or Bernoulli number of masked tokens.
+      alike: which masked tokens are shown alike, so that the shares are of these groups; None: each token is shown on
+        its own, as BERT's are.
 
     Example (mask id 4):
       >>> from jaxlm.objectives.base import VocabularyInfo
@@ -74,6 +85,7 @@ class MaskedLM(Objective):
     unit: Unit = Unit.TOKEN
     span_lengths: tuple[float, ...] = (1.0,)
     count: Count = Count.EXACT
+    alike: Alike | None = None
 
     def __post_init__(self):
         rates = self.mask_rate.values if isinstance(self.mask_rate, Piecewise) else (self.mask_rate,)
@@ -98,11 +110,15 @@ class MaskedLM(Objective):
         self, example: Mapping[str, np.ndarray], vocabulary: VocabularyInfo, rng: np.random.Generator, *, step: int = 0
     ) -> Example:
         text = example["targets"]
-        masked = np.flatnonzero(self.draw_mask(text, vocabulary, rng, step))
+        spans = self.draw_spans(text, vocabulary, rng, step)
+        masked = np.flatnonzero(spans)
         weights = np.zeros(len(text), np.float32)
         weights[masked] = 1.0
         inputs = text.copy()
-        role = rng.random(len(masked))
+        if self.alike is Alike.SPAN:
+            role = rng.random(spans.max(initial=0))[spans[masked] - 1]
+        else:
+            role = rng.random(len(masked))
         if self.mask_share > 0:
             if vocabulary.mask_id is None:
                 raise ValueError(
@@ -123,12 +139,18 @@ class MaskedLM(Objective):
         self, text: np.ndarray, vocabulary: VocabularyInfo, rng: np.random.Generator, step: int
     ) -> np.ndarray:
         """[N] bool: the tokens to predict. None where the text has only special ids, else at least one if EXACT."""
+        return self.draw_spans(text, vocabulary, rng, step) > 0
+
+    def draw_spans(
+        self, text: np.ndarray, vocabulary: VocabularyInfo, rng: np.random.Generator, step: int
+    ) -> np.ndarray:
+        """int [N]: the number of the span, from 1, that each token to predict was chosen in; 0 elsewhere."""
         rate = at_step(self.mask_rate, step)
         maskable = ~vocabulary.is_special[text]
-        mask = np.zeros(len(text), np.bool_)
+        spans = np.zeros(len(text), np.int64)
         positions = np.flatnonzero(maskable)
         if len(positions) == 0:
-            return mask
+            return spans
         # Unit u is the maskable tokens positions[bounds[u] : bounds[u + 1]].
         if self.unit is Unit.TOKEN:
             bounds = np.arange(len(positions) + 1)
@@ -140,14 +162,14 @@ class MaskedLM(Objective):
         else:
             budget = max(round(rate * len(positions)), 1)
             if len(self.span_lengths) > 1:
-                chosen = self._choose_spans(sizes, positions[bounds[:-1]], budget, rng)
-            elif self.unit is Unit.TOKEN:
-                mask[positions[rng.permutation(len(positions))[:budget]]] = True
-                return mask
-            else:
-                chosen = _choose_units(sizes, budget, rng)
-        mask[positions] = np.repeat(chosen, sizes)
-        return mask
+                spans[positions] = np.repeat(self._choose_spans(sizes, positions[bounds[:-1]], budget, rng), sizes)
+                return spans
+            if self.unit is Unit.TOKEN:
+                spans[positions[rng.permutation(len(positions))[:budget]]] = np.arange(1, budget + 1)
+                return spans
+            chosen = _choose_units(sizes, budget, rng)
+        spans[positions] = np.repeat(np.where(chosen, np.cumsum(chosen), 0), sizes)
+        return spans
 
     def _word_bounds(self, text: np.ndarray, positions: np.ndarray, vocabulary: VocabularyInfo) -> np.ndarray:
         if vocabulary.word_start is None:
@@ -161,7 +183,9 @@ class MaskedLM(Objective):
         return np.append(np.flatnonzero(starts), len(positions))
 
     def _choose_spans(self, sizes: np.ndarray, where: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
-        """[units] bool: spans of units from random starts, until `budget` tokens are chosen or no unit fits any more.
+        """int [units]: spans of units from random starts, until `budget` tokens are chosen or no unit fits any more.
+
+        The number of its span at each unit, from 1, and 0 at those that are not chosen.
 
         A span ends early at a unit already chosen, at a special id (`where` gives each unit's position in the text)
         and where the budget ends.
@@ -171,7 +195,7 @@ class MaskedLM(Objective):
         run_ends = np.append(np.flatnonzero(np.diff(where) > sizes[:-1]) + 1, units)
         run_end = run_ends[np.searchsorted(run_ends, np.arange(units), side="right")].tolist()
         cumulative = np.cumsum(self.span_lengths)
-        chosen = bytearray(units)
+        chosen, found = bytearray(units), []
         left = budget
         # Draws come in blocks: one call for many spans. Spans are few; a loop over them costs a microsecond each.
         while left > 0:
@@ -186,14 +210,19 @@ class MaskedLM(Objective):
                     end -= 1
                 if end > start:
                     chosen[start:end] = b"\1" * (end - start)
+                    found.append((start, end))
                     left -= token_bounds[end] - token_bounds[start]
                     if left == 0:
                         break
             if left == before:  # every unit left is larger than what is left of the budget
                 break
         if left == budget:  # even the smallest word exceeds the budget: predict one word rather than none
-            chosen[int(rng.integers(units))] = 1
-        return np.frombuffer(chosen, np.bool_)
+            word = int(rng.integers(units))
+            found.append((word, word + 1))
+        spans = np.zeros(units, np.int64)
+        for number, (start, end) in enumerate(found, 1):
+            spans[start:end] = number
+        return spans
 
 
 def geometric_lengths(p: float = 0.2, longest: int = 10) -> tuple[float, ...]:

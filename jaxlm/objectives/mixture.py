@@ -25,10 +25,10 @@ class Mixture(Objective):
 
     Attributes:
       members: objectives with the same layout that score by cross-entropy alone.
-      weights: one a member, not necessarily summing to 1; each may change over training. A mixture in which one
-        weight is not 0 gives exactly that member's examples.
+      weights: one a member, not necessarily summing to 1; each may change over training. A member whose weight is
+        always 0 counts for nothing: a mixture in which one weight is not 0 gives exactly that member's examples.
       names: how the members appear in metrics; None takes their own names, numbered where they repeat.
-      texts: the text each member takes, set by `fit`.
+      texts: the text each member takes, 0 for one that is never drawn; set by `fit`.
 
     Example:
       >>> from jaxlm.objectives.base import VocabularyInfo
@@ -88,12 +88,12 @@ class Mixture(Objective):
     @property
     @override
     def takes_segments(self) -> bool:
-        return all(member.takes_segments for member in self.members)
+        return all(member.takes_segments for member in self.drawn)
 
     @property
     @override
     def ends_inputs(self) -> bool:
-        return all(member.ends_inputs for member in self.members)
+        return all(member.ends_inputs for member in self.drawn)
 
     @property
     @override
@@ -103,19 +103,27 @@ class Mixture(Objective):
         names = [member.name for member in self.members]
         return tuple(f"{name}_{k}" if names.count(name) > 1 else name for k, name in enumerate(names))
 
+    @property
+    @override
+    def drawn(self) -> tuple[Objective, ...]:
+        return tuple(member for member, weight in zip(self.members, self.weights) if _ever(weight))
+
     @override
     def refuses(self, architecture: Architecture) -> str | None:
-        return next(filter(None, (member.refuses(architecture) for member in self.members)), None)
+        return next(filter(None, (member.refuses(architecture) for member in self.drawn)), None)
 
     @override
     def raw_length(self, lengths: Mapping[str, int], architecture: Architecture) -> int:
         choose = min if self.texts is None else max
-        return choose(member.raw_length(lengths, architecture) for member in self.members)
+        return choose(member.raw_length(lengths, architecture) for member in self.drawn)
 
     @override
     def fit(self, lengths: Mapping[str, int], architecture: Architecture) -> Mixture:
-        texts = tuple(member.raw_length(lengths, architecture) for member in self.members)
-        return dataclasses.replace(self, texts=texts)
+        texts = (
+            member.raw_length(lengths, architecture) if _ever(weight) else 0
+            for member, weight in zip(self.members, self.weights)
+        )
+        return dataclasses.replace(self, texts=tuple(texts))
 
     @override
     def corrupt(
@@ -138,3 +146,8 @@ class Mixture(Objective):
     @override
     def restore(self, example: Example, vocabulary: VocabularyInfo) -> np.ndarray:
         return self.members[example.objective].restore(example, vocabulary)
+
+
+def _ever(weight: float | Piecewise) -> bool:
+    """Whether a weight is above 0 at some step."""
+    return max(weight.values if isinstance(weight, Piecewise) else (weight,)) > 0

@@ -79,6 +79,11 @@ class UL2(Objective):
     def parts(self) -> tuple[str, ...]:
         return self.mixture.parts
 
+    @property
+    @override
+    def drawn(self) -> tuple[Objective, ...]:
+        return self.mixture.drawn
+
     @override
     def refuses(self, architecture: Architecture) -> str | None:
         reason = self.mixture.refuses(architecture)

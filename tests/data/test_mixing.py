@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from jaxlm.data.mixing import Clock, Mixer
+from jaxlm.data.mixing import Clock, Drawn, Mixer
 from jaxlm.data.tasks import ExamplesRate, Mixture
 from jaxlm.piecewise import Piecewise
 
-START = (Clock(0, 0, 8.0),)
+START = Clock(0, 0, 8.0)
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,29 @@ def test_a_new_batch_size_moves_the_schedule_along(tasks):
     """Rates follow steps, so after the batch has doubled a stair holds twice as many rows; what was drawn stays."""
     rates = (1.0, Piecewise((0, 200), (1.0, 0.0), linear=False), 1.0)
     before = Mixer(mixture(tasks, *rates), {}, 0, START)
-    after = Mixer(mixture(tasks, *rates), {}, 0, (*START, Clock(100, 800, 16.0)))
+    drawn = Drawn(800, tuple(before.counts(800)))
+    after = Mixer(mixture(tasks, *rates), {}, 0, Clock(100, 800, 16.0), drawn)
     assert before.counts(800).tolist() == after.counts(800).tolist()
     end = 800 + 100 * 16
     assert after.counts(end)[1] > 0.3 * end  # a third until step 200
     assert after.counts(end + 1000)[1] == after.counts(end)[1]
     assert before.counts(end)[1] == before.counts(200 * 8)[1]
+
+
+@pytest.mark.parametrize("now", [(1.0, 1.0, 8.0), (0.0, Piecewise((0, 400), (1.0, 9.0)), 1.0)])
+def test_other_rates_go_on_with_what_each_data_set_had(tasks, now):
+    """From a draw on other rates hold: no draw of a data set comes twice or is left out."""
+    before = Mixer(mixture(tasks, 6.0, Piecewise((0, 200), (1.0, 5.0)), 1.0), {}, 3, START)
+    drawn = Drawn(777, tuple(before.counts(777)))
+    after = Mixer(mixture(tasks, *now), {}, 3, Clock(97, 777, 16.0), drawn)
+    assert after.counts(777).tolist() == before.counts(777).tolist()
+    counts = before.counts(777)
+    for dataset, n in zip(*after.assign(np.arange(777, 4000))):
+        assert counts[dataset] == n
+        counts[dataset] += 1
+    assert after.counts(4000).tolist() == counts.tolist()
+    shares = (counts - before.counts(777)) / (4000 - 777)
+    assert shares == pytest.approx([0.1, 0.1, 0.8] if now[0] else [0, shares[1], 1 - shares[1]], abs=0.01)
 
 
 def test_rates_by_examples_with_cap_and_temperature(tasks):

@@ -74,6 +74,18 @@ def test_all_kinds_of_files_are_read_in_order(corpus):
     assert read(TextFiles(str(corpus / "d.jsonl"), held_out=0.0), "train")[1] == {"text": "line 2", "n": 3}
 
 
+def test_a_glob_reads_folders_at_any_depth(tmp_path):
+    """The README's pattern, books/**/*.txt, is all text in the folder."""
+    folder = tmp_path
+    for depth in range(3):
+        (folder / "notes.pdf").write_bytes(b"%PDF")
+        (folder / f"{depth}.txt").write_text(f"at depth {depth}")
+        folder = folder / "deeper"
+        folder.mkdir()
+    found = [texts(TextFiles(str(path), held_out=0.0), "train") for path in (tmp_path / "**" / "*.txt", tmp_path)]
+    assert found[0] == found[1] == [f"at depth {depth}" for depth in range(3)]
+
+
 def test_a_changed_file_changes_the_digest(corpus):
     source = TextFiles(str(corpus / "a.txt"), held_out=0.0)
     before = source.shards("train")
@@ -256,6 +268,25 @@ def test_bad_files_give_one_sentence(tmp_path, name, message):
     with pytest.raises(ValueError, match=message) as raised:
         read(TextFiles(str(tmp_path / name), held_out=0.0), "train")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_halves_of_characters_are_replaced_and_said(tmp_path, caplog, suffix):
+    """A text cut inside an emoji: escaped, or as bytes that are not quite UTF-8, in fields, lists and names."""
+    lines = [
+        rb'{"text": "whole \ud83d\ude42, \\ud83d as text"}',
+        rb'{"text": "cut \ud83d", "more": ["\uDE42 cut"], "\ud83d": {"a": "\ude42\ud83d"}}',
+        b'{"text": "bytes \xed\xa0\xbd."}',
+    ]
+    path = tmp_path / f"web{suffix}"
+    path.write_bytes(gzip.compress(b"\n".join(lines)) if suffix.endswith("gz") else b"\n".join(lines))
+    found = read(TextFiles(str(path), held_out=0.0), "train")
+    assert found[0] == {"text": "whole 🙂, \\ud83d as text"}
+    assert found[1] == {"text": "cut �", "more": ["� cut"], "�": {"a": "��"}}
+    assert found[2]["text"].startswith("bytes �") and found[2]["text"].endswith(".")
+    json.dumps(found, ensure_ascii=False).encode()
+    (said,) = caplog.messages
+    assert f"{path} has halves of characters" in said and "2 lines" in said and f"byte {len(lines[0]) + 1}" in said
 
 
 def test_a_line_larger_than_memory_is_refused_before_it_is_read(tmp_path, monkeypatch):

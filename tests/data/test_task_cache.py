@@ -1,6 +1,8 @@
 """A cached task is the task: same ids in the same order, whatever ran the job, wherever the folder goes."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -11,11 +13,12 @@ import sys
 import numpy as np
 import pytest
 
-from jaxlm.data import task_cache
+from jaxlm.data import task_cache, tasks, vocabularies
 from jaxlm.data.cache import open_cache
-from jaxlm.data.sources import InMemory, TextFiles
+from jaxlm.data.sources import InMemory, StandardLibrary, TextFiles
 from jaxlm.data.tasks import pairs_task, text_task
-from jaxlm.data.vocabularies import ByteVocabulary
+from jaxlm.data.vocabularies import ByteVocabulary, PythonVocabulary, SentencePieceVocabulary, TokenizersVocabulary
+from tools import cache_tasks
 
 ROOT = pathlib.Path(__file__).parents[2]
 ALONE = functools.partial(task_cache.run_in_pool, workers=1)
@@ -66,6 +69,77 @@ def test_text_and_pairs_come_back_as_they_were(texts, tmp_path):
         assert json.loads((pathlib.Path(moved) / "task.json").read_text())["fingerprint"] == fingerprint
 
 
+@pytest.fixture(scope="module")
+def vocabulary(request, tmp_path_factory):
+    """A vocabulary of a kind, with files that are gone when the task is read back."""
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("vocabulary")
+    model = folder / "some.model"
+    shutil.copyfile(os.path.join(vocabularies._ASSETS, "python_4k.model"), model)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<stop>", "<fill>"])
+    tokenizer.train_from_iterator(
+        ["document"],
+        tokenizers.trainers.BpeTrainer(
+            special_tokens=["<|endoftext|>", "<stop>", "<fill>"],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = ("[R]", "<sep>")
+    made = {
+        "bytes": lambda: ByteVocabulary(10, names),
+        "sentencepiece": lambda: SentencePieceVocabulary(str(model), 5, names),
+        "python": lambda: PythonVocabulary(extra_ids=7),
+        "tokenizer": lambda: TokenizersVocabulary(str(folder / "tokenizer.json"), 3, names),
+        "tokenizer_named_roles": lambda: TokenizersVocabulary(str(folder / "tokenizer.json"), eos_token="<stop>"),
+        "tokenizer_config": lambda: TokenizersVocabulary(str(folder / "tokenizer.json")),
+    }
+    if request.param == "tokenizer_config":
+        config = {"eos_token": "<stop>", "pad_token": {"content": "<fill>"}, "bos_token": None}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    yield made[request.param]()
+    shutil.rmtree(folder)
+
+
+KINDS = ("bytes", "sentencepiece", "python", "tokenizer", "tokenizer_named_roles", "tokenizer_config")
+
+
+@pytest.mark.parametrize("vocabulary", KINDS, indirect=True)
+def test_vocabularies_of_all_kinds_come_back(vocabulary, tmp_path):
+    """Their files come with the folder, and what stood in a file beside them."""
+    task = text_task("texts", InMemory(("a document", "another: 東京")), vocabulary)
+    folder = tmp_path / "first"
+    task_cache.cache_task(task, str(folder), ("train",), ALONE)
+    back = task_cache.cached_task(shutil.move(folder, tmp_path / "moved"))
+    read = back.output_features["targets"].vocabulary
+    assert read.fingerprint() == vocabulary.fingerprint()
+    for name in ("size", "pad_id", "eos_id", "unk_id", "bos_id", "sentinel_ids", "named_ids"):
+        assert getattr(read.info(), name) == getattr(vocabulary.info(), name), name
+    assert read.encode("more").tolist() == vocabulary.encode("more").tolist()
+    assert_same(all_ids(task, "train"), all_ids(back, "train"))
+    assert not [name for name in os.listdir(tmp_path / "moved") if name.endswith(".partial")]
+
+
+def test_the_documented_example(tmp_path, monkeypatch):
+    """`--tasks python_stdlib --out caches`, of a few modules."""
+    shards = StandardLibrary.shards
+
+    def few(self, split):
+        return tuple(dataclasses.replace(shard, parts=shard.parts[:3]) for shard in shards(self, split)[:1])
+
+    monkeypatch.setattr(StandardLibrary, "shards", few)
+    cache_tasks.main(["--tasks", "python_stdlib", "--out", str(tmp_path / "caches"), "--workers", "1"])
+    back = task_cache.cached_task(str(tmp_path / "caches" / "python_stdlib"))
+    assert back.output_features["targets"].vocabulary.fingerprint() == PythonVocabulary().fingerprint()
+    for split in ("train", "validation"):
+        assert_same(all_ids(tasks.get("python_stdlib"), split), all_ids(back, split))
+
+
 def test_the_runner_does_not_matter(texts, tmp_path):
     beam = functools.partial(task_cache.run_in_beam, arguments=["--runner=DirectRunner"])
     pool = functools.partial(task_cache.run_in_pool, workers=2)
@@ -101,6 +175,92 @@ def test_an_interrupted_job_goes_on(texts, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
     assert resumed == task_cache.cache_task(texts, str(tmp_path / "b"), ("train",), ALONE)
+
+
+def numbered(count, texts=12):
+    """A task whose source has so many shards."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Numbered(InMemory):
+        def shards(self, split):
+            (shard,) = super().shards(split)
+            return tuple(dataclasses.replace(shard, digest=f"{shard.digest} {i}", parts=(i,)) for i in range(count))
+
+        def read(self, shard):
+            yield from itertools.islice(super().read(shard), shard.parts[0], None, count)
+
+    lines = tuple(f"text {i}" for i in range(texts))
+    return text_task("numbered", Numbered(lines, lines[:5]), ByteVocabulary(10))
+
+
+def files_of(folder, split=""):
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).glob(f"{split}*.array_record*")}
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (3, 2)])
+def test_another_number_of_shards_replaces_the_first(tmp_path, counts):
+    folder, fresh = str(tmp_path / "a"), str(tmp_path / "b")
+    for count in counts:
+        found = task_cache.cache_task(numbered(count), folder, ("train", "validation"), ALONE)
+    assert found == task_cache.cache_task(numbered(counts[1]), fresh, ("train", "validation"), ALONE)
+    assert files_of(folder).keys() == files_of(fresh).keys() and len(files_of(folder)) == 2 * counts[1]
+    assert_same(all_ids(task_cache.cached_task(folder), "train"), all_ids(task_cache.cached_task(fresh), "train"))
+    # What a run that was killed before it tidied up had left is not read, and goes with the next.
+    stray = pathlib.Path(folder) / f"train-00000-of-{counts[0]:05d}.array_record"
+    shutil.copyfile(pathlib.Path(folder) / f"train-00000-of-{counts[1]:05d}.array_record", stray)
+    assert len(task_cache.cached_task(folder).source.shards("train")) == counts[1]
+    os.unlink(pathlib.Path(folder) / f"train-00001-of-{counts[1]:05d}.array_record")
+    with pytest.raises(ValueError, match="lacks the file train-00001-of-.*cache it again"):
+        task_cache.cached_task(folder).source.shards("train")
+    assert task_cache.cache_task(numbered(counts[1]), folder, ("train",), ALONE) == found
+    assert files_of(folder).keys() == files_of(fresh).keys()
+
+
+def shouted(record):
+    return record | {"text": record["text"].upper()}
+
+
+@pytest.mark.parametrize("change", ["preprocessors", "vocabulary"])
+def test_an_interrupted_job_goes_on_with_one_definition(tmp_path, change):
+    """Half of the files are of an earlier definition; they are made again, as they are in a fresh folder."""
+    first = numbered(4)
+    if change == "preprocessors":
+        second = dataclasses.replace(first, preprocessors=(shouted, *first.preprocessors))
+    else:
+        second = text_task("numbered", first.source, PythonVocabulary())
+    folder, fresh = str(tmp_path / "a"), str(tmp_path / "b")
+
+    def fails_half_way(jobs):
+        for job in jobs[:2]:
+            task_cache.write_shard(job)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        task_cache.cache_task(first, folder, ("train",), fails_half_way)
+    found = task_cache.cache_task(second, folder, ("train",), ALONE)
+    assert found == task_cache.cache_task(second, fresh, ("train",), ALONE)
+    assert_same(all_ids(task_cache.cached_task(folder), "train"), all_ids(task_cache.cached_task(fresh), "train"))
+
+
+def test_a_split_that_is_cached_again_is_not_read_half_way(tmp_path):
+    task = numbered(3)
+    other = dataclasses.replace(task, preprocessors=(shouted, *task.preprocessors))
+    folder = str(tmp_path / "a")
+    first = task_cache.cache_task(task, folder, ("train", "validation"), ALONE)
+    # As it was, nothing is written again.
+    assert task_cache.cache_task(task, folder, ("train",), lambda jobs: pytest.fail("nothing is to be done")) == first
+    with pytest.raises(ValueError, match="the splits validation .* by other preprocessors; cache them too, or .* new"):
+        task_cache.cache_task(other, folder, ("train",), ALONE)
+
+    def fails_half_way(jobs):
+        task_cache.write_shard(jobs[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        task_cache.cache_task(other, folder, ("train", "validation"), fails_half_way)
+    with pytest.raises(ValueError, match="no split 'train'"):
+        task_cache.cached_task(folder).source.shards("train")
+    assert task_cache.cache_task(other, folder, ("train", "validation"), ALONE) != first
 
 
 def test_the_command_line(tmp_path):

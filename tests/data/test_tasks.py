@@ -129,3 +129,33 @@ def test_editing_a_preprocessor_changes_its_fingerprint():
         return namespace["preprocess"]
 
     assert fingerprint(make(1)) == fingerprint(make(1)) != fingerprint(make(2))
+
+
+def test_functions_are_known_by_what_they_close_over_and_their_defaults():
+    def keep(length, suffix="", *, words=frozenset({"a", "b"})):
+        def inner(record, other=length, *, more=suffix):
+            return length, words, other, more
+
+        return inner
+
+    prints = [fingerprint(keep(*given)) for given in ((1,), (4,), (1, "x"), (4, "x"))]
+    assert len(set(prints)) == 4 and prints[0] == fingerprint(keep(1))
+    assert fingerprint(keep(1, words={"b", "a"})) != fingerprint(keep(1, words={"b"}))
+    assert fingerprint(functools.wraps(keep)(keep(1))) != fingerprint(functools.wraps(keep)(keep(4)))
+
+    def module(name):
+        return lambda record: name.join(record)
+
+    assert fingerprint(module(np)) != fingerprint(module(dataclasses))
+    with pytest.raises(TypeError, match="no stable description"):
+        fingerprint(keep(object()))
+
+
+def test_functions_that_call_themselves_have_a_fingerprint():
+    def make(base):
+        def count(n):
+            return base if n == 0 else count(n - 1)
+
+        return count
+
+    assert fingerprint(make(1)) == fingerprint(make(1)) != fingerprint(make(2))

@@ -6,7 +6,7 @@ from jaxlm.objectives.base import VocabularyInfo
 from jaxlm.objectives.codegen2 import CodeGen2
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.objectives.infilling import Infilling
-from jaxlm.objectives.masked_lm import Count, MaskedLM, Unit, geometric_lengths
+from jaxlm.objectives.masked_lm import Alike, Count, MaskedLM, Unit, geometric_lengths
 from jaxlm.objectives.mixture import Mixture
 from jaxlm.objectives.multi_token import MultiTokenPrediction
 from jaxlm.objectives.prefix_lm import Pairing, PrefixLM
@@ -44,6 +44,7 @@ TEXT_OBJECTIVES = {
     "masked_lm": MaskedLM(),
     "masked_lm_words": MaskedLM(unit=Unit.WORD),
     "masked_lm_spans": MaskedLM(unit=Unit.WORD, span_lengths=geometric_lengths()),
+    "masked_lm_spanbert": MaskedLM(unit=Unit.WORD, span_lengths=geometric_lengths(), alike=Alike.SPAN),
     "masked_lm_bernoulli": MaskedLM(count=Count.BERNOULLI, mask_rate=0.4),
     "ul2": UL2(),
     "infilling": Infilling(),

@@ -26,6 +26,7 @@ LEGAL = {
     "masked_lm": {ENCODER},
     "masked_lm_words": {ENCODER},
     "masked_lm_spans": {ENCODER},
+    "masked_lm_spanbert": {ENCODER},
     "masked_lm_bernoulli": {ENCODER},
     "ul2": {CAUSAL, PREFIX, ENCODER_DECODER},
     "infilling": {CAUSAL, PREFIX},

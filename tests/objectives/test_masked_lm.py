@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlm.objectives.masked_lm import Count, MaskedLM, Unit, geometric_lengths
+from jaxlm.objectives.masked_lm import Alike, Count, MaskedLM, Unit, geometric_lengths
 from jaxlm.piecewise import Piecewise
 
 FORMS = {
     "token": MaskedLM(),
     "word": MaskedLM(unit=Unit.WORD),
     "token_spans": MaskedLM(span_lengths=geometric_lengths()),
+    "whole_spans": MaskedLM(span_lengths=geometric_lengths(), alike=Alike.SPAN),
     "word_spans": MaskedLM(unit=Unit.WORD, span_lengths=(6 / 11, 3 / 11, 2 / 11)),
     "bernoulli": MaskedLM(count=Count.BERNOULLI),
     "bernoulli_words": MaskedLM(count=Count.BERNOULLI, unit=Unit.WORD),
@@ -102,6 +103,57 @@ def test_span_lengths():
         weights = masked(objective, zoo.text(1000, zoo.generator(seed)), seed).weights
         runs.append(np.diff(weights, prepend=0).clip(0).sum())
     assert 20 / np.mean(runs) == pytest.approx(3.6, abs=0.35)  # the last span of each text is cut to the budget
+
+
+def spans_of(objective, text, seed):
+    """Start and end of each chosen span in an example, and the example; spans that meet are told apart by the draw."""
+    numbers = objective.draw_spans(text, zoo.VOCABULARY, zoo.generator(seed), 0)
+    found = [np.flatnonzero(numbers == k) for k in range(1, numbers.max() + 1)]
+    assert all(len(span) and span[-1] - span[0] == len(span) - 1 for span in found)
+    return [(span[0], span[-1] + 1) for span in found], masked(objective, text, seed)
+
+
+@pytest.mark.parametrize("unit", Unit)
+def test_spans_are_shown_as_one(unit):
+    """SpanBERT: a span is all mask id, all random ids or all as it was, in shares 80/10/10 over the spans."""
+    objective = MaskedLM(unit=unit, span_lengths=geometric_lengths(), alike=Alike.SPAN)
+    roles = []
+    for seed in range(60):
+        text = zoo.text(2000, zoo.generator(seed))
+        spans, example = spans_of(objective, text, seed)
+        np.testing.assert_array_equal(
+            np.flatnonzero(example.weights), np.concatenate([np.arange(*span) for span in sorted(spans)])
+        )
+        for start, end in spans:
+            shown = example.inputs[start:end]
+            is_mask, kept = shown == zoo.VOCABULARY.mask_id, shown == text[start:end]
+            # A random id is the original once in 680 draws, hence now and then one of a span.
+            roles.append("mask" if is_mask.all() else "kept" if kept.all() else "random")
+            assert is_mask.all() or not is_mask.any() and (kept.all() or kept.sum() <= 1)
+    assert len(roles) > 3000
+    shares = [roles.count(role) / len(roles) for role in ("mask", "random", "kept")]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.025)  # standard error 0.7% at most
+
+
+def test_spans_drawn_by_token_differ_inside():
+    """Without that setting each token of a span has a role of its own, as in BERT."""
+    spans, example = spans_of(FORMS["token_spans"], zoo.text(4000, zoo.generator(0)), 0)
+    is_mask = [example.inputs[start:end] == zoo.VOCABULARY.mask_id for start, end in spans if end - start > 3]
+    assert sum(0 < shown.sum() < len(shown) for shown in is_mask) > 0.4 * len(is_mask)
+
+
+def test_spans_of_one_unit_are_words_or_tokens():
+    """Of what is masked one by one, a word is shown alike, and a token on its own as in BERT."""
+    text = zoo.text(500, zoo.generator(1))
+    for count in Count:
+        for unit in Unit:
+            objective = MaskedLM(unit=unit, count=count, alike=Alike.SPAN)
+            spans, example = spans_of(objective, text, 1)
+            for start, end in spans:
+                is_mask = example.inputs[start:end] == zoo.VOCABULARY.mask_id
+                assert is_mask.all() or not is_mask.any()
+            if unit is Unit.TOKEN:
+                assert all(end - start == 1 for start, end in spans)
 
 
 def test_all_masks_for_forty_percent():

@@ -41,6 +41,20 @@ def test_a_lone_weight_gives_exactly_the_pure_objective(member):
         assert mixed.objective == member
 
 
+def test_members_that_are_never_drawn_decide_nothing():
+    """Neither how much text a row takes, nor which architectures, segments or ends of inputs there are."""
+    lengths = {"inputs": 512, "targets": 114}
+    for weights, whole in (((0.0, 1.0), False), ((Piecewise((0, 10), (0.0, 1.0)), 1.0), True)):
+        mixture = Mixture(members=(FullLM(), SpanCorruption()), weights=weights)
+        assert len(mixture.drawn) == 1 + whole
+        fitted = mixture.fit(lengths, Architecture.PREFIX_DECODER)
+        assert fitted.raw_length(lengths, Architecture.PREFIX_DECODER) == (626 if whole else 568)
+        assert (mixture.refuses(Architecture.ENCODER_DECODER) is None) is not whole
+        assert mixture.ends_inputs is not whole
+    mixture = Mixture(members=(FullLM(), SpanCorruption()), weights=(1.0, 0.0))
+    assert mixture.takes_segments and mixture.raw_length(lengths, Architecture.PREFIX_DECODER) == 626
+
+
 def test_codegen2_at_rate_0_is_full_lm():
     for seed in range(20):
         np.testing.assert_array_equal(corrupt(CodeGen2(infill_rate=0.0), seed).targets, TEXT)

@@ -66,6 +66,37 @@ def test_killed_around_a_seam(step, staged, workshop, metrics):
     assert metrics(folder) == metrics(whole)
 
 
+def test_other_objectives_rates_and_batches_read_on(workshop, metrics, capfd):
+    """A packed stream whose rates follow the step, then its batch size, objective and rates: law 4, and read on."""
+    gin = workshop.gin(
+        "read_on",
+        STAGES + "TASK_FEATURE_LENGTHS = {'inputs': 40, 'targets': 24}\nWIDTH = 16\nBATCH_SIZE = 4\n"
+        "config.DataConfig.packing = 'first_fit'\nconfig.DataConfig.virtual_shards = 4\n"
+        "config.DataConfig.look_ahead = 8\n"
+        "run.RunConfig.stages = (@denoising/stages.Stage(), @language_modelling/stages.Stage())\n"
+        "denoising/stages.Stage:\n    steps = 6\n    objective = @span_corruption.SpanCorruption()\n"
+        "    batch_size = @ramp/piecewise.Piecewise()\n"
+        "ramp/piecewise.Piecewise:\n    steps = (0, 3)\n    values = (4, 8)\n    linear = False\n"
+        "language_modelling/stages.Stage:\n    steps = 4\n    data = @later/config.DataConfig()\n"
+        "later/tasks.Mixture.tasks_and_rates = ((@english/tasks.text_task(), 0.1), (@code/tasks.text_task(), 0.9))\n",
+        data="mixture",
+        imports=(
+            *("run", "piecewise", "checkpoints.manager", "data.tasks", "objectives.span_corruption"),
+            *("training.stages",),
+        ),
+    )
+    whole = workshop.train("read_on", gin)
+    assert "data go on" in " ".join(capfd.readouterr().out.split())
+    at = {step: stored.open_checkpoint(whole / "checkpoints", step).data for step in (2, 4, 8)}
+    assert "drawn" not in at[2]
+    assert at[4]["drawn"][0] == sum(at[4]["drawn"][1:]) < at[8]["drawn"][0] == sum(at[8]["drawn"][1:])
+    assert at[4]["rates"] == at[2]["rates"] != at[8]["rates"]
+    for step in (2, 6):
+        folder = workshop.rewound(whole, step, f"read_on_from_{step}")
+        workshop.train(folder, gin)
+        assert metrics(folder) == metrics(whole)
+
+
 def test_causal_then_masked_on_the_same_weights(workshop, metrics, same_arrays):
     """Biphasic pretraining: a causal decoder becomes an encoder by one word; no parameter comes, goes or changes."""
     gin = workshop.gin(
