@@ -118,16 +118,19 @@ def dry_run(args: argparse.Namespace) -> int:
         adapter, shapes = found.family, found.shapes
         table = resolve(found.table, shapes)
         missing = [f"{path} {fault}" for fault in folder.mismatches(found, table)]
+        passed = folder.passed_over(found, table)
     else:
         source = opened(args)
         config = pretrained.describe(source).config
         shapes = conversion.parameters_of(source, "ema_params" if args.averaged else "params").shapes
         adapter = families.by_model(config, args.family)
-        table, missing = resolve(adapter.table(config), shapes), []
+        table, missing, passed = resolve(adapter.table(config), shapes), [], []
     print(f"{adapter.architecture}:")
     for entry in table:
         row = "" if entry.row is None else f"[{entry.row}]"
         print(f"  {entry.name} {list(entry.shape(shapes))} <-> {', '.join(path + row for path in entry.paths)}")
+    for name in passed:
+        print(f"  {name} is no part of the architecture")
     print("\n".join(missing) or f"Nothing is missing on either side: {len(table)} tensors, {len(shapes)} parameters.")
     return 1 if missing else 0
 

@@ -27,6 +27,9 @@ BLOCK: Table = (
     *linear("output.dense", "feed_forward/down"),
     *norm("output.LayerNorm", "feed_forward_norms/after"),
 )
+# What Google's configurations say of a pooler, and that attention goes both ways.
+POOLER = """directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+    pooler_type""".split()
 
 
 class Bert(Family):
@@ -36,8 +39,11 @@ class Bert(Family):
     architecture = "BertForMaskedLM"
     body = "bert"
     head = ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias")
+    output = "cls.predictions.decoder.weight"
     unused_positions = 0
     transform: Activation | None = None  # that of the blocks
+    endings = Family.endings | {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+    beyond = ("bert.pooler.", "cls.seq_relationship.")
 
     def read(self, fields: Fields) -> LanguageModelConfig:
         """See `Family`."""
@@ -46,6 +52,8 @@ class Bert(Family):
         act = activation(fields("hidden_act", "gelu"))
         fields.expect("position_embedding_type", "absolute")
         fields.expect("add_cross_attention", False)
+        for name in POOLER:
+            fields(name, None)
         positions = fields("max_position_embeddings") - self.unused_positions
         block = BlockConfig(
             AttentionConfig(heads, width // heads, qkv_bias=True, output_bias=True),
@@ -107,7 +115,7 @@ class Bert(Family):
             *linear(dense, "vocabulary_head/transform"),
             *norm(normed, "vocabulary_head/norm"),
             entry(bias, "vocabulary_head/bias", form=Vector()),
-            entry(f"{bias.rpartition('.')[0]}.decoder.weight", "vocabulary_head/kernel", form=Linear()),
+            entry(self.output, "vocabulary_head/kernel", form=Linear()),
         )
 
 
@@ -118,8 +126,11 @@ class Roberta(Bert):
     architecture = "RobertaForMaskedLM"
     body = "roberta"
     head = ("lm_head.dense", "lm_head.layer_norm", "lm_head.bias")
+    output = "lm_head.decoder.weight"
     unused_positions = 2
     transform = Activation.GELU
+    endings = Family.endings | {"lm_head.decoder.bias": "lm_head.bias"}
+    beyond = ("roberta.pooler.",)
 
     def check_ids(self, config: LanguageModelConfig, ids: Mapping[str, Any]) -> None:
         """See `Family`: transformers counts positions from padding's id, and skips tokens with it."""
@@ -137,7 +148,10 @@ class ElectraGenerator(Bert):
     architecture = "ElectraForMaskedLM"
     body = "electra"
     head = ("generator_predictions.dense", "generator_predictions.LayerNorm", "generator_lm_head.bias")
+    output = "generator_lm_head.weight"
     transform = Activation.GELU
+    endings = Family.endings
+    beyond = ()
 
     def embedding_width(self, fields: Fields) -> int | None:
         """See `Bert`."""

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from jaxlm.architecture import Architecture
 from jaxlm.checkpoints.huggingface.family import Family, Json, activation, activation_name, stack
 from jaxlm.checkpoints.huggingface.fields import Fields
-from jaxlm.checkpoints.huggingface.tensors import Reversed, Same, Table, Vector, entry, layers, linear, norm
+from jaxlm.checkpoints.huggingface.tensors import Linear, Reversed, Same, Table, Vector, entry, layers, linear, norm
 from jaxlm.layers.block import BlockConfig, Placement
 from jaxlm.layers.convolved_block import ConvolvedBlockConfig
 from jaxlm.layers.disentangled_attention import DisentangledAttentionConfig, RelativeEmbeddings
@@ -35,6 +35,7 @@ BLOCK: Table = (
 )
 HEAD = ("lm_predictions.lm_head.dense", "lm_predictions.lm_head.LayerNorm", "lm_predictions.lm_head.bias")
 LEGACY_HEAD = ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions.bias")
+LEGACY_OUTPUT = "cls.predictions.decoder.weight"
 
 
 class DebertaV2(Family):
@@ -42,6 +43,14 @@ class DebertaV2(Family):
 
     model_type = "deberta-v2"
     architecture = "DebertaV2ForMaskedLM"
+    endings = Family.endings | {"cls.predictions.decoder.bias": "cls.predictions.bias"}
+    # The discriminator's head, positions that only an enhanced mask decoder reads, and what training added to the
+    # generator's embeddings to give those that are there.
+    beyond = (
+        "mask_predictions.",
+        "deberta.embeddings.position_embeddings.",
+        "deberta.embeddings.word_embeddings._weight",
+    )
 
     def read(self, fields: Fields) -> LanguageModelConfig:
         """See `Family`."""
@@ -157,4 +166,5 @@ class DebertaV2(Family):
             *linear(dense, "vocabulary_head/transform"),
             *norm(normed, "vocabulary_head/norm"),
             entry(bias, "vocabulary_head/bias", form=Vector()),
+            *((entry(LEGACY_OUTPUT, "vocabulary_head/kernel", form=Linear()),) if head is LEGACY_HEAD else ()),
         )

@@ -63,8 +63,9 @@ def by_config(values: Mapping[str, Any]) -> Family:
     """
     kind, architectures = values.get("model_type"), values.get("architectures") or []
     of_kind = [family for family in FAMILIES if family.model_type == kind]
-    found = [family for family in of_kind if family.architecture in architectures] or of_kind
-    if not found or (architectures and found[0].architecture not in architectures):
+    asked = [family for family in of_kind if {family.architecture, *family.formerly} & set(architectures)]
+    found = asked if architectures else of_kind
+    if not found:
         known = ", ".join(sorted(family.architecture for family in FAMILIES))
         raise ValueError(f"There is no adapter for {architectures or kind}; there are {known}.")
     return found[0]

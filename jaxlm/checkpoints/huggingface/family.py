@@ -48,6 +48,13 @@ class Family:
     length_field: ClassVar[str] = "max_position_embeddings"
     # What the family says in generation_config.json.
     generation: ClassVar[Json] = {}
+    # What the architecture was called before.
+    formerly: ClassVar[tuple[str, ...]] = ()
+    # {how a tensor's name may end: how it ends today}: older names, and those of tensors that are tied to another.
+    # Where both are there they must be equal.
+    endings: ClassVar[Mapping[str, str]] = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    # How the names begin of what released folders hold and the architecture does not compute, such as other heads.
+    beyond: ClassVar[tuple[str, ...]] = ()
 
     def read(self, fields: Fields) -> ModelConfig:
         """The model that a `config.json` describes.
@@ -159,6 +166,7 @@ def _shown(value: Any) -> str:
 ACTIVATIONS = {
     "gelu": Activation.GELU,
     "gelu_new": Activation.GELU_TANH,
+    "gelu_fast": Activation.GELU_TANH,
     "gelu_pytorch_tanh": Activation.GELU_TANH,
     "relu": Activation.RELU,
     "relu2": Activation.SQUARED_RELU,

@@ -7,17 +7,18 @@ _ABSENT = object()
 
 # Of no consequence for what a model computes: bookkeeping, generation, training-time options, output options.
 INCONSEQUENTIAL = frozenset(
-    """_attn_implementation _name_or_path architectures attention_dropout attention_probs_dropout_prob attn_pdrop
-    auto_map bos_token_id cache_implementation chunk_size_feed_forward classifier_activation classifier_bias
-    classifier_dropout classifier_pooling cls_token_id decoder_bos_token_id decoder_start_token_id dropout_rate dtype
-    embd_pdrop embedding_dropout eos_token_id forced_bos_token_id forced_eos_token_id gradient_checkpointing
-    hidden_dropout hidden_dropout_prob id2label initializer_cutoff_factor initializer_factor initializer_range
-    is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id mask_token_id max_length min_length mlp_dropout
-    model_type n_ctx n_positions num_labels output_attentions output_hidden_states output_past output_router_logits
-    pad_token_id prefix problem_type pruned_heads resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
+    """_attn_implementation _name_or_path _num_labels architectures attention_dropout attention_probs_dropout_prob
+    attn_pdrop auto_map bos_token_id cache_implementation chunk_size_feed_forward classifier_activation classifier_bias
+    classifier_dropout classifier_pooling cls_token_id decoder_bos_token_id decoder_start_token_id do_sample
+    dropout_rate dtype early_stopping embd_pdrop embedding_dropout eos_token_id forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_cutoff_factor initializer_factor
+    initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id length_penalty mask_token_id
+    max_length min_length mlp_dropout model_type n_ctx n_positions num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_past output_router_logits pad_token_id prefix
+    problem_type pruned_heads repetition_penalty resid_pdrop return_dict router_aux_loss_coef router_jitter_noise
     sep_token_id summary_activation summary_first_dropout summary_last_dropout summary_proj_to_labels summary_type
-    summary_use_proj task_specific_params tokenizer_class torch_dtype torchscript transformers_version unk_token_id
-    use_cache use_return_dict""".split()
+    summary_use_proj task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unk_token_id use_cache use_return_dict""".split()
 )
 
 

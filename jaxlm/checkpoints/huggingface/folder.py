@@ -14,6 +14,7 @@ from jaxlm.checkpoints.huggingface import families
 from jaxlm.checkpoints.huggingface.family import Family, Json, differences, essence
 from jaxlm.checkpoints.huggingface.files import TensorFolder, new_folder, read_json, write_json, write_tensors
 from jaxlm.checkpoints.huggingface.pickled import PickledFolder
+from jaxlm.checkpoints.huggingface.renamed import RenamedTensors
 from jaxlm.checkpoints.huggingface.tensors import Entry, Shape, Table, resolve
 from jaxlm.checkpoints.pending import Pending
 from jaxlm.checkpoints.stored import some
@@ -30,10 +31,12 @@ class HuggingFaceFolder(TabulatedCheckpoint):
     """A folder as `save_pretrained` leaves it.
 
     Attributes:
+      tensors: its tensors, under the names that they have today.
       family: its adapter.
       fields: the parsed `config.json`.
     """
 
+    tensors: RenamedTensors
     family: Family
     fields: Json
 
@@ -81,10 +84,12 @@ def names_in(
     values = read_json(path / CONFIG)
     family = families.by_config(values)
     pickled = not list(path.glob("*.safetensors")) and list(path.glob("*.bin"))
-    tensors = PickledFolder(path) if allow_pickle and pickled else TensorFolder(path)
+    stored = PickledFolder(path) if allow_pickle and pickled else TensorFolder(path)
+    tensors = RenamedTensors(stored, family.endings)
     config = family.model_of(values, ignore=ignore, tensors=tensors.shapes)
     shapes = parameter_shapes(config)
     table = family.table_of(config, tensors.shapes)
+    tensors = RenamedTensors(stored, {**family.endings, **_tied(table, shapes)})
     return HuggingFaceFolder(path, config, tensors, table, shapes, family, values)
 
 
@@ -165,18 +170,19 @@ def _check_comes_back(adapter: Family, fields: Json, table: Table, config: Model
 def mismatches(folder: HuggingFaceFolder, table: Table) -> list[str]:
     """How a folder's tensors differ from those of its model's table, a clause a kind of difference; [] if they do not.
 
-    An output matrix that is tied to the embedding may be there a second time; both are read to see that they are one.
+    A tensor may be there a second time under another name, such as an output matrix that is tied to the embedding; both
+    are read to see that they are one. What released folders hold beyond the model's is passed over.
 
     Args:
       folder: as `names_in` gives it.
       table: its table, resolved.
     """
     wanted = {entry.name: entry.shape(folder.shapes) for entry in table}
-    found, faults = dict(folder.tensors.shapes), []
-    for again, embedding in _tied(folder, table):
-        del found[again]
-        if not np.array_equal(*map(folder.tensors.read, (again, embedding))):
-            faults.append(f"has {again}, which is not the {embedding} that config.json ties it to")
+    passed, faults = {*passed_over(folder, table), *folder.tensors.again}, []
+    found = {name: shape for name, shape in folder.tensors.shapes.items() if name not in passed}
+    for again, first in folder.tensors.again.items():
+        if not np.array_equal(*map(folder.tensors.read, (again, first))):
+            faults.append(f"has {again}, which is not the {first} that it stands for")
     for names, fault in ((set(wanted) - set(found), "lacks"), (set(found) - set(wanted), "has in excess")):
         if names:
             faults.append(f"{fault} {some(sorted(names))}")
@@ -186,12 +192,14 @@ def mismatches(folder: HuggingFaceFolder, table: Table) -> list[str]:
     return faults
 
 
-def _tied(folder: HuggingFaceFolder, table: Table) -> list[tuple[str, str]]:
-    """(a second name of the tied embedding, its first), of those that are both there."""
+def passed_over(folder: HuggingFaceFolder, table: Table) -> list[str]:
+    """The tensors of a folder that are not in its model's table and need not be: see `Family.beyond`."""
+    names = set(folder.tensors.shapes) - {entry.name for entry in table}
+    return sorted(name for name in names if name.startswith(folder.family.beyond))
 
-    def names(entries: Table, path: str) -> list[str]:
-        return [entry.name for entry in entries if entry.paths == (path,) and entry.name in folder.tensors.shapes]
 
-    output = "vocabulary_head/kernel"
-    again = [] if output in folder.shapes else names(folder.table, output)
-    return [(name, embedding) for name in again for embedding in names(table, "embedding/tokens")]
+def _tied(table: Table, shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """{the output matrix's name: the embedding's} where the model has one for both."""
+    names = {path: entry.name for entry in table for path in entry.paths}
+    output, embedding = "vocabulary_head/kernel", "embedding/tokens"
+    return {names[output]: names[embedding]} if output in names and output not in shapes else {}

@@ -127,7 +127,8 @@ class Llama(Family):
         common = AttentionConfig(**sizes(fields), position=rope(fields), **attention)
         fed = [dense(fields)] * len(by_layer) if fed is None else fed
         blocks = [BlockConfig(dataclasses.replace(common, **o), f, normed) for o, f in zip(by_layer, fed, strict=True)]
-        fields("max_position_embeddings", None)
+        for name in ("max_position_embeddings", "max_sequence_length"):
+            fields(name, None)
         head = HeadConfig(tied=fields("tie_word_embeddings", False))
         return causal_decoder(fields("vocab_size"), fields("hidden_size"), blocks, head=head, final_norm=normed)
 

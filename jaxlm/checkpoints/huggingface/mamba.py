@@ -50,6 +50,7 @@ MIXER2: Table = (
 _INCONSEQUENTIAL = """time_step_min time_step_max time_step_floor time_step_init_scheme time_step_scale residual_in_fp32
     rescale_prenorm_residual use_mambapy use_associative_scan chunk_size d_model d_inner n_layer fused_add_norm
     pad_vocab_size_multiple norm_before_gate""".split()
+_ENDINGS = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # as in the authors' own files
 
 
 def _model(fields: Fields, mixer: MambaConfig | Mamba2Config, *, tied: bool) -> LanguageModelConfig:
@@ -100,6 +101,7 @@ class Mamba(Family):
 
     model_type = "mamba"
     architecture = "MambaForCausalLM"
+    endings = _ENDINGS
 
     def read(self, fields: Fields) -> LanguageModelConfig:
         """See `Family`."""
@@ -132,6 +134,7 @@ class Mamba2(Family):
 
     model_type = "mamba2"
     architecture = "Mamba2ForCausalLM"
+    endings = _ENDINGS
 
     def read(self, fields: Fields) -> LanguageModelConfig:
         """See `Family`."""

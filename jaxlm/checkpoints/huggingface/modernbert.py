@@ -46,7 +46,7 @@ class ModernBert(Family):
         width, heads, count = fields("hidden_size"), fields("num_attention_heads"), fields("num_hidden_layers")
         normed = NormConfig(NormKind.LAYER, fields("norm_eps", 1e-5), bias=fields("norm_bias", False))
         biased = fields("attention_bias", False)
-        for name in ("sparse_pred_ignore_index", "deterministic_flash_attn"):
+        for name in ("sparse_pred_ignore_index", "deterministic_flash_attn", "position_embedding_type"):
             fields(name, None)
         for name in ("repad_logits_with_grad", "reference_compile", "max_position_embeddings", "layer_norm_eps"):
             fields(name, None)

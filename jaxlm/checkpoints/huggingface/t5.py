@@ -37,6 +37,10 @@ class T5(Family):
 
     model_type = "t5"
     architecture = "T5ForConditionalGeneration"
+    formerly = ("T5WithLMHeadModel",)
+    endings = dict.fromkeys(("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight")
+    # Positions of the cross-attention, in which a T5 has none; transformers before version 4 added them by mistake.
+    beyond = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.",)
 
     def read(self, fields: Fields) -> LanguageModelConfig:
         """See `Family`."""
@@ -138,6 +142,7 @@ class MT5(T5):
 
     model_type = "mt5"
     architecture = "MT5ForConditionalGeneration"
+    formerly = ()
 
     def scales(self, fields: Fields, flag: bool) -> bool:
         """See `T5`: the class never does."""

@@ -1,6 +1,8 @@
 """Folders, without transformers: nothing is lost, nothing half-written looks whole, errors name things."""
 
+import dataclasses
 import json
+import re
 import weakref
 
 import jax
@@ -15,11 +17,16 @@ from jaxlm.checkpoints.huggingface.folder import export, open_folder, parameter_
 from jaxlm.checkpoints.pending import Pending
 from jaxlm.checkpoints.surgery import Fresh
 from jaxlm.checkpoints.warm_start import WarmStart, warm_start
+from jaxlm.layers.feed_forward import Activation
 from jaxlm.models import build_model
 from jaxlm.training.state import abstract_model
 from tests.checkpoints.huggingface.family_cases import CASES, YARN
 
 LLAMA = CASES[0]
+
+
+def case_of(name):
+    return next(case for case in CASES if case.name == name)
 
 
 def config_of(case):
@@ -65,7 +72,7 @@ def test_every_parameter_comes_back(case, tmp_path):
 
 def test_a_stack_of_experts_is_read_once_and_let_go(tmp_path):
     """An expert's matrix is a tensor by itself: what makes them asks for each layer's array once, and keeps one."""
-    case = next(case for case in CASES if case.name == "mixtral")
+    case = case_of("mixtral")
     family, config = config_of(case)
     shapes, asked, alive = parameter_shapes(config), [], []
 
@@ -153,12 +160,6 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-BUFFERS = {
-    "gpt2": ("h.0.attn.bias", "h.0.attn.masked_bias"),
-    "gpt_neox": tuple(f"gpt_neox.layers.0.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")),
-}
-
-
 def rewritten(folder, change):
     """Writes a folder's tensors again, as `change` has them of {name: array}."""
     tensors = TensorFolder(folder)
@@ -167,28 +168,174 @@ def rewritten(folder, change):
     write_tensors(folder, pending)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "gemma2"])
+def named(replace, beyond=(), again=(), **fields):
+    """How a folder was released: names with each of `replace` put for what they are today, tensors that the model has
+    not, tensors again under other names, and fields of `config.json`."""
+
+    def change(found):
+        changed = {}
+        for name, x in found.items():
+            for today, released in replace.items():
+                name = name.replace(today, released)
+            changed[name] = x
+        return (
+            changed | {name: found[first] for name, first in again} | {name: np.ones(3, np.float32) for name in beyond}
+        )
+
+    return change, fields
+
+
+EMBEDDING = "embeddings.word_embeddings.weight"
+T5_BIAS = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+RTD = (
+    "mask_predictions.dense.weight",
+    "mask_predictions.classifier.bias",
+    "deberta.embeddings.word_embeddings._weight",
+)
+LEGACY_HEAD = {"lm_predictions.lm_head": "cls.predictions", "predictions.dense": "predictions.transform.dense"}
+LEGACY_HEAD |= {"predictions.LayerNorm": "predictions.transform.LayerNorm"}
+GAMMA = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+POOLER = ("pooler.dense.weight", "pooler.dense.bias")
+RELEASED = {
+    "gpt2": named({"transformer.": ""}, ("h.0.attn.bias", "h.0.attn.masked_bias"), _num_labels=1),
+    "gpt_neox": named(
+        {}, [f"gpt_neox.layers.0.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")]
+    ),
+    "gemma2": named({}, cache_implementation="hybrid", sliding_window_size=8),
+    "llama3": named({}, ["model.layers.0.self_attn.rotary_emb.inv_freq"], max_sequence_length=2048),
+    "llama_dynamic": named({"model.embed_tokens": "lm_head"}),
+    "mamba": named({"embeddings": "embedding"}),
+    "bert": named(
+        GAMMA,
+        [f"bert.{name}" for name in POOLER]
+        + ["bert.embeddings.position_ids", "cls.seq_relationship.weight", "cls.seq_relationship.bias"],
+        [
+            ("cls.predictions.decoder.weight", f"bert.{EMBEDDING}"),
+            ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+        ],
+        directionality="bidi",
+        pooler_fc_size=768,
+        pooler_type="first_token_transform",
+    ),
+    "roberta": named(
+        {},
+        [f"roberta.{name}" for name in POOLER],
+        [("lm_head.decoder.weight", f"roberta.{EMBEDDING}"), ("lm_head.decoder.bias", "lm_head.bias")],
+    ),
+    "electra_generator": named(
+        {}, ["electra.embeddings.position_ids"], [("generator_lm_head.weight", f"electra.{EMBEDDING}")]
+    ),
+    "deberta_v3": named({}, (*RTD, "deberta.embeddings.position_embeddings.weight"), architectures=...),
+    "deberta_v2": named(
+        LEGACY_HEAD, [], [("cls.predictions.decoder.weight", f"deberta.{EMBEDDING}")], temperature=1.0, top_k=50
+    ),
+    "modernbert": named(
+        {}, [], [("decoder.weight", "model.embeddings.tok_embeddings.weight")], position_embedding_type="absolute"
+    ),
+    "t5": named(
+        {},
+        [T5_BIAS],
+        [(f"{side}.embed_tokens.weight", "shared.weight") for side in ("encoder", "decoder")],
+        architectures=["T5WithLMHeadModel"],
+    ),
+    "t5_v1_1": named({"shared": "decoder.embed_tokens"}),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
 def test_folders_open_as_they_were_released(name, tmp_path):
-    """GPT-2's names without `transformer.`, buffers among the tensors, fields of transformers' caches."""
-    config, values = written(tmp_path / "model", next(case for case in CASES if case.name == name))
-    short = lambda tensor: tensor.removeprefix("transformer.")  # noqa: E731
-    buffers = {buffer: np.ones(3, np.float32) for buffer in BUFFERS.get(name, ())}
-    rewritten(tmp_path / "model", lambda found: {short(tensor): x for tensor, x in found.items()} | buffers)
-    if name == "gemma2":
-        edited(tmp_path / "model", cache_implementation="hybrid", sliding_window_size=8)
+    """Older names, buffers and other heads among the tensors, tensors again, fields of other versions and trainers."""
+    config, values = written(tmp_path / "model", case_of(name))
+    change, fields = RELEASED[name]
+    rewritten(tmp_path / "model", change)
+    edited(tmp_path / "model", **fields)
     found = open_folder(tmp_path / "model")
-    assert found.config == config and not set(buffers) & set(found.tensors.shapes)
+    assert found.config == config
+    assert set(found.shapes) == set(values)
     for path, value in values.items():
         np.testing.assert_array_equal(found.array(("params", *path.split("/"))), value, path)
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor", "first"),
+    [
+        ("bert", "cls.predictions.decoder.bias", "cls.predictions.bias"),
+        ("bert", "bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"),
+        ("t5", "encoder.embed_tokens.weight", "shared.weight"),
+        ("deberta_v2", "cls.predictions.decoder.weight", f"deberta.{EMBEDDING}"),
+    ],
+)
+def test_another_tensor_under_a_second_name_is_refused(name, tensor, first, tmp_path):
+    """Whichever of the two is meant, the other is not what the model computes with."""
+    written(tmp_path / "model", case_of(name))
+    if name == "deberta_v2":
+        rewritten(tmp_path / "model", RELEASED[name][0])
+    rewritten(tmp_path / "model", lambda found: found | {tensor: found[first] + 1})
+    with pytest.raises(
+        ValueError, match=f"has {re.escape(tensor)}, which is not the {re.escape(first)} that it stands"
+    ):
+        open_folder(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("bert", "classifier.weight"),
+        ("bert", "roberta.pooler.dense.weight"),
+        ("roberta", "cls.seq_relationship.weight"),
+        ("electra_discriminator", "generator_predictions.dense.weight"),
+        ("deberta_v3", "classifier.weight"),
+        ("t5", "decoder.block.1.layer.1.EncDecAttention.relative_attention_bias.weight"),
+        ("t5", "classification_head.dense.weight"),
+        ("modernbert", "head.dense.bias"),
+        ("llama3", "model.layers.0.self_attn.sinks"),
+    ],
+)
+def test_what_no_released_folder_holds_is_refused(name, tensor, tmp_path):
+    written(tmp_path / "model", case_of(name))
+    rewritten(tmp_path / "model", lambda found: found | {tensor: np.ones(3, np.float32)})
+    with pytest.raises(ValueError, match=f"has in excess {re.escape(tensor)}; its config.json describes another model"):
+        open_folder(tmp_path / "model")
+
+
+def test_a_head_that_config_asks_for_is_not_passed_over(tmp_path):
+    """What a masked language model leaves out is what other classes compute."""
+    written(tmp_path / "model", case_of("bert"))
+    rewritten(tmp_path / "model", RELEASED["bert"][0])
+    edited(tmp_path / "model", architectures=["BertForPreTraining"])
+    with pytest.raises(ValueError, match=r"There is no adapter for \['BertForPreTraining'\]"):
+        open_folder(tmp_path / "model")
+
+
+def test_gpt_neox_20b_names_its_activation_otherwise(tmp_path):
+    written(tmp_path / "model", case_of("gpt_neox"))
+    edited(tmp_path / "model", hidden_act="gelu_fast")
+    found = open_folder(tmp_path / "model").config.decoder.blocks[0].feed_forward.activation
+    assert found is Activation.GELU_TANH
+
+
+def test_an_untied_output_has_the_class_name(tmp_path):
+    case = case_of("electra_generator")
+    untied = dataclasses.replace(case, options=case.options | {"embedding_size": 32, "tie_word_embeddings": False})
+    written(tmp_path / "model", untied)
+    assert "generator_lm_head.weight" in TensorFolder(tmp_path / "model").shapes
+
+
+def test_positions_are_passed_over_only_where_they_are_not_used(tmp_path):
+    written(tmp_path / "model", case_of("deberta_v2"))
+    positions = "deberta.embeddings.position_embeddings.weight"
+    rewritten(tmp_path / "model", lambda found: {name: x for name, x in found.items() if name != positions})
+    with pytest.raises(ValueError, match=f"lacks {positions}"):
+        open_folder(tmp_path / "model")
+
+
 def test_a_tied_output_may_be_there_twice(tmp_path):
     """As trainers and older versions of transformers leave it, if it is what the embedding is."""
-    config, _ = written(tmp_path / "model", next(case for case in CASES if case.name == "gpt2"))
+    config, _ = written(tmp_path / "model", case_of("gpt2"))
     rewritten(tmp_path / "model", lambda found: found | {"lm_head.weight": found["transformer.wte.weight"]})
     assert config.head.tied and open_folder(tmp_path / "model").config == config
     rewritten(tmp_path / "model", lambda found: found | {"lm_head.weight": found["lm_head.weight"] + 1})
-    message = r"lm_head\.weight, which is not the transformer\.wte\.weight that config\.json ties it to"
+    message = r"lm_head\.weight, which is not the transformer\.wte\.weight that it stands for"
     with pytest.raises(ValueError, match=message):
         open_folder(tmp_path / "model")
 
@@ -208,7 +355,7 @@ def edited(folder, **changes):
             "partial_attention = 3, which the adapter does not know.* --ignore=partial_attention",
         ),
         ({"hidden_size": ...}, "lacks 'hidden_size'"),
-        ({"hidden_act": "gelu_fast"}, "activation 'gelu_fast' is not among"),
+        ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not among"),
         ({"intermediate_size": 47}, r"has .*mlp\..* of shape \[48, 32\], not \[47, 32\]"),
         ({"num_hidden_layers": 3}, r"has in excess model\.layers\.3\."),
         ({"num_hidden_layers": 5}, r"lacks model\.layers\.4\."),
