@@ -1,4 +1,4 @@
-"""What accelerators can do by their makers' data sheets: arithmetic, memory, networks. Imports nothing of the house.
+"""What accelerators can do by their makers' data sheets: arithmetic, memory, networks. Imports nothing of jaxlm.
 
 The unit is a jax device. A TPU7x chip is two devices; on all others, as jax presents them, a device is a chip.
 """

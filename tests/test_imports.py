@@ -1,4 +1,4 @@
-"""Law 7 and the house's one rule: imports run downwards only, TensorFlow stays in the bridge."""
+"""Law 7 and the one rule of imports: imports run downwards only, TensorFlow stays in the bridge."""
 
 import ast
 import pathlib

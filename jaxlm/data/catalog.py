@@ -1,4 +1,4 @@
-"""The tasks that come with the house, registered by name. They need no download and no trained vocabulary."""
+"""The tasks that jaxlm brings, registered by name. They need no download and no trained vocabulary."""
 
 from jaxlm.data.sources import LibraryText, StandardLibrary
 from jaxlm.data.tasks import register, text_task

@@ -318,7 +318,7 @@ def register(task: Task | Mixture) -> Task | Mixture:
 
 def registered() -> Mapping[str, Task | Mixture]:
     """All tasks and mixtures by name."""
-    import jaxlm.data.catalog  # noqa: F401  registers what comes with the house
+    import jaxlm.data.catalog  # noqa: F401  registers what jaxlm brings
 
     return dict(_REGISTRY)
 

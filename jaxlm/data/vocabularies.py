@@ -454,7 +454,7 @@ def byte_stand_ins() -> dict[int, str]:
 
 @dataclasses.dataclass(frozen=True)
 class PythonVocabulary(SentencePieceVocabulary):
-    """The vocabulary that comes with the house: 4,096 byte-pair pieces trained on Python's standard library.
+    """The vocabulary that is in the repository: 4,096 byte-pair pieces trained on Python's standard library.
 
     Its card, `assets/python_4k.model.card.json`, says how it was made. It has the special tokens of all objectives.
 

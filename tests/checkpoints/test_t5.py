@@ -315,7 +315,7 @@ for prefix, names in json.loads(sys.argv[2]).items():
 def bundles(tmp_path_factory, run_python):
     """Checkpoints that TensorFlow wrote, two of an encoder-decoder and one of a decoder."""
     if importlib.util.find_spec("tensorflow") is None:
-        pytest.skip("needs the seqio extra: pip install 'jaxlm[seqio]'")
+        pytest.skip("needs the seqio extra: pip install -e '.[seqio]'")
     folder = tmp_path_factory.mktemp("bundles")
     models = {"v1_0/model.ckpt-1000": V1_0, "v1_0/model.ckpt-200": V1_0, "decoder/model.ckpt-7": DECODER}
     arrays, names = {}, {}

@@ -8,8 +8,8 @@ from jaxlm.decoding.beam import BeamConfig, EarlyStopping, PowerPenalty, beam_se
 from jaxlm.decoding.cached_model import CachedModel
 from jaxlm.decoding.requests import Finish
 
-torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'jaxlm[torch]'")
-transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'jaxlm[torch]'")
+torch = pytest.importorskip("torch", reason="needs the torch extra: pip install -e '.[torch]'")
+transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install -e '.[torch]'")
 
 PROMPTS = np.random.default_rng(0).integers(4, 60, (3, 7))
 ENDS = tuple(range(1, 9))  # so that texts of all lengths end

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-pytest.importorskip("torch", reason="needs the torch extra: pip install 'jaxlm[torch]'")
-transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'jaxlm[torch]'")
-pytest.importorskip("lm_eval", reason="needs the harness extra: pip install 'jaxlm[harness]'")
+pytest.importorskip("torch", reason="needs the torch extra: pip install -e '.[torch]'")
+transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install -e '.[torch]'")
+pytest.importorskip("lm_eval", reason="needs the harness extra: pip install -e '.[harness]'")
 
 TASK = """
 task: local_choices

@@ -22,7 +22,7 @@ def test_absent_or_of_another_version_it_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("name", ["full", "causal", "packed prefix", "chunks, lengths", "multi-query", "dense bias"])
 def test_conformance_of_the_translation(name, monkeypatch):
-    base = pytest.importorskip("tokamax._src.ops.attention.base", reason="needs tokamax: pip install jaxlm[tokamax]")
+    base = pytest.importorskip("tokamax._src.ops.attention.base", reason="needs tokamax: pip install -e '.[tokamax]'")
 
     class OnThisMachine(tokamax.TokamaxBackend):
         def refuses(self, request):

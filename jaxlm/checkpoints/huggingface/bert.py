@@ -118,6 +118,11 @@ class Bert(Family):
             entry(self.output, "vocabulary_head/kernel", form=Linear()),
         )
 
+    def twice(self, config: LanguageModelConfig) -> Mapping[str, str]:
+        """See `Family`: the bias of an output matrix of its own is in the matrix's layer, a tied one's beside it."""
+        own = {name: today for name, today in self.endings.items() if name not in Family.endings}
+        return own if own and not config.head.tied else {}
+
 
 class Roberta(Bert):
     """RoBERTa (arXiv 1907.11692): positions count from two."""

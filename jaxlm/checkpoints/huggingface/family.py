@@ -72,6 +72,10 @@ class Family:
         """Which tensor holds which parameter, in the form that is written."""
         raise NotImplementedError
 
+    def twice(self, config: ModelConfig) -> Mapping[str, str]:
+        """{another name: name in the table} of tensors that are written under both, since transformers reads either."""
+        return {}
+
     def check_ids(self, config: ModelConfig, ids: Mapping[str, Any]) -> None:
         """Raises ValueError if transformers would read something into the special ids of `config.json`."""
 

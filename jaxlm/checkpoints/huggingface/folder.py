@@ -148,7 +148,9 @@ def export(
     fields |= adapter.write(config) | dict(special_ids or {})
     _check_comes_back(adapter, fields, table, config)
     with new_folder(pathlib.Path(folder)) as unfinished:
-        write_tensors(unfinished, {entry.name: tensor(entry) for entry in table}, shard_bytes=shard_bytes)
+        tensors = {entry.name: tensor(entry) for entry in table}
+        tensors |= {again: tensors[name] for again, name in adapter.twice(config).items()}
+        write_tensors(unfinished, tensors, shard_bytes=shard_bytes)
         write_json(unfinished / CONFIG, fields)
         if adapter.code is not None:
             shutil.copyfile(pathlib.Path(__file__).with_name(adapter.code), unfinished / adapter.code)

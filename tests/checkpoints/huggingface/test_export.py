@@ -197,7 +197,7 @@ def test_a_roberta_needs_its_padding(tmp_path):
 
 
 def test_pickles_are_read_only_when_asked_for(tmp_path, capsys):
-    torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'jaxlm[torch]'")
+    torch = pytest.importorskip("torch", reason="needs the torch extra: pip install -e '.[torch]'")
     written(tmp_path / "model")
     source = open_folder(tmp_path / "model")
     state = {name: torch.tensor(source.tensors.read(name)).to(torch.bfloat16) for name in source.tensors.shapes}
@@ -220,8 +220,8 @@ def test_pickles_are_read_only_when_asked_for(tmp_path, capsys):
 @pytest.mark.parametrize("architecture", ["causal_decoder", "prefix_decoder"])
 def test_transformers_reads_writes_and_continues_it(architecture, exported, workshop, capsys):
     """Three lines from a run to a pipeline: same ids, same logits, the same greedy continuation."""
-    torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'jaxlm[torch]'")
-    transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'jaxlm[torch]'")
+    torch = pytest.importorskip("torch", reason="needs the torch extra: pip install -e '.[torch]'")
+    transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install -e '.[torch]'")
     saved, out = exported
     if architecture == "prefix_decoder":
         saved = save_run(workshop, "prefix", text=PAIRS, model="prefix_decoder", objective="span_corruption")

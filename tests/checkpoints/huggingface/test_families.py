@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from jaxlm.architecture import Architecture
-from jaxlm.checkpoints.huggingface.folder import export
+from jaxlm.checkpoints.huggingface.folder import export, open_folder
 from jaxlm.layers import RelativeEmbeddings
 from tests.checkpoints.huggingface.family_cases import CASES, GENERATIVE
 from tests.checkpoints.huggingface.side_by_side import SideBySide, relative
+from tests.checkpoints.huggingface.test_folder import written
 
-torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'jaxlm[torch]'")
-transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'jaxlm[torch]'")
+torch = pytest.importorskip("torch", reason="needs the torch extra: pip install -e '.[torch]'")
+transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install -e '.[torch]'")
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -50,6 +51,18 @@ def test_and_back_bit_for_bit(case, both, tmp_path):
     again = SideBySide(case, tmp_path)
     again.model = getattr(transformers, case.model).from_pretrained(tmp_path / "ours").eval()
     np.testing.assert_array_equal(again.theirs.logits, pair.theirs.logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_output_matrix_of_its_own_has_its_bias_in_transformers(name, tmp_path):
+    """There is one beside it too, which transformers computes with only where the matrix is tied."""
+    case = dataclasses.replace(BY_NAME[name], options=BY_NAME[name].options | {"tie_word_embeddings": False})
+    _, values = written(tmp_path / "ours", case)
+    model = getattr(transformers, case.model).from_pretrained(tmp_path / "ours").eval()
+    (output,) = (module for path, module in model.named_modules() if path.endswith("decoder"))
+    np.testing.assert_array_equal(output.bias.detach(), values["vocabulary_head/bias"])
+    np.testing.assert_array_equal(output.weight.detach().T, values["vocabulary_head/kernel"])
+    assert open_folder(tmp_path / "ours").config.head.tied is False
 
 
 @pytest.mark.full

@@ -35,8 +35,8 @@ def written(folder, config, **options):
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
     """name -> (folder, our model, theirs)."""
-    torch = pytest.importorskip("torch", reason="needs the torch extra: pip install 'jaxlm[torch]'")
-    transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install 'jaxlm[torch]'")
+    torch = pytest.importorskip("torch", reason="needs the torch extra: pip install -e '.[torch]'")
+    transformers = pytest.importorskip("transformers", reason="needs the torch extra: pip install -e '.[torch]'")
     made, root = {}, tmp_path_factory.mktemp("own")
 
     def open_case(name):
