@@ -128,11 +128,15 @@ def open_cache(task: Task, split: str, directory: str | None = None, workers: in
       workers: processes that tokenise; by default one a core if there is much to do, else none.
 
     Raises:
-      ValueError: the source is empty or unreadable; the message names the file and the remedy.
+      ValueError: the source is empty or unreadable, or a preprocessor cannot be described; the message names the file
+        and the remedy.
     """
     shards = task.source.shards(split)
     definition = [task.name, task.output_features, task.preprocessors]
-    key = fingerprint(_FORMAT, definition, split, [(shard.name, shard.digest) for shard in shards])
+    try:
+        key = fingerprint(_FORMAT, definition, split, [(shard.name, shard.digest) for shard in shards])
+    except TypeError as error:
+        raise ValueError(f"Task {task.name!r} cannot be cached: {error}") from None
     readable = re.sub(r"[^\w.-]+", "_", f"{task.name}-{split}")[:80]
     folder = os.path.join(cache_directory(directory), f"{readable}-{key[:16]}")
     if not os.path.exists(os.path.join(folder, "cache.json")):

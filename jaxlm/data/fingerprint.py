@@ -92,10 +92,16 @@ def _describe(value: object, inside: tuple[object, ...]) -> Iterator[bytes]:
             return
         settings = (value.__defaults__, value.__kwdefaults__, _closed_over(value))
         yield from _describe((source_of(value), *settings), (*inside, value))
+    elif inspect.ismethod(value):
+        yield from _describe((value.__func__, value.__self__), inside)
+    elif isinstance(value, np.ufunc):
+        yield f"numpy {value.__name__};".encode()
     elif isinstance(value, re.Pattern):
         yield from _describe((value.pattern, value.flags), inside)
     elif isinstance(value, type) or inspect.isbuiltin(value):
         yield f"{value.__module__}.{value.__qualname__};".encode()
+    elif inspect.ismethoddescriptor(value):  # such as str.lower
+        yield f"{value.__objclass__.__module__}.{value.__qualname__};".encode()
     elif inspect.ismodule(value):
         yield f"module {value.__name__};".encode()
     else:

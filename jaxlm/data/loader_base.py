@@ -164,7 +164,7 @@ class Loader(Iterator[Batch]):
             if ours[name] != theirs.get(name):
                 differs = f"{name} {theirs.get(name)!r} instead of {ours[name]!r}"
                 if name == "digest":
-                    differs = "other files, row lengths or reading options"
+                    differs = "other files, row lengths or reading options, or another version of jaxlm"
                 raise ValueError(_REFUSAL.format(differs))
         if state.get("rates", before.rates) != before.rates:
             raise ValueError(_REFUSAL.format("other mixing rates"))

@@ -126,15 +126,20 @@ def cache_task(task: Task, folder: str, splits: tuple[str, ...], run: Callable[[
                 f"them too, or into a new folder."
             )
         card["splits"] = old["splits"]
-    for split in splits:
-        shards = _defined(task, split)
-        definition = fingerprint([shard.digest for shard in shards])
-        files = [os.path.join(folder, shard_file(split, i, len(shards))) for i in range(len(shards))]
+    sources = {split: _defined(task, split) for split in splits}
+    definitions = {split: fingerprint([shard.digest for shard in shards]) for split, shards in sources.items()}
+
+    def there(split: str) -> bool:
+        files = [os.path.join(folder, shard_file(split, i, len(sources[split]))) for i in range(len(sources[split]))]
         known = card["splits"].get(split, {})
-        if known.get("definition") == definition and all(map(os.path.exists, files)):
-            continue
-        if card["splits"].pop(split, None):  # nobody is to read some of each
-            _write_card(card, path)
+        return known.get("definition") == definitions[split] and all(map(os.path.exists, files))
+
+    missing = [split for split in splits if not there(split)]
+    # Nobody is to read some of each, nor a split under a card of other preprocessors.
+    if [split for split in missing if card["splits"].pop(split, None)]:
+        _write_card(card, path)
+    for split in missing:
+        shards = sources[split]
         entries = run([(task, shard, folder, i, len(shards)) for i, shard in enumerate(shards)])
         if not any(entry["examples"] for entry in entries):
             raise ValueError(f"The {split} split of task {task.name!r} has no examples; check its preprocessors.")
@@ -143,7 +148,7 @@ def cache_task(task: Task, folder: str, splits: tuple[str, ...], run: Callable[[
             "examples": sum(entry["examples"] for entry in entries),
             "tokens": {name: sum(e["tokens"][name] for e in entries) for name in task.output_features},
             "sha256": [entry["sha256"] for entry in entries],
-            "definition": definition,
+            "definition": definitions[split],
         }
     _write_card(card, path)
     _tidy(folder, splits, card)

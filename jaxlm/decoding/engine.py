@@ -320,7 +320,13 @@ class Engine:
         """Fills free slots, and draws up to `EngineConfig.steps` tokens in each."""
         failed, allowed = [], None
         while self._waiting and None in self._running:
-            failed += self._admit(self._next_together())
+            taken = self._next_together()
+            try:
+                failed += self._admit(taken)
+            except BaseException:  # they may be several callers'
+                running = {one.number for one in self._running if one is not None}
+                self._waiting.extendleft(one for one in reversed(taken) if one[0] not in running)
+                raise
         if any(running is not None and running.constraint for running in self._running):
             allowed, dead = self._allowed()
             failed += dead

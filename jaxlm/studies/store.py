@@ -142,9 +142,10 @@ class Store:
         return all(self.run_is_finished(job, seed) for seed in job.seeds)
 
     def failure(self, job: Job) -> Failure | None:
-        """Why the job failed, if it did."""
+        """Why the job failed, if it did. A trial may share its folder with other seeds, whose failures are not its."""
         path = self.job_folder(job) / "failed.json"
-        return Failure(**json.loads(path.read_text())) if path.exists() else None
+        failure = Failure(**json.loads(path.read_text())) if path.exists() else None
+        return failure if failure is not None and failure.seed in job.seeds else None
 
     def diverged(self, job: Job) -> bool:
         """Whether one of its runs did."""

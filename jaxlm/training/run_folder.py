@@ -239,6 +239,7 @@ class RunFolder:
         return path
 
     def _refuse_stranger(self, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+        theirs, ours = _without_none(theirs), _without_none(ours)
         differing = [name for name in sorted({*theirs, *ours}) if theirs.get(name) != ours.get(name)]
         if differing:
             raise RunFolderError(
@@ -314,6 +315,14 @@ def _step_of(line: str) -> int | None:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _without_none(identity: Mapping[str, str]) -> dict[str, str]:
+    """Without fields that are None, which an earlier version may not have had (see `configuration.digest`)."""
+    return {
+        name: "\n".join(line for line in text.splitlines() if not line.endswith(" = None"))
+        for name, text in identity.items()
+    }
 
 
 def _difference(theirs: Mapping[str, str], ours: Mapping[str, str], name: str) -> str:

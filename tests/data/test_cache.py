@@ -194,3 +194,13 @@ def test_a_cache_folder_that_cannot_be_written_is_named(tmp_path):
     task = text_task("t", InMemory(("a",)), ByteVocabulary())
     with pytest.raises(ValueError, match="cannot be written.*JAXLM_CACHE"):
         open_cache(task, "train", str(tmp_path / "file" / "cache"))
+
+
+def test_a_preprocessor_that_nothing_describes_is_refused_by_name(tmp_path):
+    class Stateful:
+        def __call__(self, record):
+            return record
+
+    task = text_task("odd", InMemory(("a",)), ByteVocabulary(), preprocessors=(Stateful(),))
+    with pytest.raises(ValueError, match="Task 'odd' cannot be cached: .*give it a fingerprint"):
+        open_cache(task, "train", str(tmp_path))

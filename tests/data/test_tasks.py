@@ -116,6 +116,9 @@ def test_fingerprints_are_stable_and_tell_things_apart():
     values = [1, 1.0, True, "1", b"1", None, (1,), ((1,),), {"a": 1}, {"a": 2}, np.ones(2), np.ones(2, np.int32)]
     values += [functools.partial(max, 1), functools.partial(max, 2), len, Mixture]
     assert len({fingerprint(v) for v in values}) == len(values)
+    methods = [str.lower, str.upper, np.add, np.exp, VOCABULARY.encode, ByteVocabulary(extra_ids=1).encode]
+    assert len({fingerprint(v) for v in methods}) == len(methods)
+    assert fingerprint(ByteVocabulary().encode) == fingerprint(ByteVocabulary().encode)
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     with pytest.raises(TypeError, match="no stable description"):
         fingerprint(object())

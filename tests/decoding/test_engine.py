@@ -226,6 +226,18 @@ def test_a_constraint_that_raises_gives_its_slot_back(model, answers):
     assert [found[i].tokens.tolist() for i in (0, 1)] == [answers[i].tokens.tolist() for i in (0, 1)]
 
 
+def test_what_could_not_be_prefilled_still_waits(model, answers, monkeypatch):
+    """Several callers' requests are prefilled together: where that fails for one of them, the others lose nothing."""
+    engine = Engine(model, EngineConfig(slots=2, steps=8))
+    numbers = engine.submit_all(REQUESTS[:3])
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "prefill", lambda *arguments, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    found = {progress.request: progress.answer for progress in engine.stream() if progress.answer is not None}
+    assert [found[n].tokens.tolist() for n in numbers] == [answers[i].tokens.tolist() for i in range(3)]
+
+
 def test_what_is_cancelled_is_forgotten(model, answers):
     """Those that run, those that wait, and numbers that nobody has."""
     engine = Engine(model, EngineConfig(slots=2, steps=4))

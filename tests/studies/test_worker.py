@@ -68,6 +68,18 @@ def test_a_rate_that_diverges_is_out_of_the_choice(tmp_path):
     assert not unfinished(plan, store)
 
 
+def test_a_later_seed_that_diverges_does_not_change_the_choice(tmp_path):
+    """A trial is the first seed's run; the others' failures are the chosen cell's, and are said."""
+    study, store = make_study(tmp_path / "study", (TUNED, AFTER), widths=("64",))
+    train = Trainer(lambda run: TrainingDiverged(3, None) if (run.batch_size, run.seed) == (16, 1) else None)
+    work(study, store, train, report=lambda line: None)
+    plan = expand(study, store)
+    assert plan.of_cells[0][2].tuned == 16 and not any(seed == 1 and size == 8 for _, size, seed in train.trained)
+    assert [(leg.name, store.failure(job).seed) for _, leg, job in failed_jobs(plan, store)] == [("pretrain", 1)]
+    report = write_report(study, plan, store).read_text()
+    assert "| 64 | 3.0000 | 2.0000 | 1.0000 | 16" in report and "| 64 | pretrain | 1 | Training diverged" in report
+
+
 def test_a_cell_whose_rates_all_diverge_has_failed(tmp_path):
     study, store = make_study(tmp_path / "study", (TUNED, AFTER), widths=("64",))
     work(study, store, diverges_at(*LOSSES), report=lambda line: None)

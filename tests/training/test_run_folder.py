@@ -53,6 +53,15 @@ def test_another_runs_folder_is_refused_untouched(tmp_path, changes, message):
     assert contents(tmp_path) == before
 
 
+def test_a_field_that_is_none_may_be_new(tmp_path):
+    """A later version has one more, and without it nothing is different."""
+    opened(tmp_path)
+    newer = IDENTITY["model"] + "window = None\n"
+    assert opened(tmp_path, model=newer)[1] is Status.CONTINUES
+    with pytest.raises(RunFolderError, match="here 'window = 4'"):
+        opened(tmp_path, model=IDENTITY["model"] + "window = 4\n")
+
+
 def test_a_folder_with_other_files_is_refused_untouched(tmp_path):
     (tmp_path / "config.gin").write_text("mine")
     with pytest.raises(RunFolderError, match="no run's folder; choose a new"):
