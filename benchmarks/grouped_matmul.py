@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.training import machine
-from pallas_kernels import ahead_of_time, grouped_matmul, grouped_matmul_gpu
+from pallas_kernels import ahead_of_time, grouped_matmul
 from pallas_kernels.ahead_of_time import Case
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "grouped_matmul.json"
@@ -43,7 +43,7 @@ def product_case(
         _count_all_tiles()
     if tiles is not None:
         grouped_matmul.megablox_tiles = lambda *_: tuple(tiles)
-    by = grouped_matmul_gpu if backend == "pallas_gpu" else grouped_matmul.BACKENDS[backend]
+    by = grouped_matmul.GROUPED_MATMUL.backend(backend)
     x, y, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in [(m, k), (m, n), (g, k, n)])
     sizes = jax.ShapeDtypeStruct((g,), jnp.int32)
     return {

@@ -1,6 +1,9 @@
 """The exit statuses of the entry points: all there are, and what a scheduler should do about each."""
 
+import contextlib
 import enum
+import os
+import pathlib
 
 
 class ExitStatus(enum.IntEnum):
@@ -24,3 +27,19 @@ class ExitStatus(enum.IntEnum):
     DOES_NOT_FIT = 5
     PREEMPTED = 75
     HUNG = 76
+
+
+AGAIN = "JAXLM_AGAIN"
+"""The environment variable that names the file of `ended`."""
+
+
+def ended(status: ExitStatus) -> ExitStatus:
+    """The status of a process that is about to end.
+
+    If the same command is to be started again, the file that JAXLM_AGAIN names is made: a launcher of several
+    processes, such as srun, may report the status of another one.
+    """
+    if status >= ExitStatus.PREEMPTED and (note := os.environ.get(AGAIN)):
+        with contextlib.suppress(OSError):  # perhaps the file system is what hangs
+            pathlib.Path(note).touch()
+    return status

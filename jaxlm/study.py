@@ -29,7 +29,7 @@ from rich.live import Live
 from rich.table import Table
 
 from jaxlm.configuration import resolve_or_exit, resolved_text, take_flags
-from jaxlm.exit_status import ExitStatus
+from jaxlm.exit_status import ExitStatus, ended
 from jaxlm.parallel import xla_flags
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, expand, label_of
@@ -147,7 +147,7 @@ def work_here(study: StudyConfig, store: Store, only: str | None) -> int:
         store.forget_failures(jobs_of(expand(study, store), only))
     outcome = work(study, store, train, only=only, report=lambda line: print(line, flush=True))
     if outcome is Outcome.PREEMPTED:
-        return ExitStatus.PREEMPTED
+        return ended(ExitStatus.PREEMPTED)
     failed = [cell for cell, _, _ in failed_jobs(expand(study, store), store) if label_of(cell) == only]
     return ExitStatus.FAILED if failed else ExitStatus.FINISHED
 

@@ -24,7 +24,7 @@ from jaxlm.checkpoints.stored import committed_steps
 from jaxlm.checkpoints.warm_start import warm_start
 from jaxlm.configuration import diff_from_defaults, resolve_or_exit, resolved_text, take_flags
 from jaxlm.data.loader import gather_state
-from jaxlm.exit_status import ExitStatus
+from jaxlm.exit_status import ExitStatus, ended
 from jaxlm.parallel import multihost, xla_flags
 from jaxlm.parallel.parallelism import Parallelism
 from jaxlm.reporting import Samples, make_plan, report
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> ExitStatus:
         traceback.print_exc()  # of this process, or because another one is gone
         multihost.leave(ExitStatus.FAILED)
         return ExitStatus.FAILED
-    return _STATUS_OF[outcome]
+    return ended(_STATUS_OF[outcome])
 
 
 _STATUS_OF = {

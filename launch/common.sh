@@ -144,6 +144,14 @@ make_venv() {
   fi
 }
 
+# forget_others <lock file>: what other lock files had installed no longer holds where this one has other pins.
+forget_others() {
+  local other
+  for other in "$venv"/.installed-*; do
+    [[ ! -e "$other" ]] || ! grep -Fxvqf "$1" "$other" || rm "$other"
+  done
+}
+
 # ensure_environment <lock file>: afterwards $venv/bin/python has exactly these pins. Instant when nothing changed: a
 # copy of the lock file that was installed last is kept, made only after success.
 ensure_environment() {
@@ -157,6 +165,7 @@ ensure_environment() {
     return
   fi
   make_venv
+  $dry_run || forget_others "$lock"
   $dry_run || say "installing $(grep -c '==' "$lock") pinned packages into $venv (once; a few minutes)"
   if command -v uv >/dev/null; then
     run uv pip install --quiet --python "$venv/bin/python" --requirement "$lock"
@@ -176,10 +185,10 @@ use_compilation_cache() {
 hardware() {
   if [[ -n "${JAXLM_HARDWARE:-}" ]]; then
     echo "$JAXLM_HARDWARE"
-  elif compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then
-    echo tpu
   elif compgen -G "/dev/nvidia[0-9]*" >/dev/null; then
     echo gpu
+  elif compgen -G "/dev/accel*" >/dev/null || compgen -G "/dev/vfio/[0-9]*" >/dev/null; then # the latter has others too
+    echo tpu
   else
     echo cpu
   fi

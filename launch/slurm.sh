@@ -35,8 +35,10 @@ for option in time partition account; do
   [[ -z "${!option}" ]] || batch+=("--$option=${!option}")
 done
 read -ra more <<<"$options"
-# 75 is the exit status of a run that was asked to end, saved and can go on.
+# Processes that were asked to end and saved, or that hung, make the file (jaxlm/exit_status.py): srun may report the status
+# of another one, which it stopped meanwhile.
 run sbatch "${batch[@]}" "${more[@]}" \
-  --wrap="srun --kill-on-bad-exit=1 $(quoted "${train[@]}"); status=\$?
-[ \$status != 75 ] || scontrol requeue \$SLURM_JOB_ID
+  --wrap="export JAXLM_AGAIN=\$PWD/slurm-\$SLURM_JOB_ID.again
+srun --kill-on-bad-exit=1 $(quoted "${train[@]}"); status=\$?
+[ ! -e \$JAXLM_AGAIN ] || { rm \$JAXLM_AGAIN; scontrol requeue \$SLURM_JOB_ID; }
 exit \$status"

@@ -19,8 +19,8 @@ def _large_scores(request: Request) -> str | None:
 
 _SMALL = Candidate(
     "xla",
-    "As fast as in blocks up to here; beyond, blocks stay in the processor's caches and take 0.6 to 0.9 of the time, "
-    "and the memory of one block (benchmarks/results/attention_memory.json).",
+    "As fast as in blocks up to here; beyond, blocks stay in the processor's caches and take 0.7 to 1.0 of the "
+    "time, and the memory of one block (benchmarks/results/attention_memory.json).",
     better_not=_large_scores,
 )
 _VISIBLE_BLOCKS = Candidate(

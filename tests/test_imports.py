@@ -163,6 +163,26 @@ def test_meshes_are_made_in_one_place(module):
     assert module == "jaxlm.parallel.mesh" or "make_mesh" not in names, f"{module} makes a mesh of its own"
 
 
+def names_in(tree: ast.Module) -> set[str]:
+    """All that a module defines, assigns or imports, wherever in it."""
+    named = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    named |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    imported = (node.names for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+    return named | {alias.asname or alias.name.partition(".")[0] for aliases in imported for alias in aliases}
+
+
+@pytest.mark.parametrize("module", WITH_TOOLS)
+def test_what_is_imported_from_the_repository_is_there(module):
+    """Also where nothing runs the import, as in a benchmark."""
+    for node in ast.walk(WITH_TOOLS[module]):
+        if isinstance(node, ast.ImportFrom) and node.module in WITH_TOOLS:
+            defined = names_in(WITH_TOOLS[node.module])
+            missing = [
+                a.name for a in node.names if a.name not in defined and f"{node.module}.{a.name}" not in WITH_TOOLS
+            ]
+            assert not missing, f"{module} imports {missing} from {node.module}, which has none"
+
+
 @pytest.mark.parametrize("module", WITH_TOOLS)
 def test_no_private_jax(module):
     private = {name for name in imports(WITH_TOOLS[module], module) if name.startswith("jax._src")}

@@ -17,7 +17,7 @@ from typing import Any, override
 
 import jax
 
-from jaxlm.exit_status import ExitStatus
+from jaxlm.exit_status import ExitStatus, ended
 from jaxlm.training.callbacks import Callback
 from jaxlm.training.state import TrainState
 
@@ -121,4 +121,4 @@ class Watchdog(Callback):
             f"the stacks of its threads are in {path}, and the same command continues from the newest checkpoint.\n"
         )
         sys.__stderr__.flush()
-        os._exit(ExitStatus.HUNG)
+        os._exit(ended(ExitStatus.HUNG))

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TOOLS = ["bash", "basename", "cat", "chmod", "cksum", "cp", "dirname", "env", "grep", "mkdir", "sh"]
+TOOLS = ["bash", "basename", "cat", "chmod", "cksum", "cp", "dirname", "env", "grep", "mkdir", "rm", "sh"]
 
 # Answers as a Python would to what the scripts ask of it; notes what it was asked to run.
 FAKE_PYTHON = """#!/bin/sh
@@ -139,6 +139,21 @@ def test_a_failed_installation_is_not_taken_for_done(machine):
     assert failed.returncode == 1 and "check the network and run this again" in failed.stderr.splitlines()[-1]
     assert machine.source(install).returncode == 0
     assert len(machine.ran()) == 2
+
+
+def test_what_another_lock_file_changed_is_installed_again(machine):
+    """And only that: a larger set with the same pins leaves a smaller one as it was."""
+    executable(machine.bin / "python3.12", FAKE_PYTHON)
+    base, test = (f'ensure_environment "$root/requirements/{name}.lock.txt"' for name in ("base", "test"))
+    larger = machine.lock.with_name("test.lock.txt")
+    larger.write_text("jax==0.12.0\n" + machine.lock.read_text())
+    for install in (base, test, base):
+        assert machine.source(install).returncode == 0
+    assert len(machine.ran()) == 2
+    larger.write_text("numpy==2.4.5\n")
+    for install in (test, base, base):
+        assert machine.source(install).returncode == 0
+    assert [call.rpartition("/")[2] for call in machine.ran()[2:]] == ["test.lock.txt", "base.lock.txt"]
 
 
 def test_an_environment_of_another_python_is_left_alone(machine):

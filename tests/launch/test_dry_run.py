@@ -44,7 +44,7 @@ class Machine:
         self.bin.mkdir(parents=True)
         (folder / "tmp").mkdir()
         self.calls.mkdir()
-        for tool in ("bash", "basename", "cat", "cp", "dirname", "env", "grep", "mkdir", "sed", "sleep"):
+        for tool in ("bash", "basename", "cat", "cp", "dirname", "env", "grep", "mkdir", "rm", "sed", "sleep", "touch"):
             (self.bin / tool).symlink_to(shutil.which(tool))
         for name in ("gcloud", "kubectl", "sbatch", "git", "python3.12"):
             (self.bin / name).write_text(STAND_IN)
@@ -170,3 +170,31 @@ def test_shellcheck():
     scripts = [*map(str, (ROOT / "launch").glob("*.sh")), str(ROOT / ".ci" / "run")]
     result = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("process", "again"),
+    [
+        ("touch $JAXLM_AGAIN; exit 137", True),  # one saved and ended, which srun took as a reason to kill another
+        ("touch $JAXLM_AGAIN; exit 76", True),
+        ("exit 1", False),
+        ("exit 0", False),
+    ],
+)
+def test_slurm_starts_again_what_saved_or_hung(tmp_path, process, again):
+    """Whatever status srun has of it: what sbatch is given, with a stand-in for srun."""
+    machine = Machine(tmp_path)
+    machine.run("launch/slurm.sh --nodes=2 --gpu=h100 --gin_file=my_run.gin --gin.MODEL_DIR=/shared/runs/mine")
+    (call,) = (call for call in machine.called() if call.startswith("sbatch"))
+    (wrap,) = (word.removeprefix("--wrap=") for word in _words(call) if word.startswith("--wrap="))
+    for name, does in (("srun", process), ("scontrol", 'echo "$*"')):
+        (machine.bin / name).write_text(f"#!/bin/bash\n{does}\n")
+        (machine.bin / name).chmod(0o755)
+    done = machine.run(wrap, SLURM_JOB_ID="7")
+    assert done.stdout == ("requeue 7\n" if again else "") and done.returncode == int(process.split()[-1]), done.stderr
+    assert not list(machine.clone.glob("*.again"))
+
+
+def _words(call: str) -> list[str]:
+    """Those of a call as the stand-ins note it."""
+    return subprocess.run(["bash", "-c", f"printf '%s\\0' {call}"], capture_output=True, text=True).stdout.split("\0")
