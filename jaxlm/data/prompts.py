@@ -167,17 +167,17 @@ class PromptsourceTemplates(Prompts):
       dataset: data set and subset, such as "super_glue/copa".
       names: of the templates wanted; () takes all that have choices, for the original task.
       fields: {field as the templates know it: Jinja expression}, where the rows have others, say
-        {"choices": "{'text': choices, 'label': choices_labels}"} for ARC's with the choices not nested.
+        {"choices": "{'text': choices, 'label': choices_labels}"} for ARC's with the choices not nested; None: nowhere.
     """
 
     folder: str
     dataset: str
     names: tuple[str, ...] = ()
-    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, str] | None = None
 
     @override
     def templates(self) -> tuple[QuestionTemplate, ...]:
-        found, fields = self._found(), {name: value_of(expression) for name, expression in self.fields.items()}
+        found, fields = self._found(), {name: value_of(expression) for name, expression in (self.fields or {}).items()}
         if missing := [name for name in self.names if name not in found]:
             raise ValueError(f"{self._path} has no template {missing[0]!r}; it has {sorted(found)}.")
         wanted = self.names or [
@@ -197,7 +197,7 @@ class PromptsourceTemplates(Prompts):
         """A digest of the templates themselves, for caches: it changes when they are edited, not when they move."""
         found = self._found()
         texts = [(t.name, found[t.name]["jinja"], found[t.name].get("answer_choices")) for t in self.templates()]
-        return fingerprint(texts, dict(self.fields))
+        return fingerprint(texts, dict(self.fields or {}))
 
     def all_names(self) -> tuple[str, ...]:
         """Names of all templates of the data set, for other tasks than its own too.
