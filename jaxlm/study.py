@@ -16,6 +16,7 @@ Started again, a study or a cell runs what is missing; what failed is tried agai
 cells failed, 75 after SIGTERM.
 """
 
+import hashlib
 import os
 import pathlib
 import re
@@ -131,7 +132,8 @@ def print_commands(study: StudyConfig, arguments: list[str], launcher: str = "")
     given = " ".join(map(shlex.quote, arguments))
     for cell in study.cells:
         label = label_of(cell)
-        name = re.sub(r"[^a-z0-9]+", "-", label.lower())[:40].strip("-")
+        words = re.sub(r"[^a-z0-9]+", "-", label.lower())[:34].strip("-")
+        name = f"{words}-{hashlib.sha256(label.encode()).hexdigest()[:5]}"  # words alone may be another cell's too
         start = f"{launcher} --name={name}" if launcher else "python -m jaxlm.study"
         print(f"{start} {given} --cell={shlex.quote(label)}")
     return ExitStatus.FINISHED

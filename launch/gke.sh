@@ -91,5 +91,7 @@ spec:
             volumes:
             - name: runs
               persistentVolumeClaim: {claimName: $claim}"
-run_with_input "$manifest" kubectl apply --namespace="$namespace" --filename=-
+run_with_input "$manifest" kubectl create --namespace="$namespace" --filename=- || die "not submitted, see above. If it is" \
+  "there from before and has ended: $(quoted kubectl delete jobset "$name" --namespace="$namespace"), then this again; it" \
+  "goes on where it was."
 say "follow it: $(quoted kubectl logs --namespace="$namespace" --follow --selector=jobset.sigs.k8s.io/jobset-name="$name")"

@@ -24,7 +24,7 @@ cd "$root"
 "$venv/bin/python" -m ruff format --check .
 
 status=0
-timeout --kill-after=30s "$limit" \
+timeout --foreground --kill-after=30s "$limit" \
   "$venv/bin/python" -m pytest -n "${JAXLM_TEST_WORKERS:-2}" --dist=worksteal --durations=20 "${arguments[@]}" || status=$?
 if [[ $status == 124 || $status == 137 ]]; then
   die "the tests took longer than $limit; make the slowest of them faster, or mark them 'full'."

@@ -7,8 +7,10 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -50,12 +52,19 @@ class Machine:
             (self.bin / name).write_text(STAND_IN)
             (self.bin / name).chmod(0o755)
 
-    def run(self, command: str, **env: str) -> subprocess.CompletedProcess:
-        """Runs it in the clone."""
+    def start(self, command: str, **env: str) -> subprocess.Popen:
+        """Starts it in the clone."""
         env = {"PATH": str(self.bin), "HOME": str(self.clone.parent), "CALLS": str(self.calls), **env}
         env = {"TMPDIR": str(self.folder / "tmp"), "JAXLM_HARDWARE": "gpu" if "gpu" in command else "cpu"} | env
+        pipe = subprocess.PIPE
         bash = [str(self.bin / "bash"), "-c", command]
-        return subprocess.run(bash, cwd=self.clone, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.Popen(bash, cwd=self.clone, env=env, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, command: str, **env: str) -> subprocess.CompletedProcess:
+        """Runs it in the clone."""
+        with self.start(command, **env) as process:
+            output = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(command, process.returncode, *output)
 
     def called(self) -> list[str]:
         """What the stand-ins were called with since the last time; what ran side by side in no order."""
@@ -116,6 +125,34 @@ def test_a_failing_slice_fails_the_job(machine):
     result = machine.run(command, FAIL="ssh mine-0")
     assert result.returncode == 1
     assert sum("tpu-vm ssh" in call for call in machine.called()) == 2, "the other slice was started all the same"
+
+
+def test_a_stopped_launch_stops_its_hosts(machine):
+    """Ctrl-C reaches the script alone: it asks the hosts to end, and waits until they have."""
+    (machine.bin / "gcloud").write_text("""#!/bin/bash
+echo "$*" >> "$CALLS/gcloud"
+case "$*" in
+  *pkill*) touch "$TMPDIR/asked" ;;
+  *train.sh*) until [[ -e "$TMPDIR/asked" ]]; do sleep 0.1; done; echo saved >> "$CALLS/gcloud"; exit 75 ;;
+esac
+""")
+    command = "./launch/tpu_vm.sh --name=a --zone=z --type=v6e-8 --existing=yes --gin_file=my_run.gin"
+    with machine.start(command) as script:
+        calls = machine.calls / "gcloud"
+        while not (calls.exists() and "train.sh" in calls.read_text()):
+            assert script.poll() is None, script.stderr.read()
+            time.sleep(0.05)
+        script.send_signal(signal.SIGINT)
+        assert script.wait(timeout=60) == 75
+    *_, asked, ended = calls.read_text().splitlines()
+    assert "[j]axlm.train" in asked and ended == "saved"
+
+
+def test_what_is_not_submitted_is_said(machine):
+    command = next(command for command in COMMANDS if script_of(command) == "gke").replace(" --dry-run", "")
+    result = machine.run(command, FAIL="create")
+    assert result.returncode == 1
+    assert "kubectl delete jobset mine --namespace=default, then this again" in result.stderr
 
 
 SENTENCES = {

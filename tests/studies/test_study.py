@@ -13,9 +13,10 @@ import pytest
 
 from benchmarks.tiny_runs import ENVIRONMENT, Workshop
 from jaxlm.configuration import resolve
-from jaxlm.studies.config import StudyConfig
+from jaxlm.studies.config import Grid, Leg, StudyConfig
 from jaxlm.studies.jobs import expand, resolved, size_of
 from jaxlm.studies.store import Store
+from jaxlm.study import print_commands
 
 ROWS = "TASK_FEATURE_LENGTHS = {'targets': 32}"
 STUDY = """
@@ -232,10 +233,22 @@ def test_budgets_and_commands(study, write):
     ]
     launcher = "./launch/slurm.sh --nodes=1 --gpu=h100"
     done = subprocess.run(command(gin, f"--commands={launcher}"), env=ENVIRONMENT, capture_output=True, text=True)
-    start = f"{launcher} --name=objective-language --gin_file={gin} --cell='objective language'"
-    assert done.stdout.splitlines()[0] == start
+    lines = done.stdout.splitlines()
+    names = [line.split("--name=")[1].split()[0] for line in lines]
+    assert [name.rsplit("-", 1)[0] for name in names] == ["objective-language", "objective-spans", "objective-lost"]
+    assert lines[0] == f"{launcher} --name={names[0]} --gin_file={gin} --cell='objective language'"
     bad = subprocess.run(command(gin, "--cell=objective x"), env=ENVIRONMENT, capture_output=True, text=True)
     assert bad.returncode == 1 and bad.stderr.startswith("jaxlm.study: The study has no cell 'objective x'")
+
+
+def test_jobs_of_cells_whose_labels_look_alike_have_names_of_their_own(capsys):
+    shifts = {level: (f"TOKENS = {2 + i}",) for i, level in enumerate(("+1", "-1", "x" * 60, "x" * 61))}
+    study = StudyConfig(
+        study_dir="there", settings=(), factors={"shift": shifts}, legs=(Leg(name="train"),), design=Grid()
+    )
+    print_commands(study, [], "./launch/gke.sh")
+    names = re.findall(r"--name=(\S+)", capsys.readouterr().out)
+    assert len(set(names)) == 4 and all(re.fullmatch(r"[a-z][-a-z0-9]{,39}", name) for name in names)
 
 
 def test_an_illegal_cell_is_named_before_anything_runs(workshop, write, tmp_path):
