@@ -4,9 +4,9 @@
     python -m benchmarks.linear_mixers --only cpu   # one part, the others stay as the results file has them
 
 Cycles are estimates of the TPU compiler, with no TPU: good for comparing two programs on one chip. It counts the body
-of a program's loop once, so that the XLA forms are estimated for one turn of their loop and multiplied by its turns:
-what the loop itself costs is left out, in their favour. Where the estimator aborts, which is not the compiler's
-refusal, the row has its words.
+of a program's loop once; here each operation is multiplied by the turns of the loops around it. What a loop itself
+costs is left out, in favour of the XLA forms. Where the estimator aborts, which is not the compiler's refusal, the row
+has its words.
 """
 
 import argparse
@@ -22,16 +22,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.planning.hlo import parse
+from jaxlm.planning.trips import executions
 from jaxlm.training import machine
 from pallas_kernels import ahead_of_time
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.selective_scan import selective_scan
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "linear_mixers.json"
+BACKENDS = ("pallas_tpu", "xla")
 TPUS = ("v6e:2x2", "v5e:2x2", "tpu7x:2x2x1")
 LENGTH, HEADS, HEAD_SIZE = 2048, 4, 128  # of linear attention on TPUs
 CHANNELS, ENTRIES = 512, 16  # of the selective scan there: as much state as one head has
-CHUNKS = {"by head": 128, "by channel": 64}  # linear attention's own; a turn of the XLA form's loop
+CHUNKS = {"by head": 128, "by channel": 64}  # linear attention's own
 
 
 def attention_case(decay: str, backend: str, length: int) -> tuple[Callable, tuple]:
@@ -59,29 +62,28 @@ def with_gradients(function: Callable) -> Callable:
     return both
 
 
-def cycles(maker: str, topology: str, turns: int = 1, **arguments: Any) -> dict[str, int] | str:
-    """Estimated cycles of each kernel and of everything, times `turns`; or why there is no estimate."""
+def cycles(maker: str, topology: str, **arguments: Any) -> dict[str, int] | str:
+    """Estimated cycles of each kernel and of everything, loops multiplied out; or why there is no estimate."""
+    case = ahead_of_time.Case(f"benchmarks.linear_mixers:{maker}", arguments)
     try:
-        found = ahead_of_time.tpu_cycles(
-            ahead_of_time.Case(f"benchmarks.linear_mixers:{maker}", arguments), topology, timeout=400
-        )
+        found = ahead_of_time.tpu_cycles(case, topology, timeout=400)
     except ahead_of_time.CannotCompile as failure:
         words = " ".join([str(failure), *getattr(failure, "__notes__", [])])
         reason = re.search(r"LLO_CHECK failure.*?(?=Operands:|$)|longer than \d+ seconds", words, re.DOTALL)
         return f"no estimate: {reason[0].strip() if reason else failure}"
+    function, shapes = globals()[maker](**arguments)
+    times = executions(parse(ahead_of_time.compile_for(topology, function, *shapes).as_text()))
     kernels = {}
     for operation, count in found.items():
         if name := re.search(r"(?:linear_attention|selective_scan)_(forward|states|backward)", operation):
             kernels[name[1]] = count
-    return kernels | {"all": turns * sum(found.values())}
+    return kernels | {"all": sum(times[operation] * count for operation, count in found.items())}
 
 
 def attention_rows(decay: str) -> Iterator[dict[str, Any]]:
     """The rows of linear attention with one kind of decay."""
-    chunk = CHUNKS[decay]
     for topology in TPUS:
-        kernel = cycles("attention_case", topology, decay=decay, backend="pallas_tpu", length=LENGTH)
-        xla = cycles("attention_case", topology, LENGTH // chunk, decay=decay, backend="xla", length=chunk)
+        kernel, xla = (cycles("attention_case", topology, decay=decay, backend=b, length=LENGTH) for b in BACKENDS)
         yield {"chip": topology, "mixer": f"linear attention, decay {decay}", "kernel": kernel, "xla": xla}
 
 
@@ -89,8 +91,7 @@ def tpu_rows() -> Iterator[dict[str, Any]]:
     """Kernel and XLA form, forward and backward, on each chip."""
     yield from attention_rows("by head")
     for topology in TPUS:
-        kernel = cycles("scan_case", topology, backend="pallas_tpu", length=LENGTH)
-        xla = cycles("scan_case", topology, LENGTH, backend="xla", length=1)
+        kernel, xla = (cycles("scan_case", topology, backend=backend, length=LENGTH) for backend in BACKENDS)
         yield {"chip": topology, "mixer": "selective scan", "kernel": kernel, "xla": xla}
     yield from attention_rows("by channel")
 

@@ -164,6 +164,30 @@ def entry_frame(module: Module) -> Frame:
     return Frame(module, module.entry, argument)
 
 
+def executions(module: Module) -> dict[str, int]:
+    """How often each instruction runs that is not fused: {its name: times}, branches of conditionals left out.
+
+    Raises:
+      ValueError: a loop ends when its data say.
+    """
+    found: dict[str, int] = {}
+
+    def run(frame: Frame, times: int) -> None:
+        for instruction in frame.computation.instructions.values():
+            found[instruction.name] = found.get(instruction.name, 0) + times
+            if instruction.op == "while":
+                trips, inside = frame.loop(instruction)
+                if trips is None:
+                    raise ValueError(f"The loop {instruction.name!r} ends when its data say.")
+                run(inside, times * trips)
+            elif instruction.op in ("call", "async-start"):
+                inner, operands = module.computations[instruction.called[0]], instruction.operands
+                run(Frame(module, inner, lambda i, operands=operands: frame.value(operands[i])), times)
+
+    run(entry_frame(module), 1)
+    return found
+
+
 def _constant(text: str) -> Any:
     text = text.strip("{} ")
     if text in ("true", "false"):

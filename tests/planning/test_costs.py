@@ -7,6 +7,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.planning.costs import costs, matmul_flops
+from jaxlm.planning.hlo import parse
+from jaxlm.planning.trips import executions
 from pallas_kernels import ahead_of_time
 from pallas_kernels.ahead_of_time import writing_no_cache
 
@@ -29,6 +31,7 @@ def test_products_in_nested_scans_are_multiplied_by_both_trip_counts():
     # Without XLA's annotations, as on TPUs, the loops' counters are followed.
     bare = hlo.replace("known_trip_count", "something_else")
     assert bare != hlo and matmul_flops(bare) == matmul_flops(hlo)
+    assert set(executions(parse(bare)).values()) == {1, 5, 5 * 3}
 
 
 def test_batched_products_and_branches():

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -69,19 +68,18 @@ def uninterrupted(workshop):
     return make
 
 
-def train_until_signal(arguments, repository, number, seconds):
-    """Starts a run, sends it a signal `seconds` after the process's first step, and returns its exit status."""
+def train_until_signal(arguments, repository, number, step=1):
+    """Starts a run, sends it a signal when it has logged `step`, and returns its exit status."""
     command = [sys.executable, "-m", "jaxlm.train", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=repository, **pipes) as process:
         output = []
         for line in process.stdout:
             output.append(line)
-            if f"/{STEPS} | ETA" in line:  # the first log
+            if f"step {step}/{STEPS} | ETA" in line:
                 break
         else:
-            pytest.fail(f"the run ended before its first step:\n{''.join(output)}")
-        time.sleep(seconds)
+            pytest.fail(f"the run ended before its step {step}:\n{''.join(output)}")
         process.send_signal(number)
         process.stdout.read()
     return process.returncode
@@ -93,7 +91,8 @@ def test_a_killed_mixture_goes_on(workshop, uninterrupted, metrics, repository):
     expected = metrics(whole)
     assert list(expected) == list(range(1, STEPS + 1))
     folder = workshop.folder / "killed"
-    train_until_signal(workshop.arguments(folder, gin), repository, signal.SIGKILL, seconds=0.5)
+    status = train_until_signal(workshop.arguments(folder, gin), repository, signal.SIGKILL, step=STEPS // 2)
+    assert status == -signal.SIGKILL
     workshop.train(folder, gin)
     assert metrics(folder) == expected
 
@@ -103,7 +102,7 @@ def test_asked_to_end(workshop, uninterrupted, metrics, repository):
     gin, whole, _ = uninterrupted("scheduled_mixture")
     folder = workshop.folder / "terminated"
     arguments = workshop.arguments(folder, gin, "CHECKPOINT_PERIOD=1000")
-    assert train_until_signal(arguments, repository, signal.SIGTERM, seconds=0.0) == ExitStatus.PREEMPTED == 75
+    assert train_until_signal(arguments, repository, signal.SIGTERM) == ExitStatus.PREEMPTED == 75
     done = max(metrics(folder))
     assert done < STEPS and stored.open_latest(folder / "checkpoints").step == done
     workshop.train(folder, gin)
