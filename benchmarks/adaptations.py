@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.step import RESULTS
 from jaxlm.configuration import resolve
 from jaxlm.studies.config import Finding, Match, StudyConfig
-from jaxlm.studies.findings import Decision
+from jaxlm.studies.findings import compare
 from jaxlm.studies.results import interval
 from jaxlm.training import machine
 
@@ -43,11 +43,10 @@ def main() -> None:
         command = [sys.executable, "-m", "jaxlm.study", file, f"--gin.STUDY_DIR='{folder}'", *bindings]
         subprocess.run(command, cwd=ROOT, check=True)
     rows = [row for row in csv.DictReader((folder / "cells.csv").open()) if row["status"] == "finished"]
-    claims = (claim(finding, rows) for finding in study.findings)
     matches = (match(one, rows, folder) for one in study.matches)
     results: dict[str, Any] = {
         "losses": losses(study, rows),
-        "claims": list(filter(None, claims)),
+        "claims": [claim(finding, rows) for finding in study.findings],
         "matches": list(filter(None, matches)),
     }
     if args.study == "yi":
@@ -80,18 +79,17 @@ def side(rows: list[dict[str, str]], of: Mapping[str, str]) -> dict[str, dict[st
     return {row["seed"]: row for row in rows if of.items() <= row.items()}
 
 
-def claim(finding: Finding, rows: list[dict[str, str]]) -> dict[str, Any] | None:
-    """The difference that a claim says is above 0, seed by seed, with its 95% interval; None where runs are missing."""
-    less, more = side(rows, finding.less), side(rows, finding.more)
-    if not less or less.keys() != more.keys():
-        return None
-    differences = [value_of(more[seed], finding.metric) - value_of(less[seed], finding.metric) for seed in sorted(less)]
-    decision = Decision(finding, interval(differences))
-    difference = dataclasses.asdict(decision.difference)
+def claim(finding: Finding, rows: list[dict[str, str]]) -> dict[str, Any]:
+    """What `findings.compare` says of a claim: its difference by seed, None where runs are missing, and the verdict."""
+    metric = finding.metric
+    sides = (side(rows, of).items() for of in (finding.less, finding.more))
+    less, more = ({int(seed): value_of(row, metric) if row.get(metric) else None for seed, row in of} for of in sides)
+    decision = compare(finding, less, more)
     return {
         "claim": finding.name,
-        "metric": finding.metric,
-        "difference": difference,
+        "metric": metric,
+        "seeds": decision.seeds,
+        "difference": decision.difference and dataclasses.asdict(decision.difference),
         "verdict": decision.verdict.value,
     }
 

@@ -63,7 +63,8 @@ def _evaluate(config, flags: dict[str, str]) -> int:
     )
     folder = pathlib.Path(flags.get("output") or pathlib.Path("evaluations") / pathlib.Path(flags["model"]).name)
     result = evaluate(config, model, folder=folder, report=lambda line: console.print(line, highlight=False))
-    console.print(result.table())
+    for table in (result.table(), *result.grids()):
+        console.print(table)
     console.print(f"Saved in {folder}.")
     return ExitStatus.FAILED if result.failures else ExitStatus.FINISHED
 

@@ -14,7 +14,6 @@ import collections
 import contextlib
 import dataclasses
 import glob
-import gzip
 import json
 import os
 import pathlib
@@ -27,6 +26,7 @@ from rich.table import Table
 
 from jaxlm.data.decontamination import Decontaminate, Overlap, Windows, summary
 from jaxlm.data.sources import TextFiles
+from tools.json_lines import line_of, written
 
 
 def evaluation_data(patterns: list[str]) -> dict[str, TextFiles]:
@@ -55,14 +55,12 @@ def decontaminate(data: TextFiles, step: Decontaminate, out: pathlib.Path | None
     hits, records, characters = [], 0, 0
     for number, shard in enumerate(data.shards("train")):
         with contextlib.ExitStack() as stack:
-            file = None
-            if out is not None:
-                file = stack.enter_context(_written(out / f"part-{number:05}.jsonl.gz"))
+            file = None if out is None else stack.enter_context(written(out, number))
             for record, kept, overlap in step.examine(data.read(shard)):
                 records += 1
                 characters += sum(len(value) for value in record.values() if isinstance(value, str))
                 if file is not None:
-                    file.writelines(json.dumps(piece, ensure_ascii=False) + "\n" for piece in kept)
+                    file.writelines(map(line_of, kept))
                 if overlap is not None:
                     overlaps.append(overlap)
                     name = record.get(title) if title else None
@@ -82,18 +80,6 @@ def decontaminate(data: TextFiles, step: Decontaminate, out: pathlib.Path | None
         "characters_gone": sum(o.characters - o.kept for o in overlaps),
         "hits": hits,
     }
-
-
-@contextlib.contextmanager
-def _written(path: pathlib.Path):
-    """A gzipped file that has its name when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        raise ValueError(f"{path} is there already; give --out an empty folder.")
-    partial = path.with_name(path.name + ".partial")
-    with gzip.open(partial, "wt", encoding="utf-8") as file:
-        yield file
-    os.replace(partial, path)
 
 
 def print_account(account: Mapping[str, Any], shown: int) -> None:

@@ -10,23 +10,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import hashlib
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxlm.data.fingerprint import fingerprint
+from jaxlm.data.ngrams import Words
 from jaxlm.data.sources import Record, Source
 
 log = logging.getLogger("jaxlm.data")
 
-_WORD = re.compile(r"[^\W_]+")
 _SHOWN = 5
-# An odd factor of a polynomial hash; what follows it is carried out modulo 2^64.
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,13 +229,8 @@ class Grams:
     @classmethod
     def of(cls, text: str, n: int) -> Grams:
         """The N-grams of a text."""
-        matches = list(_WORD.finditer(text))
-        spans = np.array([match.span() for match in matches], np.int64).reshape(-1, 2)
-        words = np.array([_word_key(match.group().lower()) for match in matches], np.uint64)
-        keys = np.zeros(max(len(words) - n + 1, 0), np.uint64)
-        for i in range(n if len(keys) else 0):
-            keys = keys * _FACTOR + words[i : len(words) - n + 1 + i]
-        return cls(keys, text, spans, n)
+        words = Words.of(text)
+        return cls(words.grams(n), text, words.spans, n)
 
     def words(self, i: int) -> str:
         """The i-th N-gram."""
@@ -248,11 +239,6 @@ class Grams:
     def place(self, i: int) -> tuple[int, int]:
         """Its characters, [start, end)."""
         return int(self._spans[i, 0]), int(self._spans[i + self._n - 1, 1])
-
-
-@functools.lru_cache(maxsize=1 << 20)
-def _word_key(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
 def summary(overlaps: list[Overlap], records: int) -> str:

@@ -101,6 +101,10 @@ class SuiteResult:
             table.add_row(name, *[""] * 7, sentence)
         return table
 
+    def grids(self) -> list[Table]:
+        """Of each task whose groups are by two fields, its primary metric by both."""
+        return [_grid(result) for result in self.results if isinstance(result, TaskResult) and result.grid]
+
 
 def evaluate(
     config: EvaluationConfig,
@@ -175,6 +179,16 @@ def _write(path: pathlib.Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def _grid(result: TaskResult) -> Table:
+    table = Table(title=f"{result.task}: {result.primary}", box=rich.box.SIMPLE_HEAD, title_justify="left")
+    columns = list(dict.fromkeys(column for row in result.grid.values() for column in row))
+    for name in ("", *columns):
+        table.add_column(name, justify="right")
+    for name, row in result.grid.items():
+        table.add_row(name, *(f"{row[column]:.4f}" if column in row else "" for column in columns))
+    return table
 
 
 def _line(result: Result) -> list[str]:

@@ -67,7 +67,7 @@ class EvaluationTask:
       measure: what is asked, and how it is judged.
       split: of the source.
       few_shot: solved examples before each question, or None.
-      group: field of a row by which metrics are given apart as well (a domain, a paradigm), or None.
+      group: field of a row by which metrics are given apart as well (a domain, a paradigm); two make a grid; or None.
       limit: take only the first so many rows; None takes all.
     """
 
@@ -77,7 +77,7 @@ class EvaluationTask:
     measure: Measure
     split: str = "validation"
     few_shot: FewShot | None = None
-    group: str | None = None
+    group: str | tuple[str, str] | None = None
     limit: int | None = None
 
     def __post_init__(self):
@@ -113,7 +113,8 @@ class TaskResult:
       primary: the metric that stands for it.
       metrics: {metric: estimate}, the median over prompts.
       prompts: {prompt: {metric: value}}.
-      groups: {group: {metric: estimate}}.
+      groups: {group: {metric: estimate}}; of two fields, their values with a comma between.
+      grid: {first field's value: {second's: primary metric}} where groups are by two fields.
       chance: of blind guesses in the primary metric, or None.
       rows: read.
       questions: asked, all prompts together.
@@ -127,6 +128,7 @@ class TaskResult:
     metrics: dict[str, Estimate]
     prompts: dict[str, dict[str, float]]
     groups: dict[str, dict[str, Estimate]]
+    grid: dict[str, dict[str, float]]
     chance: float | None
     rows: int
     questions: int
@@ -177,6 +179,13 @@ def evaluate_task(
             judged[name] = dict(zip(questions, task.measure.judge(model, list(questions.values()))))
         except ValueError as error:
             raise TaskError(f"Task {task.name}: {error}") from error
+    groups = {
+        values: _estimates(task, judged, members, samples, seed)
+        for values, members in _groups(task, rows, judged).items()
+    }
+    grid: dict[str, dict[str, float]] = {}
+    for values, metrics in groups.items() if isinstance(task.group, tuple) else ():
+        grid.setdefault(values[0], {})[values[1]] = metrics[task.measure.primary].value
     result = TaskResult(
         task=task.name,
         primary=task.measure.primary,
@@ -186,10 +195,8 @@ def evaluate_task(
             for name, found in judged.items()
             if found
         },
-        groups={
-            group: _estimates(task, judged, members, samples, seed)
-            for group, members in _groups(task, rows, judged).items()
-        },
+        groups={", ".join(values): metrics for values, metrics in groups.items()},
+        grid=grid,
         chance=float(np.mean(chances)) if chances else None,
         rows=len(rows),
         questions=sum(map(len, judged.values())),
@@ -358,14 +365,22 @@ def _estimates(
     return result
 
 
-def _groups(task: EvaluationTask, rows: Sequence[Row], judged: dict[str, dict[int, Judged]]) -> dict[str, list[int]]:
-    groups: dict[str, list[int]] = collections.defaultdict(list)
+def _groups(
+    task: EvaluationTask, rows: Sequence[Row], judged: dict[str, dict[int, Judged]]
+) -> dict[tuple[str, ...], list[int]]:
+    groups: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
     if task.group is not None:
         for index in sorted({row for found in judged.values() for row in found}):
-            if task.group not in rows[index]:
-                raise TaskError(f"Task {task.name}: row {index} has no {task.group!r}, the field to group by.")
-            groups[str(rows[index][task.group])].append(index)
+            groups[tuple(map(str, _group(task, index, rows[index])))].append(index)
     return groups
+
+
+def _group(task: EvaluationTask, index: int, row: Row) -> tuple[Any, ...]:
+    """The values of the fields that rows are grouped by."""
+    fields = (task.group,) if isinstance(task.group, str) else task.group or ()
+    if missing := [field for field in fields if field not in row]:
+        raise TaskError(f"Task {task.name}: row {index} has no {missing[0]!r}, the field to group by.")
+    return tuple(row[field] for field in fields)
 
 
 def _records(
@@ -373,11 +388,12 @@ def _records(
 ) -> Iterator[dict[str, Any]]:
     for prompt, found in judged.items():
         for index, judgement in found.items():
+            group = _group(task, index, rows[index])
             yield {
                 "task": task.name,
                 "prompt": prompt,
                 "row": index,
-                **({"group": rows[index][task.group]} if task.group else {}),
+                **({"group": group[0] if len(group) == 1 else group} if group else {}),
                 **judgement.details,
                 "metrics": {name: list(pair) for name, pair in judgement.metrics.items()},
                 **({"dropped": judgement.dropped} if judgement.dropped else {}),

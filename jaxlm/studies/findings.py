@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxlm.studies.config import Finding
 from jaxlm.studies.page import table
@@ -53,12 +53,17 @@ class Decision:
 
 def decide(finding: Finding, runs: Sequence[Run]) -> Decision:
     """Compares the two kinds of runs seed by seed, which takes out what a seed's data and start do to both."""
-    less, more = (runs_of(side, runs) for side in (finding.less, finding.more))
+    sides = (runs_of(side, runs) for side in (finding.less, finding.more))
+    less, more = ({seed: _value(finding.metric, run) for seed, run in side.items()} for side in sides)
+    return compare(finding, less, more)
+
+
+def compare(finding: Finding, less: Mapping[int, float | None], more: Mapping[int, float | None]) -> Decision:
+    """`decide`, of the metric's values by seed; None where a run has no such metric."""
     seeds = tuple(sorted(less.keys() & more.keys()))
-    pairs = [(_value(finding.metric, less[seed]), _value(finding.metric, more[seed])) for seed in seeds]
-    if not pairs or any(None in pair for pair in pairs):
+    if not seeds or any(None in (less[seed], more[seed]) for seed in seeds):
         return Decision(finding, seeds, None)
-    return Decision(finding, seeds, interval([high - low for low, high in pairs]))
+    return Decision(finding, seeds, interval([more[seed] - less[seed] for seed in seeds]))
 
 
 def _value(metric: str, run: Run) -> float | None:

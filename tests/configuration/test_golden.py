@@ -35,6 +35,7 @@ BEFORE = {
     "parallel": ("--gin_file=gin_configs/runs/quickstart.gin",),
     "evaluation": ("--gin.EVALUATION_DATA=eval",),
     "evaluation/distilled.gin": (),
+    "evaluation/passkey.gin": (),
     "evaluation/t0.gin": ("--gin.EVALUATION_DATA=eval", "--gin.TEMPLATES=templates"),
 }
 

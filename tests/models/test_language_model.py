@@ -61,8 +61,11 @@ def hidden(config, parameters, with_parameters):
     return run
 
 
-def test_prefix_of_length_zero_is_causal_bit_for_bit(config, parameters, with_parameters, batch):
-    rows = batch([[(e, d, 0) for e, d, _ in row] for row in ROWS])
+@pytest.mark.parametrize("marked", [0, 1])
+def test_prefix_of_length_zero_or_one_is_causal_bit_for_bit(marked, config, parameters, with_parameters, batch):
+    """Nothing marked, or the first position alone, which is what the converter marks where there are no inputs."""
+    rows = batch([[(e, d, marked) for e, d, _ in row] for row in ROWS])
+    assert np.asarray(rows["decoder_causal_attention"]).sum() == marked * len(SEGMENTS)
     params = parameters(config(CAUSAL))
 
     def loss(params, architecture):

@@ -68,6 +68,12 @@ def test_bert_with_pooler_and_without_head(name, count):
     assert count_parameters(config, where=lambda path: path[0] != "vocabulary_head") == count
 
 
+def miniature(layers, width, *bindings):
+    """One of the 24 miniatures of BERT (arXiv 1908.08962)."""
+    sizes = (f"NUM_LAYERS={layers}", f"WIDTH={width}", f"NUM_HEADS={width // 64}", f"HIDDEN={4 * width}")
+    return preset("bert/small", *sizes, *bindings)
+
+
 def test_the_24_miniatures_of_bert():
     """well_read_students (i): counts are the closed form's, which gives the numbers usually quoted for known sizes."""
 
@@ -83,8 +89,24 @@ def test_the_24_miniatures_of_bert():
     assert closed_form(12, 768, head=True) == PUBLISHED["bert/base"]
     for layers in range(2, 13, 2):
         for width in (128, 256, 512, 768):
-            sizes = (f"NUM_LAYERS={layers}", f"WIDTH={width}", f"NUM_HEADS={width // 64}", f"HIDDEN={4 * width}")
-            assert count_parameters(preset("bert/small", *sizes)) == closed_form(layers, width, head=True)
+            assert count_parameters(miniature(layers, width)) == closed_form(layers, width, head=True)
+
+
+def test_the_published_sizes_of_the_miniatures_have_both_heads():
+    """well_read_students (i): the paper's millions are with masked-LM head (transform, norm, output bias) and pooler.
+
+    The next-sentence classifier on the pooler, 2 width + 2, has no head here and is below their last digit.
+    """
+    published = {(2, 128): "4.4", (4, 256): "11.3", (4, 512): "29.1", (8, 512): "41.7", (12, 768): "110.1"}
+    pooler = "LanguageModelConfig.pooler=True"
+    both = {size: count_parameters(miniature(*size, pooler)) for size in published}
+    with_classifier = {size: count + 2 * size[1] + 2 for size, count in both.items()}
+    assert with_classifier[12, 768] == 110_106_428
+    for counts in (both, with_classifier):
+        assert {size: f"{count / 1e6:.1f}" for size, count in counts.items()} == published
+    one = miniature(4, 512, pooler)
+    for head in ("vocabulary_head", "pooler"):  # without either it is 28.8
+        assert f"{count_parameters(one, where=lambda path, head=head: path[0] != head) / 1e6:.1f}" == "28.8"
 
 
 def test_deberta_without_head():

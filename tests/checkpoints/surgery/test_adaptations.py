@@ -1,6 +1,7 @@
 """Every shipped adaptation fits the model that it starts from: its rules fill what they should and leave none over."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -53,3 +54,17 @@ def test_adaptation_fits(file, runs):
     fresh = {"mixture_of_experts": "/router", "unbalanced_encoder_decoder": "/cross_attention"}.get(file.stem)
     assert bool(account.new) == bool(fresh) and all(fresh in name for name in account.new)
     assert bool(account.dropped) == (file.stem in ("student", "distilled_student", "decoder_of_encoder_decoder"))
+
+
+def test_the_guides_encoder_decoder_of_gemma2(tmp_path, caplog):
+    """Nothing in it is unused; windows and cross-attention are T5Gemma's."""
+    guide = (FILES[0].parents[2] / "docs" / "surgery.md").read_text()
+    (block,) = re.findall(r"^```gin title=encoder_decoder_of_gemma2.gin\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    (tmp_path / "model.gin").write_text(block)
+    model = resolve("%MODEL", [f"--gin_file={tmp_path}/model.gin"])
+    assert not caplog.records
+    assert [block.attention.window for block in model.encoder.blocks] == [(4096, 4096), None]
+    assert [block.attention.window for block in model.decoder.blocks] == [(4095, 0), None]
+    for block in model.decoder.blocks:
+        cross, own = block.cross_attention, block.attention
+        assert (cross.window, cross.position, cross.soft_cap, cross.kv_heads) == (None, None, 50.0, own.kv_heads)

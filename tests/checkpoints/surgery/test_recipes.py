@@ -38,6 +38,7 @@ from jaxlm.layers import (
     MixtureOfExpertsConfig,
     NormConfig,
     NormKind,
+    Placement,
     Rope,
     StackConfig,
 )
@@ -74,18 +75,44 @@ GPT = dataclasses.replace(
 )
 
 
+# Gemma 2's blocks, with caps and a window small enough to matter here.
+ADDED = NormConfig(scale_offset=1.0)
+GLOBAL = BlockConfig(
+    dataclasses.replace(ATTENTION, soft_cap=1.0),
+    FeedForwardConfig(24, Activation.GELU_TANH),
+    ADDED,
+    placement=Placement.SANDWICH,
+)
+LOCAL = dataclasses.replace(GLOBAL, attention=dataclasses.replace(GLOBAL.attention, window=(3, 0)))
+GEMMA = dataclasses.replace(
+    LLAMA,
+    embedding=EmbeddingConfig(scale_by_width=True),
+    head=HeadConfig(soft_cap=3.0),
+    decoder=StackConfig((LOCAL, GLOBAL), 4, final_norm=ADDED),
+)
+
+
 def deeper(config, layers):
     return dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, num_layers=layers))
 
 
 def encoder_decoder(config):
-    """The same blocks in two stacks, with cross-attention like the self-attention."""
-    (block,) = config.decoder.blocks
-    crossing = dataclasses.replace(block, cross_attention=dataclasses.replace(block.attention, position=None))
-    decoder = dataclasses.replace(config.decoder, blocks=(crossing,))
-    return dataclasses.replace(
-        config, architecture=Architecture.ENCODER_DECODER, encoder=config.decoder, decoder=decoder
+    """The same blocks in two stacks: encoder windows to both sides, cross-attention without positions and windows."""
+
+    def encoding(block):
+        left, _ = block.attention.window or (None, None)
+        window = None if left is None else (left, left)
+        return dataclasses.replace(block, attention=dataclasses.replace(block.attention, window=window))
+
+    def crossing(block):
+        cross = dataclasses.replace(block.attention, position=None, window=None)
+        return dataclasses.replace(block, cross_attention=cross)
+
+    encoder, decoder = (
+        dataclasses.replace(config.decoder, blocks=tuple(map(change, config.decoder.blocks)))
+        for change in (encoding, crossing)
     )
+    return dataclasses.replace(config, architecture=Architecture.ENCODER_DECODER, encoder=encoder, decoder=decoder)
 
 
 def random_parameters(config, seed):
@@ -223,9 +250,10 @@ def test_causal_and_prefix_and_encoder_are_the_same_parameters(clinic):
 
 
 @pytest.mark.parametrize("cross", CrossAttention)
-def test_a_decoder_becomes_an_encoder_decoder_and_comes_back(clinic, cross):
-    path, definition, params = clinic.donor("llama", LLAMA)
-    expected, both = clinic.logits(LLAMA, definition, params), encoder_decoder(LLAMA)
+@pytest.mark.parametrize(("name", "config"), [("llama", LLAMA), ("gemma", GEMMA)])
+def test_a_decoder_becomes_an_encoder_decoder_and_comes_back(clinic, name, config, cross):
+    path, definition, params = clinic.donor(name, config)
+    expected, both = clinic.logits(config, definition, params), encoder_decoder(config)
     opened = clinic.operated(path, both, DecoderToEncoderDecoder(cross))
     closed = clinic.operated(path, both, DecoderToEncoderDecoder(cross, Gate.CLOSED))
     differ(clinic.logits(both, *opened), expected)
@@ -242,11 +270,11 @@ def test_a_decoder_becomes_an_encoder_decoder_and_comes_back(clinic, cross):
         else:
             np.testing.assert_array_equal(value, old[source] if source in old else fresh[source], name)
 
-    saved = clinic.saved(f"both_{cross.value}", *closed)
+    saved = clinic.saved(f"both_{name}_{cross.value}", *closed)
     for keep in Side:  # the encoder, under a causal mask, is the decoder it was
-        again = clinic.operated(saved, LLAMA, EncoderDecoderToDecoder(keep))
+        again = clinic.operated(saved, config, EncoderDecoderToDecoder(keep))
         jax.tree.map(np.testing.assert_array_equal, again[1], params)
-        np.testing.assert_array_equal(clinic.logits(LLAMA, *again), expected)
+        np.testing.assert_array_equal(clinic.logits(config, *again), expected)
 
 
 def test_an_encoder_of_another_size(clinic):
