@@ -36,6 +36,7 @@ BEFORE = {
     "evaluation": ("--gin.EVALUATION_DATA=eval",),
     "evaluation/distilled.gin": (),
     "evaluation/t0.gin": ("--gin.EVALUATION_DATA=eval", "--gin.TEMPLATES=templates"),
+    "evaluation/t0_full.gin": ("--gin.EVALUATION_DATA=eval", "--gin.TEMPLATES=templates"),
 }
 
 # What a file says that leaves values to those that include it.
