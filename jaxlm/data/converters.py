@@ -33,7 +33,8 @@ Encoder (seqio.EncoderFeatureConverter): inputs [8 9 9 1] targets [8 7 4 1] weig
     encoder_segment_ids        1 1 1 1   2 2 2 2   0
 
 `dataset_ids` and `objective_ids` lie beside the loss. An example with `segments` (several texts) takes one segment id a
-text. Lengths, not ids, tell what is padding: id 0 inside an example is a token like any other.
+text; in a decoder's row each text's targets follow its own inputs. Lengths, not ids, tell what is padding: id 0 inside
+an example is a token like any other.
 """
 
 from __future__ import annotations
@@ -101,6 +102,8 @@ class FeatureConverter:
         Raises:
           ValueError: the examples of a row do not fit in it, or an aligned example's lengths differ.
         """
+        if not self.architecture.has_encoder_features:
+            rows = _apart(rows)
         examples = [example for row in rows for example in row]
         row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
         inputs = [example.inputs for example in examples]
@@ -132,11 +135,6 @@ class FeatureConverter:
             }
         else:
             has_inputs = bool(input_sizes.any())
-            if has_inputs and segments is not None:
-                raise ValueError(
-                    "An example of several texts (`segments`) cannot have inputs in a decoder's row; turn "
-                    "DataConfig.document_mask off, or use the encoder_decoder architecture."
-                )
             tokens = _joined([part for pair in zip(inputs, targets) for part in pair] if has_inputs else targets)
             sizes = input_sizes + target_sizes
             loss = _Stack(len(rows), self.lengths["decoder"], row_of, sizes, base, segments, "examples")
@@ -263,6 +261,38 @@ class _Stack:
             f"{stack}_segment_ids": self.lay(self._segment_ids, 0),
             f"{stack}_positions": self.lay(self.positions, 0),
         }
+
+
+def _apart(rows: Sequence[Sequence[Example]]) -> Sequence[Sequence[Example]]:
+    """Rows in which the texts of an example are examples of their own, where targets must follow their inputs."""
+    examples = [example for row in rows for example in row]
+    if all(example.segments is None for example in examples) or not any(len(example.inputs) for example in examples):
+        return rows
+    return [[text for example in row for text in _texts(example)] for row in rows]
+
+
+def _texts(example: Example) -> list[Example]:
+    segments, input_segments = example.segments, example.input_segments
+    if segments is None:
+        return [example]
+    if input_segments is None:
+        if len(example.inputs):
+            raise ValueError(
+                "An example of several texts (`segments`) has inputs that do not tell to which they belong; give "
+                "`input_segments` as well."
+            )
+        input_segments = segments[:0]
+    return [
+        dataclasses.replace(
+            example,
+            inputs=example.inputs[input_segments == text],
+            targets=example.targets[segments == text],
+            weights=None if example.weights is None else example.weights[segments == text],
+            segments=None,
+            input_segments=None,
+        )
+        for text in np.union1d(input_segments, segments)
+    ]
 
 
 def _sizes(parts: Sequence[np.ndarray]) -> np.ndarray:

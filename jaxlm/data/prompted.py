@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterable, Iterator
 
 from jaxlm.data.decontamination import Decontaminate
-from jaxlm.data.prompts import Prompts, QuestionTemplate, TemplateError, row_name
-from jaxlm.data.sources import Record, Source
+from jaxlm.data.prompts import Prompts, PromptsourceTemplates, QuestionTemplate, TemplateError, row_name
+from jaxlm.data.sources import Record, Source, TextFiles
 from jaxlm.data.tasks import Feature, Mixture, Task
 from jaxlm.data.vocabularies import Vocabulary
 
@@ -108,6 +109,26 @@ class PromptedSet:
         return tuple(
             Task(f"{self.name}/{name}", self.source, features, (Prompted(self.prompts, name), *after)) for name in names
         )
+
+
+def sets_in(folder: str, names: tuple[str, ...], templates: str, *, held_out: float = 0.01) -> tuple[PromptedSet, ...]:
+    """Data sets that lie in a folder by promptsource's names, with all their templates, as T0 was trained on them.
+
+    As released (bigscience-workshop/t-zero, seqio_tasks), also templates without choices and those that make another
+    task of the rows, which `PromptsourceTemplates` leaves out where no names are given.
+
+    Args:
+      folder: has the rows of each as `<name>/train*`, say glue/mrpc/train.jsonl.gz.
+      names: data sets, such as "glue/mrpc".
+      templates: promptsource's folder of templates.
+      held_out: share of the rows for validation.
+    """
+    found = []
+    for name in names:
+        prompts = PromptsourceTemplates(templates, name)
+        prompts = dataclasses.replace(prompts, names=prompts.all_names())
+        found.append(PromptedSet(name, TextFiles(os.path.join(folder, name, "train*"), held_out=held_out), prompts))
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)

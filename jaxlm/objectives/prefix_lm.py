@@ -35,6 +35,9 @@ class PrefixLM(Objective):
     half of the tokens carry loss on average. The text carries its own end-of-document ids; none is added.
     A causal decoder trained so is full LM with the loss masked on the prefix.
 
+    A row of documents that must not see each other is split once as well: those before the split are inputs without
+    targets, those after it targets without inputs.
+
     Attributes:
       suffix_share: share of the text to predict, always its end (UL2's S-denoiser: 0.25); None draws the split.
       mode_token: name of a special token put before the inputs (UL2's "[S]"); None puts none.
@@ -60,6 +63,12 @@ class PrefixLM(Objective):
             raise ValueError(f"PrefixLM.suffix_share must lie between 0 and 1, got {self.suffix_share}.")
         if self.suffix_share is not None and self.pairing is Pairing.COMPLEMENTARY:
             raise ValueError("PrefixLM.pairing COMPLEMENTARY draws its splits; leave suffix_share None.")
+
+    @property
+    @override
+    def takes_segments(self) -> bool:
+        # One mode token would be seen by the first document alone.
+        return self.mode_token is None
 
     @override
     def refuses(self, architecture: Architecture) -> str | None:
@@ -101,7 +110,7 @@ class PrefixLM(Objective):
     def corrupt(
         self, example: Mapping[str, np.ndarray], vocabulary: VocabularyInfo, rng: np.random.Generator, *, step: int = 0
     ) -> Example:
-        text = example["targets"]
+        text, segments = example["targets"], example.get("segments")
         mode = text[:0]
         if self.mode_token is not None:
             mode = np.array([vocabulary.named(self.mode_token, self.name)], np.int32)
@@ -109,11 +118,16 @@ class PrefixLM(Objective):
             half = len(text) // 2
             split = int(rng.integers(1, half))
             first, second, other = text[:half], text[half:], half - split
+            ids = np.ones(len(text), np.int32) if segments is None else segments
+            # What the middle cuts is two texts, whose numbers go on from one half to the other.
+            first_ids, second_ids = ids[:half], ids[half:] + (ids[half - 1] + 1 - ids[half])
+            input_ids = [np.repeat(first_ids[:1], len(mode)), first_ids[:split]]
+            input_ids += [np.repeat(second_ids[:1], len(mode)), second_ids[:other]]
             return Example(
                 inputs=np.concatenate([mode, first[:split], mode, second[:other]]),
                 targets=np.concatenate([first[split:], second[other:]]),
-                segments=np.repeat(np.array([1, 2], np.int32), [half - split, len(second) - other]),
-                input_segments=np.repeat(np.array([1, 2], np.int32), [len(mode) + split, len(mode) + other]),
+                segments=np.concatenate([first_ids[split:], second_ids[other:]]),
+                input_segments=np.concatenate(input_ids),
             )
         if len(text) < 2:
             split = 0
@@ -121,7 +135,10 @@ class PrefixLM(Objective):
             split = int(rng.integers(1, len(text)))
         else:
             split = len(text) - self._suffix(len(text))
-        return Example(np.concatenate([mode, text[:split]]), text[split:])
+        inputs, targets = np.concatenate([mode, text[:split]]), text[split:]
+        if segments is None:
+            return Example(inputs, targets)
+        return Example(inputs, targets, segments=segments[split:], input_segments=segments[:split])
 
     @override
     def restore(self, example: Example, vocabulary: VocabularyInfo) -> np.ndarray:
@@ -129,7 +146,7 @@ class PrefixLM(Objective):
         if example.segments is None:
             return np.concatenate([example.inputs[mode:], example.targets])
         pieces = []
-        for segment in (1, 2):
+        for segment in np.union1d(example.input_segments, example.segments):
             pieces += [example.inputs[example.input_segments == segment][mode:]]
             pieces += [example.targets[example.segments == segment]]
         return np.concatenate(pieces)

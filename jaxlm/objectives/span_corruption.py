@@ -25,6 +25,9 @@ class SpanCorruption(Objective):
 
     A text of one token is left alone: its targets are one empty span.
 
+    Of a row of documents that must not see each other each is corrupted by itself, with sentinels and ends of its own.
+    These take more room than the one end of a whole text: what would not fit is left out, at the end of the row.
+
     Attributes:
       noise_density: share of the tokens that are noise; the paper's r, 0.15.
       mean_span_length: mean tokens of a noise span; the paper's mu, 3.
@@ -44,6 +47,7 @@ class SpanCorruption(Objective):
 
     name: ClassVar[str] = "span_corruption"
     ends_inputs: ClassVar[bool] = True
+    takes_segments: ClassVar[bool] = True
 
     noise_density: float = 0.15
     mean_span_length: float = 3.0
@@ -84,7 +88,22 @@ class SpanCorruption(Objective):
     def corrupt(
         self, example: Mapping[str, np.ndarray], vocabulary: VocabularyInfo, rng: np.random.Generator, *, step: int = 0
     ) -> Example:
-        text = example["targets"]
+        text, segments = example["targets"], example.get("segments")
+        if segments is None:
+            return Example(*self._corrupted(text, vocabulary, rng))
+        documents, ids = self._fitting(text, segments)
+        inputs, targets = zip(*(self._corrupted(document, vocabulary, rng) for document in documents))
+        return Example(
+            np.concatenate(inputs),
+            np.concatenate(targets),
+            segments=np.repeat(ids, [len(part) for part in targets]),
+            input_segments=np.repeat(ids, [len(part) for part in inputs]),
+        )
+
+    def _corrupted(
+        self, text: np.ndarray, vocabulary: VocabularyInfo, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of one text."""
         noise, spans = noise_counts(len(text), self.noise_density, self.mean_span_length)
         if max(spans, 1) > len(vocabulary.sentinels):
             raise ValueError(
@@ -97,14 +116,51 @@ class SpanCorruption(Objective):
         if self.mode_token is not None:
             inputs = np.concatenate([[np.int32(vocabulary.named(self.mode_token, self.name))], inputs])
         if spans == 0:
-            return Example(inputs, np.array([vocabulary.sentinel_ids[0], vocabulary.eos_id], np.int32))
-        return Example(inputs, insert(text[is_noise], noise_starts, sentinels, vocabulary.eos_id))
+            return inputs, np.array([vocabulary.sentinel_ids[0], vocabulary.eos_id], np.int32)
+        return inputs, insert(text[is_noise], noise_starts, sentinels, vocabulary.eos_id)
+
+    def _fitting(self, text: np.ndarray, segments: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """The documents whose corruption has room where that of the whole row has, the last one cut; their segments."""
+        starts = np.flatnonzero(np.diff(segments, prepend=segments[0] - 1))
+        inputs, targets = self.sizes(len(text))
+        documents = []
+        for document in np.split(text, starts[1:]):
+            length = self._longest(len(document), inputs, targets)
+            if length:
+                documents.append(document[:length])
+            if length < len(document):
+                break
+            sizes = self.sizes(length)
+            inputs, targets = inputs - sizes[0], targets - sizes[1]
+        return documents, segments[starts[: len(documents)]]
+
+    def _longest(self, length: int, inputs: int, targets: int) -> int:
+        """How many tokens of a text of `length` there is room for."""
+
+        def too_long(length: int) -> bool:
+            sizes = self.sizes(length)
+            return sizes[0] > inputs or sizes[1] > targets
+
+        return max(bisect.bisect_left(range(length + 1), True, key=too_long) - 1, 0)
 
     @override
     def restore(self, example: Example, vocabulary: VocabularyInfo) -> np.ndarray:
-        inputs = example.inputs[int(self.mode_token is not None) : -1]
+        if example.segments is None:
+            return self._restored(example.inputs, example.targets, vocabulary)
+        return np.concatenate(
+            [
+                self._restored(
+                    example.inputs[example.input_segments == segment],
+                    example.targets[example.segments == segment],
+                    vocabulary,
+                )
+                for segment in np.unique(example.segments)
+            ]
+        )
+
+    def _restored(self, inputs: np.ndarray, targets: np.ndarray, vocabulary: VocabularyInfo) -> np.ndarray:
+        inputs, targets = inputs[int(self.mode_token is not None) : -1], targets[:-1]
         texts = np.split(inputs, np.flatnonzero(np.isin(inputs, vocabulary.sentinels)))
-        targets = example.targets[:-1]
         spans = np.split(targets, np.flatnonzero(np.isin(targets, vocabulary.sentinels)))[1:]
         # Every piece but the first text begins with its sentinel.
         pieces = [texts[0]]

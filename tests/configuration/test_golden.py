@@ -37,6 +37,7 @@ BEFORE = {
     "evaluation/distilled.gin": (),
     "evaluation/passkey.gin": (),
     "evaluation/t0.gin": ("--gin.EVALUATION_DATA=eval", "--gin.TEMPLATES=templates"),
+    "evaluation/t0_full.gin": ("--gin.EVALUATION_DATA=eval", "--gin.TEMPLATES=templates"),
 }
 
 # What a file says that leaves values to those that include it.

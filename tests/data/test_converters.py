@@ -179,7 +179,33 @@ def test_unequal_lengths_are_refused_for_an_encoder():
         converter.batch([[Example(ids(1, 2), ids(3, 4, 5))]])
 
 
-def test_documents_with_inputs_are_refused_for_a_decoder():
+@pytest.mark.parametrize("architecture", [Architecture.CAUSAL_DECODER, Architecture.PREFIX_DECODER])
+def test_the_texts_of_an_example_are_rows_side_by_side(architecture):
+    """In a decoder's row targets follow the inputs of their own text, as if each text were an example."""
+    together = Example(
+        ids(5, 6, 7, 8),
+        ids(9, 3, 4, 2, 2),
+        weights=np.array([1, 0, 1, 1, 1], np.float32),
+        segments=ids(1, 1, 2, 4, 4),
+        input_segments=ids(1, 2, 2, 3),
+        dataset=2,
+    )
+    apart = [
+        Example(ids(5), ids(9, 3), np.array([1, 0], np.float32), dataset=2),
+        Example(ids(6, 7), ids(4), np.array([1], np.float32), dataset=2),
+        Example(ids(8), ids(), np.zeros(0, np.float32), dataset=2),
+        Example(ids(), ids(2, 2), np.array([1, 1], np.float32), dataset=2),
+    ]
+    documents, single = Example(ids(), ids(7, 7, 8), segments=ids(1, 1, 2)), Example(ids(4), ids(4))
+    converter = feature_converter(architecture, {"inputs": 10, "targets": 6})
+    batch = converter.batch([[together, single], [documents]])
+    expected = converter.batch([[*apart, single], [Example(ids(), ids(7, 7)), Example(ids(), ids(8))]])
+    assert batch.keys() == expected.keys()
+    for name in batch:
+        np.testing.assert_array_equal(batch[name], expected[name], err_msg=name)
+
+
+def test_inputs_of_several_texts_must_tell_which():
     converter = feature_converter(Architecture.CAUSAL_DECODER, {"targets": 4})
-    with pytest.raises(ValueError, match="cannot have inputs in a decoder's row"):
+    with pytest.raises(ValueError, match="has inputs that do not tell to which they belong; give"):
         converter.batch([[Example(ids(1), ids(3, 4), segments=ids(1, 2))]])

@@ -317,10 +317,13 @@ def test_mixture_shares_and_accounting(data):
     assert abs(late.mean() - 0.8) < 0.02
 
 
-def test_document_masks_follow_the_documents(data):
+@pytest.mark.parametrize("objective", [FullLM(), PrefixLM()], ids=lambda objective: objective.name)
+def test_document_masks_follow_the_documents(data, objective):
     """Segments change exactly after EOS, positions restart there, and the tokens are those without masks."""
-    plain = joined(take(lm_loader(text_config(data)), 4))
-    masked = joined(take(lm_loader(text_config(data, document_mask=True)), 4))
+    options = {"objective": objective, "architecture": Architecture.PREFIX_DECODER}
+    plain = joined(take(lm_loader(text_config(data), **options), 4))
+    masked = joined(take(lm_loader(text_config(data, document_mask=True), **options), 4))
+    np.testing.assert_array_equal(masked["decoder_loss_weights"], plain["decoder_loss_weights"])
     tokens, segments = masked["decoder_target_tokens"], masked["decoder_segment_ids"]
     np.testing.assert_array_equal(tokens, plain["decoder_target_tokens"])
     real = segments[:, 1:] > 0
@@ -330,6 +333,21 @@ def test_document_masks_follow_the_documents(data):
     assert (masked["decoder_positions"][:, 1:][ended] == 0).all()
     assert (masked["decoder_input_tokens"][:, 1:][ended] == 0).all()
     assert (np.diff(masked["decoder_positions"])[real & ~ended] == 1).all()
+
+
+def test_documents_are_corrupted_apart(data):
+    """Under a document mask encoder and decoder see the same documents, each with an end and sentinels of its own."""
+    config = text_config(data, feature_lengths=LENGTHS, document_mask=True)
+    options = {"objective": SpanCorruption(), "architecture": Architecture.ENCODER_DECODER}
+    loader = lm_loader(config, **options)
+    batch, first = joined(take(loader, 4)), loader.vocabulary.info().sentinel_ids[0]
+    ids, targets = batch["decoder_segment_ids"], batch["decoder_target_tokens"]
+    assert ids.max() > 2 and (ids.max(axis=1) == batch["encoder_segment_ids"].max(axis=1)).all()
+    assert (targets[(batch["decoder_positions"] == 0) & (ids > 0)] == first).all()
+    assert ((targets == first).sum(axis=1) == ids.max(axis=1)).all()
+    for tokens, segments in ((targets, ids), (batch["encoder_input_tokens"], batch["encoder_segment_ids"])):
+        last = np.diff(segments, axis=1, append=0) != 0
+        assert (tokens[last & (segments > 0)] == 1).all()
 
 
 def test_noise_differs_between_epochs_hosts_and_data_sets(make_text):
@@ -733,8 +751,8 @@ def test_what_does_not_go_together_is_refused_by_name(data):
     refused("codegen2 needs the special token '<sep>'", few, CodeGen2(), causal)
     refused("no task or mixture named 'sdtlib'", DataConfig("sdtlib", LENGTHS), FullLM(), causal)
     refused(r"Rows \[2, 4\] of a batch of 4 were asked for", DataConfig(text, LENGTHS), FullLM(), causal, rows=(2, 4))
-    masked = DataConfig(text, LENGTHS, document_mask=True)
-    refused("cannot keep the documents of a row apart", masked, SpanCorruption(), both)
+    masked = DataConfig(data["modes"], LENGTHS, document_mask=True)
+    refused("The objective mixture cannot keep the documents of a row apart", masked, UL2(), both)
     random_lengths = "Packing.PLAN needs examples whose length is the same"
     refused(random_lengths, DataConfig(text, LENGTHS, plan), PrefixLM(), both)
     refused(random_lengths, DataConfig(text, LENGTHS, plan), later_prefix_lm(), causal)

@@ -125,21 +125,26 @@ def test_corruption_is_invertible(name, length, seed, documents):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(length=st.integers(1, 120), seed=st.integers(0, 2**32))
 def test_segments_travel_with_their_tokens(name, length, seed):
-    """A document's tokens, moved about inside it, keep its segment; restored, both are as they were."""
+    """A document's tokens, moved about inside it, stay apart from all others; restored, they are as they were."""
     objective = zoo.TEXT_OBJECTIVES[name]
     rng = zoo.generator(seed)
     segments = np.cumsum(rng.random(length) < 0.1).astype(np.int32) + 1
     segments -= segments[0] - 1
-    raw = zoo.text(length, rng)
+    raw = rng.permutation(zoo.ORDINARY)[:length].astype(np.int32)  # each token is known by its id
+    document_of = dict(zip(raw.tolist(), segments.tolist()))
     raw[np.append(np.flatnonzero(np.diff(segments)), length - 1)] = zoo.VOCABULARY.eos_id
     example = objective.corrupt({"targets": raw, "segments": segments}, zoo.VOCABULARY, rng)
     assert example.segments.shape == example.targets.shape
-    np.testing.assert_array_equal(objective.restore(example, zoo.VOCABULARY), raw)
-    special = zoo.VOCABULARY.is_special
-    for segment in np.unique(segments):
-        kept = np.sort(example.targets[example.segments == segment])
-        original = np.sort(raw[segments == segment])
-        np.testing.assert_array_equal(kept[~special[kept]], original[~special[original]])
+    restored = objective.restore(example, zoo.VOCABULARY)
+    # Documents that are corrupted one by one need more room, and the end of the row is left out.
+    assert len(restored) == length or (name.startswith("span_corruption") and segments[-1] > 1)
+    np.testing.assert_array_equal(restored, raw[: len(restored)])
+    tokens, ids = example.targets, example.segments
+    if example.input_segments is not None:
+        assert example.input_segments.shape == example.inputs.shape
+        tokens, ids = np.append(tokens, example.inputs), np.append(ids, example.input_segments)
+    for segment in np.unique(ids):
+        assert len({document_of[i] for i in tokens[ids == segment].tolist() if i in document_of}) <= 1
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.TEXT_OBJECTIVES if name not in ("full_lm", "multi_token")])

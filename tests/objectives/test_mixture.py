@@ -51,7 +51,7 @@ def test_members_that_are_never_drawn_decide_nothing():
         assert fitted.raw_length(lengths, Architecture.PREFIX_DECODER) == (626 if whole else 568)
         assert (mixture.refuses(Architecture.ENCODER_DECODER) is None) is not whole
         assert mixture.ends_inputs is not whole
-    mixture = Mixture(members=(FullLM(), SpanCorruption()), weights=(1.0, 0.0))
+    mixture = Mixture(members=(FullLM(), PrefixLM(mode_token="[S]")), weights=(1.0, 0.0))
     assert mixture.takes_segments and mixture.raw_length(lengths, Architecture.PREFIX_DECODER) == 626
 
 

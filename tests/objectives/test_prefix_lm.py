@@ -1,5 +1,7 @@
 """Prefix LM: where texts are split, and the study's layout for encoder-decoders."""
 
+import itertools
+
 import numpy as np
 import objective_zoo as zoo
 import pytest
@@ -46,6 +48,25 @@ def test_complementary_pairs_fill_both_rows():
         np.testing.assert_array_equal(example.targets, np.concatenate([first[split:], second[626 - split :]]))
         np.testing.assert_array_equal(example.segments, [1] * (626 - split) + [2] * split)
         np.testing.assert_array_equal(example.input_segments, [1] * split + [2] * (626 - split))
+
+
+def test_documents_apart_are_split_where_they_are_together():
+    """Document masks change what is seen and nothing else; the middle of a pair begins a text of its own."""
+    text, segments = zoo.text(12, np.random.default_rng(0)), np.array([1] * 3 + [2] * 5 + [3] * 4, np.int32)
+    for seed, objective in itertools.product(range(10), (PrefixLM(), PrefixLM(pairing=Pairing.COMPLEMENTARY))):
+        together = objective.corrupt({"targets": text}, zoo.VOCABULARY, zoo.generator(seed))
+        raw = {"targets": text, "segments": segments}
+        apart = objective.corrupt(raw, zoo.VOCABULARY, zoo.generator(seed))
+        np.testing.assert_array_equal(apart.inputs, together.inputs)
+        np.testing.assert_array_equal(apart.targets, together.targets)
+        if objective.pairing is Pairing.SINGLE:
+            np.testing.assert_array_equal(np.append(apart.input_segments, apart.segments), segments)
+        else:
+            split = int((together.input_segments == 1).sum())
+            first, second = np.array([1, 1, 1, 2, 2, 2]), np.array([3, 3, 4, 4, 4, 4])
+            np.testing.assert_array_equal(apart.input_segments, np.append(first[:split], second[: 6 - split]))
+            np.testing.assert_array_equal(apart.segments, np.append(first[split:], second[6 - split :]))
+    assert PrefixLM().takes_segments and not PrefixLM(mode_token="[S]").takes_segments
 
 
 def test_full_lm_keeps_a_prompt_apart():

@@ -73,6 +73,26 @@ def test_mean_span_length_and_density():
     )  # 50 starts, 49 ends before the last
 
 
+def test_documents_apart_are_corrupted_one_by_one():
+    """Each as if it were alone; what its own sentinels and ends leave no room for is left out at the row's end."""
+    objective, rng = SpanCorruption(), np.random.default_rng(0)
+    text = zoo.text(568, rng)
+    whole = objective.corrupt({"targets": text}, zoo.VOCABULARY, zoo.generator(0))
+    one = objective.corrupt({"targets": text, "segments": np.ones(568, np.int32)}, zoo.VOCABULARY, zoo.generator(0))
+    np.testing.assert_array_equal(one.inputs, whole.inputs)
+    np.testing.assert_array_equal(one.targets, whole.targets)
+    segments = np.repeat(np.array([1, 2, 3], np.int32), [100, 200, 268])
+    example = objective.corrupt({"targets": text, "segments": segments}, zoo.VOCABULARY, zoo.generator(0))
+    generator, kept = zoo.generator(0), 0
+    for segment, length in ((1, 100), (2, 200), (3, None)):
+        length = length or len(objective.restore(example, zoo.VOCABULARY)) - kept
+        alone = objective.corrupt({"targets": text[kept : kept + length]}, zoo.VOCABULARY, generator)
+        np.testing.assert_array_equal(example.inputs[example.input_segments == segment], alone.inputs)
+        np.testing.assert_array_equal(example.targets[example.segments == segment], alone.targets)
+        kept += length
+    assert 540 < kept < 568 and len(example.inputs) <= 512 and 112 <= len(example.targets) <= 114
+
+
 def test_counts_are_float32s_as_t5s():
     """0.15 of 190 tokens is a half in float64, and a little more in T5's float32."""
     assert noise_counts(190, 0.15, 3.0) == (29, 10)

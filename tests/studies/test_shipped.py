@@ -1,19 +1,30 @@
 """Every run of every shipped study resolves, and costs what its head says."""
 
 import dataclasses
+import json
+import logging
 import pathlib
+import re
+import tarfile
 
 import pytest
 
 from jaxlm.architecture import Architecture
 from jaxlm.configuration import resolve, resolved_text
 from jaxlm.layers.parameters import Scaling
+from jaxlm.models.config import ComputeType
+from jaxlm.objectives.supervised import Eos
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import ENDLESS, expand, label_of, resolved, size_of, steps_for
+from jaxlm.studies.settings import resolved_evaluation
+from jaxlm.train import train
+from jaxlm.training.loop import Outcome
 
-STUDIES = sorted((pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "studies").glob("*.gin"))
-# A ladder's tokens are one of its factors, and clm_then_mlm's legs share a number of steps.
-WITH_BUDGETS = [path for path in STUDIES if path.stem not in ("ladder", "clm_then_mlm")]
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / "gin_configs" / "studies"
+STUDIES = sorted(FOLDER.glob("*.gin"))
+# A ladder's tokens are one of its factors, clm_then_mlm's legs share a number of steps, and the architecture study at
+# the paper's size has a test of its own.
+WITH_BUDGETS = [path for path in STUDIES if path.stem not in ("ladder", "clm_then_mlm", "architecture_objective_full")]
 
 
 @pytest.mark.parametrize("file", WITH_BUDGETS, ids=lambda path: path.stem)
@@ -64,22 +75,236 @@ def test_the_architecture_study_is_the_papers():
     assert full.model.decoder.blocks[0].dropout == 0.0
 
 
-def test_the_architecture_study_at_its_own_size():
-    (file,) = (path for path in STUDIES if path.stem == "architecture_objective")
-    full = "gin_configs/models/architecture_study/full.gin"
-    flags = [f"--gin.SIZE='{full}'", "--gin.ROWS='BATCH_SIZE = 2048'", "--gin.HALF_ROWS='BATCH_SIZE = 1024'"]
-    study = resolve(StudyConfig, [f"--gin_file={file}", *flags, "--gin.TOKENS=168.04e9"])
-    sizes = {}
-    for cell in study.cells:
-        leg = study.legs[0]
-        run = resolved((*study.settings_of(cell, leg), "RunConfig.train_steps = 1", "LEARNING_RATE = 1.0"))
-        one = size_of(run)
-        assert one.tokens == 2048 * 626 and round(168.04e9 / one.tokens) == 131_072
-        sizes[cell["architecture"]] = one.parameters
+class Everything:
+    """Every run is finished, and no value was better than another: the first is chosen."""
+
+    def is_finished(self, job):
+        return True
+
+    def diverged(self, job):
+        return False
+
+    def value(self, job, seed, metric):
+        return 0.0
+
+
+def jobs_of(name, *flags):
+    """The study, and {(cell, leg, value tried or None): job} of all its runs."""
+    study = resolve(StudyConfig, [f"--gin_file={FOLDER / name}.gin", *flags])
+    plan = expand(study, Everything())
+    jobs = {(label_of(cell), leg.name, None): job for cell, leg, job in plan.of_cells}
+    tried = [(cell, leg, job) for cell, leg, trials in plan.trials for job in trials]
+    return study, jobs | {(label_of(cell), leg.name, job.trial[1]): job for cell, leg, job in tried}
+
+
+TWO_RATES = "--gin.RATES=(1.0, 3.0)"
+PAPERS_RATE = "--gin.RATES=(1.0,)"
+# macro: its value, the runs that it concerns, and the one line of their configurations that it changes.
+SWITCHES = {
+    "ND_POSITIONS": (
+        "RELPOS_BIDIRECTIONAL = True",
+        lambda run: run.model.architecture is Architecture.PREFIX_DECODER,
+        ("bidirectional = False", "bidirectional = True"),
+    ),
+    "ED_PRECISION": (
+        "ED_COMPUTE = bfloat16",
+        lambda run: run.model.architecture is Architecture.ENCODER_DECODER,
+        ("compute = 'float32'", "compute = 'bfloat16'"),
+    ),
+    "DOCUMENTS": (
+        "DOCUMENT_MASK = True",
+        lambda run: run.objective.name != "supervised",
+        ("document_mask = False", "document_mask = True"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The architecture study's runs, each tuned leg with two rates."""
+    return jobs_of("architecture_objective", TWO_RATES)[1]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_reaches_the_runs_that_it_concerns(small, name):
+    """All of them, whatever the cell and the leg, and no others; and changes nothing else in them."""
+    value, concerns, line = SWITCHES[name]
+    _, switched = jobs_of("architecture_objective", TWO_RATES, f"--gin.{name}={value!r}")
+    assert switched.keys() == small.keys()
+    changed = {key for key, job in small.items() if switched[key].run != job.run}
+    assert changed == {key for key, job in small.items() if concerns(job.run)} and len(changed) > 5
+    for key in changed:
+        pairs = zip(*(resolved_text(jobs[key].run).splitlines() for jobs in (small, switched)), strict=True)
+        assert {(a.strip(), b.strip()) for a, b in pairs if a != b} == {line}, key
+
+
+def test_nothing_is_tried_at_the_papers_rate(small):
+    """A tuned leg with one value: the runs are those for which trials chose it."""
+    _, untuned = jobs_of("architecture_objective", PAPERS_RATE)
+    chosen = {key: job.address for key, job in small.items() if key[2] is None}
+    assert {key: job.address for key, job in untuned.items()} == chosen
+
+
+@pytest.mark.parametrize(("name", "eos"), [("architecture_objective", None), ("architecture_objective_full", Eos.NONE)])
+def test_how_questions_end(name, eos):
+    """As lm-evaluation-harness has them, and as the paper does; or there are none."""
+    suites = resolve(StudyConfig, [f"--gin_file={FOLDER / name}.gin"]).legs[0].evaluations
+    found = {suite: resolved_evaluation(settings).format.eos for suite, settings in suites.items()}
+    assert found == {"T0-Eval": Eos.TARGETS, "EAI-Eval": eos}
+    assert not resolve(StudyConfig, [f"--gin_file={FOLDER / name}.gin", "--gin.QUESTIONS={}"]).legs[0].evaluations
+
+
+TEMPLATE = """
+  {name}: !Template
+    answer_choices: {choices}
+    jinja: '{{{{ text }}}} {name}? ||| {{{{ label }}}}'
+    metadata: !TemplateMetadata
+      original_task: {original}
+    name: {name}
+"""
+
+
+@pytest.fixture
+def in_t0s_folder(tmp_path, monkeypatch):
+    """A folder to work in where stand-ins of promptsource's templates lie, two for each data set of T0's."""
+    sets = re.findall(r"^    '(.*)',$", (FOLDER / "parts" / "finetuning_t0.gin").read_text(), re.MULTILINE)
+    for name in sets:
+        path = tmp_path / "corpus" / "templates" / name / "templates.yaml"
+        path.parent.mkdir(parents=True)
+        first = TEMPLATE.format(name="right", choices="yes ||| no", original="true")
+        path.write_text("templates:" + first + TEMPLATE.format(name="other", choices="null", original="false"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAXLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+# Of each leg at the paper's size: steps, and rows and their lengths where cells agree in them.
+LM, SPANS, PAIRS = {"targets": 626}, {"inputs": 512, "targets": 114}, {"inputs": 1024, "targets": 256}
+FULL_LEGS = {
+    "pretrain": (131_072, None, None),
+    "LM_adaptation": (98_280, 2048, LM),
+    "MLM_adaptation": (39_780, 2048, SPANS),
+    "pruned": (131_072, 2048, LM),
+    "goes_on": (39_780, 2048, LM),
+    "brief_LM_adaptation": (13_798, 2048, LM),
+    "finetune": (10_000, 1024, PAIRS),
+    "finetune_without_dropout": (10_000, 1024, PAIRS),
+    "brief_LM_adapted_finetune": (10_000, 1024, PAIRS),
+    "MLM_adapted_finetune": (10_000, 1024, PAIRS),
+    "gone_on_finetune": (10_000, 1024, PAIRS),
+    "gone_on_finetune_as_ND": (10_000, 1024, PAIRS),
+}
+
+
+def test_the_architecture_study_at_its_own_size(small, in_t0s_folder):
+    """Every run's steps, rows, tokens and parameters. The file binds macros alone: all else is the small study's."""
+    text = (FOLDER / "architecture_objective_full.gin").read_text()
+    bound = re.findall(r"^([\w./]+) =", text, re.MULTILINE)
+    assert "TOKENS" in bound and all(re.fullmatch("[A-Z_]+", name) for name in bound)
+    study, jobs = jobs_of("architecture_objective_full", TWO_RATES)
+    assert jobs.keys() == small.keys() and {leg for _, leg, _ in jobs} == set(FULL_LEGS)
     # Without norms and position tables 4,762,107,904 and 11,003,232,256.
     norms, tables = (24 * 2 + 1) * 4096, 24 * 32 * 64
-    assert sizes["CD"] == sizes["ND"] == 4_762_107_904 + norms + tables
-    assert sizes["ED"] == 11_003_232_256 + norms + (24 * 3 + 1) * 4096 + 2 * 32 * 64
+    decoder = 4_762_107_904 + norms + tables
+    both = 11_003_232_256 + norms + (24 * 3 + 1) * 4096 + 2 * 32 * 64
+    for (cell, leg, tried), job in jobs.items():
+        run, (steps, rows, lengths) = job.run, FULL_LEGS[leg]
+        assert run.train_steps == (steps if tried is None else 1000)
+        pair_of_rows = leg == "pretrain" and cell == "architecture ED, objective PLM"
+        if leg == "pretrain":
+            rows = 1024 if pair_of_rows else 2048
+            lengths = SPANS if cell.endswith("MLM") else {"inputs": 626, "targets": 626} if pair_of_rows else LM
+        assert (run.batch_size, dict(run.data.feature_lengths)) == (rows, lengths), (cell, leg)
+        assert job.size.tokens == run.train_steps * (2048 * 626 if lengths is not PAIRS else 1024 * 1280)
+        two_stacks = run.model.architecture is Architecture.ENCODER_DECODER
+        one_table = decoder - 23 * 32 * 64 if leg == "pruned" else decoder
+        assert job.size.parameters == (both if two_stacks else one_table)
+        assert run.model.compute is ComputeType.BFLOAT16 and run.loop.evaluation_period == 1000
+        if lengths is PAIRS:
+            rates = [float(run.optimizer.learning_rate(step, steps)) for step in (0, 5000, 9999)]
+            assert rates == pytest.approx([1e-3] * 3)
+            assert run.model.decoder.blocks[0].dropout == (0.0 if "without" in leg else 0.1)
+            assert len(run.data.mixture.tasks()) == 2 * 38 and not run.data.document_mask
+    suites = {name: resolved_evaluation(settings) for name, settings in study.legs[0].evaluations.items()}
+    assert len(suites["T0-Eval"].tasks) == 11 and suites["T0-Eval"].format.eos is Eos.TARGETS
+    assert suites["EAI-Eval"].format.eos is Eos.NONE and suites["EAI-Eval"].limit is None
+
+
+def test_t0s_mixture_reaches_finetuning_alone(small, in_t0s_folder):
+    """Also by a file of one's own that takes fewer data sets."""
+    include = "include 'gin_configs/studies/parts/finetuning_t0.gin'\n"
+    (in_t0s_folder / "mine.gin").write_text(f"{include}T0_SETS = ('quarel',)\n")
+    _, switched = jobs_of("architecture_objective", TWO_RATES, "--gin.FINETUNING='mine.gin'")
+    changed = {key for key, job in small.items() if switched[key].run != job.run}
+    assert changed == {key for key, job in small.items() if job.run.objective.name == "supervised"}
+    for key in changed:
+        run = switched[key].run
+        assert [task.name for task in run.data.mixture.tasks()] == ["quarel/right", "quarel/other"]
+        assert run.data.feature_lengths == small[key].run.data.feature_lengths == SPANS
+        assert run.model == small[key].run.model and run.optimizer == small[key].run.optimizer
+
+
+def test_t0s_mixture_trains(in_t0s_folder, caplog):
+    """Two data sets stand for all: each template is a task, and pairs that evaluation data have are left out."""
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    rows = {
+        "glue/mrpc": [{"text": f"row {i}", "label": "no"} for i in range(300)],
+        "quarel": [{"text": words, "label": "yes"}, *({"text": f"line {i}", "label": "yes"} for i in range(200))],
+    }
+    for name, found in rows.items():
+        path = in_t0s_folder / "corpus" / "t0" / name / "train.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    path = in_t0s_folder / "corpus" / "evaluation" / "copa" / "validation.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"premise": f"Well, {words}."}))
+    run = resolved(
+        (
+            "gin_configs/studies/parts/architecture_objective.gin",
+            "gin_configs/models/architecture_study/decoder.gin",
+            "gin_configs/models/architecture_study/small.gin",
+            "gin_configs/studies/parts/finetuning_t0.gin",
+            "ARCHITECTURE = 'prefix_decoder'",
+            "T0_SETS = ('glue/mrpc', 'quarel')",
+            "VOCABULARY = @vocabularies.ByteVocabulary()",
+            "VOCAB_SIZE = 512",
+            "WIDTH = 16",
+            "NUM_LAYERS = 1",
+            "BATCH_SIZE = 4",
+            "TASK_FEATURE_LENGTHS = {'inputs': 96, 'targets': 32}",
+            "sets_in.held_out = 0.1",
+            "DataConfig.virtual_shards = 1",
+            "EVAL_PERIOD = 2",
+            "EVAL_STEPS = 1",
+            "RunConfig.train_steps = 2",
+        )
+    )
+    with caplog.at_level(logging.WARNING, "jaxlm.data"):
+        assert train(dataclasses.replace(run, model_dir=str(in_t0s_folder / "run"))) is Outcome.FINISHED
+    assert caplog.text.count("Decontamination: 1 of ") == 2 and "(1 by evaluation)" in caplog.text
+    names = [f"{name}/{template}" for name in rows for template in ("right", "other")]
+    assert [task.name for task in run.data.mixture.tasks()] == names
+    record = [json.loads(line) for line in (in_t0s_folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation/cross_entropy" in line for line in record)
+
+
+def test_t0s_prompts_are_the_papers(shared_data, tmp_path):
+    """The templates that each suite and T0's mixture take of promptsource's are as many as the paper's."""
+    with tarfile.open(shared_data / "finetune" / "promptsource_templates" / "templates.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    where = (f"TEMPLATES = '{tmp_path / 'templates'}'", "EVALUATION_DATA = 'nowhere'")
+    numbers = {"copa": 12, "hellaswag": 4, "winogrande": 5, "wsc": 10}
+    more = {"story_cloze": 5, "anli_r1": 15, "anli_r2": 15, "anli_r3": 15, "cb": 15, "rte": 10, "wic": 10}
+    for file, expected in (("t0", numbers), ("t0_full", numbers | more)):
+        tasks = resolved_evaluation((f"gin_configs/evaluation/{file}.gin", *where)).tasks
+        assert {task.name: sum(len(p.templates()) for p in task.prompts) for task in tasks} == expected
+    settings = (
+        "gin_configs/studies/parts/architecture_objective.gin",
+        "gin_configs/models/architecture_study/decoder.gin",
+        "gin_configs/studies/parts/finetuning_t0.gin",
+        "RunConfig.train_steps = 1",
+    )
+    assert len(resolved((*settings, where[0])).data.mixture.tasks()) == 313
 
 
 def test_the_ladder_is_what_its_levels_say_and_under_mup():
