@@ -13,6 +13,7 @@ A task with several prompts has the median over them as its result, and their sp
 
 import collections
 import dataclasses
+import functools
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -344,17 +345,16 @@ def _estimates(
     """The metrics of some rows."""
     place = {row: i for i, row in enumerate(members)}
     asked = [found for found in judged.values() if any(row in place for row in found)]
-    names = next(iter(asked[0].values())).metrics if asked else ()
+    sums = next(iter(asked[0].values())).metrics if asked else {}
     result = {}
-    for name in names:
-        both = np.zeros((2, len(asked), len(place)))
+    for name, first in sums.items():
+        statistics = np.zeros((len(first), len(asked), len(place)))
         for prompt, found in enumerate(asked):
             for row, judgement in found.items():
                 if row in place:
-                    both[:, prompt, place[row]] = judgement.metrics[name]
-        result[name] = estimate(
-            both[0], both[1], samples=samples, seed=seed, transform=task.measure.transforms.get(name)
-        )
+                    statistics[:, prompt, place[row]] = judgement.metrics[name]
+        value = functools.partial(task.measure.value, name)
+        result[name] = estimate(statistics, samples=samples, seed=seed, value=value)
     return result
 
 

@@ -234,11 +234,11 @@ def test_intervals_cover_what_they_should():
     hits = 0
     for seed in range(100):
         right = (chance.random((1, 200)) < 0.3).astype(float)
-        found = estimate(right, np.ones_like(right), samples=200, seed=seed)
+        found = estimate(np.stack([right, np.ones_like(right)]), samples=200, seed=seed)
         assert found.low <= found.value <= found.high and found.value == right.mean()
         hits += found.low <= 0.3 <= found.high
     assert 88 <= hits <= 100
-    assert estimate(np.array([[2.0, 4.0]]), np.array([[1.0, 2.0]]), samples=0, seed=0).value == 2.0
+    assert estimate(np.array([[[2.0, 4.0]], [[1.0, 2.0]]]), samples=0, seed=0).value == 2.0
 
 
 def test_the_command_line(trained, tmp_path, monkeypatch, capsys):
