@@ -13,16 +13,17 @@ A task with several prompts has the median over them as its result, and their sp
 
 import collections
 import dataclasses
+import fnmatch
 import functools
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError, row_name
-from jaxlm.data.sources import Source, TextFiles
+from jaxlm.data.sources import ArrayRecordSource, Source, TextFiles
 from jaxlm.evaluation.intervals import Estimate, estimate
 from jaxlm.evaluation.measures import Judged, Measure
 from jaxlm.evaluation.subject import Subject
@@ -90,6 +91,42 @@ class EvaluationTask:
     ) -> tuple["TaskResult", Iterator[dict[str, Any]]]:
         """`evaluate_task` of a model as the suite has it."""
         return evaluate_task(self, subject.text_model, samples=samples, seed=seed, report=report)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Files that other tasks may read."""
+        return ()
+
+    def check(self, written: Collection[str] = ()) -> None:
+        """Looks whether templates and files are there, before a model is: what can be seen without reading rows.
+
+        Args:
+          written: files that are made before the task is asked.
+
+        Raises:
+          TaskError: they are not; the message has task and path.
+        """
+        try:
+            task_templates(self)
+            for split in (self.split, *([self.few_shot.split] if self.few_shot else [])):
+                check_files(self.source, split, written)
+        except (ValueError, OSError) as error:
+            raise error if isinstance(error, TaskError) else TaskError(f"Task {self.name}: {error}") from error
+
+
+def check_files(source: Source, split: str, written: Collection[str] = ()) -> None:
+    """Whether a split's files are there, of sources that are files on disk; others are not looked at.
+
+    Raises:
+      ValueError: they are not, and none of them is among those `written` later.
+    """
+    if isinstance(source, TextFiles):
+        pattern = source.validation if split == "validation" and source.validation else source.pattern
+        patterns = [os.path.abspath(one) for one in ((pattern,) if isinstance(pattern, str) else pattern)]
+        if any(fnmatch.fnmatch(os.path.abspath(path), one) for path in written for one in patterns):
+            return
+    if isinstance(source, TextFiles | ArrayRecordSource):
+        source.shards(split)
 
 
 def rows_in(folder: str, validation: str, train: str | None = None) -> TextFiles:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.architecture import Architecture
-from jaxlm.data.prompts import Prompt
+from jaxlm.data.prompts import Prompt, PromptsourceTemplates
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.evaluate import main
 from jaxlm.evaluation.intervals import estimate
@@ -211,6 +211,35 @@ def test_one_tasks_failure_does_not_stop_the_others(trained, make_task, tmp_path
     assert [json.loads(line)["row"] for line in lines] == [0, 1, 2]
     with pytest.raises(ValueError, match="no task 'other'"):
         config.only(["other"])
+
+
+def test_an_error_of_any_kind_costs_its_task_alone_if_asked(trained, make_task, tmp_path):
+    class Broken(RankClassification):
+        def judge(self, model, questions):
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    good = make_task()
+    config = EvaluationConfig(
+        (dataclasses.replace(good, name="bad", measure=Broken()), good), scoring=SCORING, samples=0
+    )
+    lines = []
+    result = evaluate(config, trained, folder=tmp_path / "out", report=lines.append, tolerant=True)
+    assert result.failures == {"bad": "Task bad: RuntimeError: RESOURCE_EXHAUSTED: out of memory"}
+    assert [r.task for r in result.results] == ["mine"] and "Traceback" in lines[0]
+    with pytest.raises(RuntimeError, match="RESOURCE"):
+        evaluate(config, trained, report=lines.append)
+
+
+def test_what_a_task_reads_is_looked_for_before_there_is_a_model(make_task, tmp_path):
+    task = make_task(train=ROWS, few_shot=FewShot(2))
+    task.check()
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(TaskError, match=r"Task mine: No text at '.*/train.jsonl': nothing is there"):
+        task.check()
+    task.check(written=[str(tmp_path / "train.jsonl")])
+    templates = dataclasses.replace(make_task(), prompts=(PromptsourceTemplates(str(tmp_path), "copa"),))
+    with pytest.raises(TaskError, match="Task mine: There are no promptsource templates at .*copa/templates.yaml"):
+        templates.check()
 
 
 def test_how_texts_are_put_to_a_model(trained):
