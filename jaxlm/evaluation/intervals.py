@@ -71,21 +71,23 @@ def estimate(statistics: np.ndarray, *, samples: int, seed: int | Sequence[int],
 
 
 def resampled(statistics: np.ndarray, *, samples: int, seed: int | Sequence[int], value: Value = ratio) -> np.ndarray:
-    """The median over prompts with rows drawn with replacement, `samples` times: [samples].
+    """The median over prompts with rows drawn with replacement, of [K, ..., prompts, rows]: [samples, ...].
 
-    Rows are drawn together for all prompts, since prompts on the same row err together; so are those of several models,
-    if they have the same rows and are given the same seed.
+    Rows are drawn together for all prompts, since prompts on the same row err together, and for whatever the other axes
+    are: models that were asked the same.
     """
-    rows, chance = statistics.shape[-1], np.random.default_rng(seed)
+    (_, *shape, rows), chance = statistics.shape, np.random.default_rng(seed)
+    flat = statistics.reshape(len(statistics), -1, rows)
     drawn, step = [], max(_AT_ONCE // rows, 1)
     for start in range(0, samples, step):
         counts = chance.multinomial(rows, np.full(rows, 1.0 / rows), size=min(step, samples - start))
-        drawn.append(np.median(value(np.stack([counts @ of.T for of in statistics])), axis=-1))
+        totals = np.stack([counts @ of.T for of in flat])
+        drawn.append(np.median(value(totals.reshape(*totals.shape[:2], *shape)), axis=-1))
     return np.concatenate(drawn)
 
 
 def over_seeds(drawn: np.ndarray, *, seed: int | Sequence[int]) -> np.ndarray:
-    """Means over seeds drawn with replacement, [samples]: of `drawn` [samples, seeds], values with rows resampled."""
+    """Means over seeds drawn with replacement, [samples], of `drawn` [samples, seeds], values of resampled rows."""
     samples, seeds = drawn.shape
     chosen = np.random.default_rng(seed).integers(seeds, size=(samples, seeds))
     return np.take_along_axis(drawn, chosen, axis=1).mean(1)
