@@ -12,8 +12,8 @@ python -m jaxlm.study --ladder                       # sizes x tokens under muP:
 --xla_preset=NAME         compiler flags of a chip, as of jaxlm.train
 --gin_file, --gin.NAME    as of jaxlm.train; they describe a jaxlm.studies.StudyConfig
 
-Started again, a study or a cell runs what is missing; what failed is tried again, unless it diverged. Exits with 1 if
-cells failed, 75 after SIGTERM.
+Started again, a study or a cell runs what is missing; what failed is tried again, unless it diverged, and of an
+evaluation the tasks that failed. Exits with 1 if cells or tasks failed, 75 after SIGTERM.
 """
 
 import hashlib
@@ -35,9 +35,9 @@ from jaxlm.parallel import xla_flags
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, expand, label_of
 from jaxlm.studies.report import status_rows, write_report
-from jaxlm.studies.results import cell_name, failed_jobs
+from jaxlm.studies.results import cell_name, failed_jobs, failed_tasks
 from jaxlm.studies.store import Store
-from jaxlm.studies.worker import jobs_of, work
+from jaxlm.studies.worker import check_questions, jobs_of, work
 from jaxlm.train import train
 from jaxlm.training import machine
 from jaxlm.training.loop import Outcome
@@ -145,12 +145,15 @@ def work_here(study: StudyConfig, store: Store, only: str | None) -> int:
     labels = [label_of(cell) for cell in study.cells]
     if only is not None and only not in labels:
         raise ValueError(f"The study has no cell {only!r}; it has {'; '.join(labels)}.")
+    plan = expand(study, store)
+    check_questions(study, plan, store, only)
     if only is not None:
-        store.forget_failures(jobs_of(expand(study, store), only))
+        store.forget_failures(jobs_of(plan, only))
     outcome = work(study, store, train, only=only, report=lambda line: print(line, flush=True))
     if outcome is Outcome.PREEMPTED:
         return ended(ExitStatus.PREEMPTED)
-    failed = [cell for cell, _, _ in failed_jobs(expand(study, store), store) if label_of(cell) == only]
+    plan = expand(study, store)
+    failed = [cell for cell, *_ in (*failed_jobs(plan, store), *failed_tasks(plan, store)) if label_of(cell) == only]
     return ExitStatus.FAILED if failed else ExitStatus.FINISHED
 
 
@@ -158,6 +161,7 @@ def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: i
     """Starts workers, shows what they do, and writes the report when they are done."""
 
     plan = expand(study, store)  # what is wrong with a cell is said before anything starts
+    check_questions(study, plan, store)
     store.forget_failures(plan.jobs.values())
     console = make_console()
     processes = [_start_worker(store, arguments, i) for i in range(workers)]
@@ -206,8 +210,11 @@ def finish(study: StudyConfig, store: Store) -> int:
     failed = {job.address: job for _, _, job in failed_jobs(plan, store)}
     for job in failed.values():
         print(f"{job.address} ({job.label}) failed: {store.failure(job).error}")
+    lost = {(job.address, seed, task): why for _, _, job, seed, task, why in failed_tasks(plan, store)}
+    for (address, seed, task), why in lost.items():
+        print(f"{address}, seed {seed}, task {task} failed: {why}")
     print(f"The report is {path}.")
-    return ExitStatus.FAILED if failed else ExitStatus.FINISHED
+    return ExitStatus.FAILED if failed or lost else ExitStatus.FINISHED
 
 
 if __name__ == "__main__":

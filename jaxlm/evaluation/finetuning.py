@@ -7,7 +7,7 @@ says of further texts, if asked (`annotation.py`).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, override
 
 import jax
@@ -28,7 +28,7 @@ from jaxlm.evaluation.learned import (
     outputs_program,
 )
 from jaxlm.evaluation.subject import Subject
-from jaxlm.evaluation.tasks import TaskError
+from jaxlm.evaluation.tasks import TaskError, check_files
 from jaxlm.layers.context import Context
 from jaxlm.models.labeller import Labeller
 from jaxlm.parallel.sharded_ops import ShardedOps
@@ -87,6 +87,20 @@ class FinetuningSweep(LearnedTask):
 
     def _reads(self) -> tuple[str, str, str]:
         return type(self.labels).__name__, getattr(self.architecture, "value", "its own"), self.pooling.value
+
+    @property
+    @override
+    def writes(self) -> tuple[str, ...]:
+        own = () if self.annotation is None else (self.annotation.output,)
+        return own if self.after is None else (*own, *self.after.writes)
+
+    @override
+    def check(self, written: Collection[str] = ()) -> None:
+        super().check(written)
+        if self.after is not None:
+            self.after.check(written)
+        if self.annotation is not None:
+            self._annotating(check_files, self.annotation.source, "train", written)
 
     @override
     def evaluate(

@@ -1,4 +1,4 @@
-"""Ratios of sums over rows and their bootstrap intervals; means over seeds and Student's."""
+"""Metrics of sums over rows and their bootstrap intervals; means over seeds and Student's."""
 
 import dataclasses
 import math
@@ -43,39 +43,57 @@ def student(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def estimate(
-    sums: np.ndarray,
-    weights: np.ndarray,
-    *,
-    samples: int,
-    seed: int,
-    transform: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> Estimate:
-    """The median over prompts of the ratio of sums, with an interval from resampled rows.
+def ratio(totals: np.ndarray) -> np.ndarray:
+    """Of the two sums in `totals` [2, ...]; nan where both are 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return totals[0] / totals[1]
 
-    Rows are resampled together for all prompts, since prompts on the same row err together.
+
+Value = Callable[[np.ndarray], np.ndarray]
+"""A metric of rows by what they add up to, [K, ...] -> [...]."""
+
+
+def estimate(statistics: np.ndarray, *, samples: int, seed: int | Sequence[int], value: Value = ratio) -> Estimate:
+    """The median over prompts of a metric of all rows, with an interval from resampled rows.
 
     Args:
-      sums, weights: float [prompts, rows]; both 0 where a prompt has nothing for a row.
+      statistics: float [K, prompts, rows], what a row adds to the K sums that the metric is made of; all 0 where a
+        prompt has nothing for a row.
       samples: resamplings; 0 gives no interval.
       seed: of the resampling.
-      transform: applied to each prompt's ratio; one that overflows is infinite.
+      value: the metric of the sums.
     """
+    found = float(np.median(value(statistics.sum(-1)), axis=-1))
+    if not samples or math.isinf(found):
+        return Estimate(found)
+    low, high = central(resampled(statistics, samples=samples, seed=seed, value=value))
+    return Estimate(found, low, high)
 
-    def medians(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:  # [..., prompts] -> [...]
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            ratios = sums / weights
-            if transform is not None:
-                ratios = transform(ratios)
-        return np.median(ratios, axis=-1)
 
-    value = float(medians(sums.sum(1), weights.sum(1)))
-    if not samples or math.isinf(value):
-        return Estimate(value)
-    rows, chance = sums.shape[1], np.random.default_rng(seed)
+def resampled(statistics: np.ndarray, *, samples: int, seed: int | Sequence[int], value: Value = ratio) -> np.ndarray:
+    """The median over prompts with rows drawn with replacement, of [K, ..., prompts, rows]: [samples, ...].
+
+    Rows are drawn together for all prompts, since prompts on the same row err together, and for whatever the other axes
+    are: models that were asked the same.
+    """
+    (_, *shape, rows), chance = statistics.shape, np.random.default_rng(seed)
+    flat = statistics.reshape(len(statistics), -1, rows)
     drawn, step = [], max(_AT_ONCE // rows, 1)
     for start in range(0, samples, step):
         counts = chance.multinomial(rows, np.full(rows, 1.0 / rows), size=min(step, samples - start))
-        drawn.append(medians(counts @ sums.T, counts @ weights.T))
-    low, high = np.nanquantile(np.concatenate(drawn), (0.025, 0.975))
-    return Estimate(value, float(low), float(high))
+        totals = np.stack([counts @ of.T for of in flat])
+        drawn.append(np.median(value(totals.reshape(*totals.shape[:2], *shape)), axis=-1))
+    return np.concatenate(drawn)
+
+
+def over_seeds(drawn: np.ndarray, *, seed: int | Sequence[int]) -> np.ndarray:
+    """Means over seeds drawn with replacement, [samples], of `drawn` [samples, seeds], values of resampled rows."""
+    samples, seeds = drawn.shape
+    chosen = np.random.default_rng(seed).integers(seeds, size=(samples, seeds))
+    return np.take_along_axis(drawn, chosen, axis=1).mean(1)
+
+
+def central(drawn: np.ndarray) -> tuple[float, float]:
+    """The 95% in the middle of resampled values [samples]; what has no value is left out."""
+    low, high = np.nanquantile(drawn, (0.025, 0.975))
+    return float(low), float(high)

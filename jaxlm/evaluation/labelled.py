@@ -54,19 +54,21 @@ class LabelledRows:
         if unknown := set(self.where) - set(SPLITS):
             raise ValueError(f"LabelledRows.where names the splits {sorted(unknown)}; there are {', '.join(SPLITS)}.")
 
+    def source(self, split: str) -> tuple[TextFiles, str]:
+        """(files, which of their splits) of a split."""
+        if split == "test":
+            return TextFiles(os.path.join(self.folder, self.test), held_out=0.0), "train"
+        validation = None if self.validation is None else os.path.join(self.folder, self.validation)
+        return TextFiles(os.path.join(self.folder, self.train), validation, held_out=self.held_out), split
+
     def read(self, split: str, limit: int | None = None) -> list[Row]:
         """The rows of a split; with a limit so many of them, drawn at random but always the same.
 
         Raises:
           ValueError: there are none.
         """
-        if split == "test":
-            source = TextFiles(os.path.join(self.folder, self.test), held_out=0.0)
-        else:
-            validation = None if self.validation is None else os.path.join(self.folder, self.validation)
-            source = TextFiles(os.path.join(self.folder, self.train), validation, held_out=self.held_out)
-        shards = source.shards("train" if split == "test" else split)
-        rows = [row for shard in shards for row in source.read(shard)]
+        source, part = self.source(split)
+        rows = [row for shard in source.shards(part) for row in source.read(shard)]
         if split in self.where:
             belongs = value_of(self.where[split])
             rows = [row for row in rows if belongs(row)]

@@ -7,7 +7,7 @@ differ in one number, a learning rate or a strength; the validation split choose
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jaxlm.evaluation.intervals import Estimate
 from jaxlm.evaluation.label_metrics import METRICS
 from jaxlm.evaluation.labelled import SPLITS, LabelKind, Labelled
 from jaxlm.evaluation.subject import Subject
-from jaxlm.evaluation.tasks import TaskError
+from jaxlm.evaluation.tasks import TaskError, check_files
 from jaxlm.evaluation.text_rows import TextRows, text_rows
 from jaxlm.layers.context import Context
 from jaxlm.models.config import LanguageModelConfig
@@ -143,6 +143,26 @@ class LearnedTask(abc.ABC):
         Raises:
           TaskError: rows or model do not go together.
         """
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Files that other tasks may read."""
+        return ()
+
+    def check(self, written: Collection[str] = ()) -> None:
+        """Looks whether the labelled files are there, before a model is.
+
+        Args:
+          written: files that are made before the task is asked.
+
+        Raises:
+          TaskError: they are not; the message has task and path.
+        """
+        try:
+            for split in SPLITS:
+                check_files(*self.labels.rows.source(split), written)
+        except (ValueError, OSError) as error:
+            raise TaskError(f"Task {self.name}: {error}") from error
 
     def opened(self, pretrained: Pretrained, parallel: Parallelism | None) -> "Opened":
         """The task on a model.

@@ -1,7 +1,8 @@
 """How answers are judged: what a task asks the model for, and the metrics that follow from it.
 
 A metric of a row is a pair (sum, weight), and of a set of rows the ratio of their totals: accuracies weigh each row 1,
-bits per byte weigh it by its bytes. So any resampling of rows has its value at once (`jaxlm.evaluation.intervals`).
+bits per byte weigh it by its bytes. A metric of the corpus, which is no mean over rows, is made of more sums. So any
+resampling of rows has its value at once (`jaxlm.evaluation.intervals`).
 """
 
 import abc
@@ -11,15 +12,23 @@ import math
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, ClassVar, override
 
 import numpy as np
 
 from jaxlm.data.prompts import Question
+from jaxlm.evaluation.intervals import ratio
 from jaxlm.evaluation.scoring import Score
 from jaxlm.evaluation.text_model import TextModel
 
-Metrics = dict[str, tuple[float, float]]
+Metrics = dict[str, tuple[float, ...]]
+"""What a row adds to the sums of each metric: (sum, weight), unless `Measure.value` says otherwise."""
+
+LESS_IS_BETTER = frozenset(
+    ("gold_nll", "gold_bits_per_byte", "cross_entropy", "perplexity", "word_perplexity", "bits_per_byte")
+)
+"""Of the metrics below; of the others more is."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,7 +36,7 @@ class Judged:
     """What a model made of one question.
 
     Attributes:
-      metrics: {name: (sum, weight)}.
+      metrics: {name: what it adds to the metric's sums}.
       details: what to keep of it in the file of examples; JSON-able.
       dropped: tokens of contexts that had no room.
     """
@@ -57,6 +66,12 @@ class Measure(abc.ABC):
     def chance(self, question: Question) -> float | None:
         """The expected value of `primary` for blind guesses; None where that has no meaning."""
         return None
+
+    def value(self, metric: str, totals: np.ndarray) -> np.ndarray:
+        """A metric of rows by what they add up to, [K, ...] -> [...]; nan where no row has it."""
+        found, transform = ratio(totals), self.transforms.get(metric)
+        with np.errstate(over="ignore"):  # one that overflows is infinite
+            return found if transform is None else transform(found)
 
 
 _NO_GOLD = "it does not say which choice is right"
@@ -195,8 +210,9 @@ class Generation(Measure):
     Attributes:
       primary: one of `metrics`.
       metrics: "exact_match" and "f1" of words, both without case, punctuation and articles (Rajpurkar et al. 2016,
-        arXiv 1606.05250); "rouge1", "rouge2", "rougeL" (package rouge-score, F-measure with stemming); "bleu" (package
-        sacrebleu, of each sentence), "chrf" likewise.
+        arXiv 1606.05250); "rouge1", "rouge2", "rougeL" (package rouge-score, F-measure with stemming); "sentence_bleu"
+        and "chrf" (package sacrebleu, of each text; the mean over them); "corpus_bleu" (sacrebleu, of all texts
+        together against all right answers, as papers report BLEU).
       max_new_tokens: at most so many.
       stop: texts at which an answer ends.
     """
@@ -207,8 +223,15 @@ class Generation(Measure):
     stop: tuple[str, ...] = ("\n",)
 
     def __post_init__(self):
-        if unknown := [name for name in self.metrics if name not in _SIMILARITIES]:
-            raise ValueError(f"Generation.metrics has {unknown[0]!r}; there are {sorted(_SIMILARITIES)}.")
+        if "bleu" in self.metrics:
+            raise ValueError(
+                "Generation.metrics has 'bleu', which does not say of what; write corpus_bleu (of all texts together, "
+                "as papers report it) or sentence_bleu (the mean over texts, which was called bleu before)."
+            )
+        if unknown := [name for name in self.metrics if name not in (*_SIMILARITIES, _CORPUS_BLEU)]:
+            raise ValueError(
+                f"Generation.metrics has {unknown[0]!r}; there are {sorted((*_SIMILARITIES, _CORPUS_BLEU))}."
+            )
         if self.primary not in self.metrics:
             raise ValueError(f"Generation.primary={self.primary!r} is none of Generation.metrics, {self.metrics}.")
 
@@ -218,16 +241,27 @@ class Generation(Measure):
 
     @override
     def judge(self, model: TextModel, questions: Sequence[Question]) -> list[Judged]:
-        similarities = {name: _SIMILARITIES[name](name) for name in self.metrics}  # packages are missed before work
+        rows = {name: self._of_row(name) for name in self.metrics}  # packages are missed before work
         contexts = [question.contexts[0] for question in questions]
         texts = model.generate(contexts, max_new_tokens=self.max_new_tokens, stop=self.stop)
         return [
             Judged(
-                {n: (max(f(text, answer) for answer in question.answers), 1.0) for n, f in similarities.items()},
+                {name: of(text, question.answers) for name, of in rows.items()},
                 {"generated": text, "answers": list(question.answers)},
             )
             for question, text in zip(questions, texts)
         ]
+
+    @override
+    def value(self, metric: str, totals: np.ndarray) -> np.ndarray:
+        return _corpus_bleu(totals) if metric == _CORPUS_BLEU else super().value(metric, totals)
+
+    def _of_row(self, metric: str) -> Callable[[str, Sequence[str]], tuple[float, ...]]:
+        """(text, right answers) -> what the row adds to the metric's sums."""
+        if metric == _CORPUS_BLEU:
+            return _bleu_counts()
+        similarity = _SIMILARITIES[metric](metric)
+        return lambda text, answers: (max(similarity(text, answer) for answer in answers), 1.0)
 
 
 def _words(text: str) -> list[str]:
@@ -268,12 +302,16 @@ def _rouge(name: str) -> Similarity:
     return lambda text, answer: scorer.score(answer, text)[name].fmeasure
 
 
-def _sacrebleu(name: str) -> Similarity:
+def _sacrebleu(metric: str) -> ModuleType:
     try:
         import sacrebleu
     except ImportError as error:
-        raise _missing(name, "sacrebleu") from error
-    score = getattr(sacrebleu, f"sentence_{name}")
+        raise _missing(metric, "sacrebleu") from error
+    return sacrebleu
+
+
+def _of_sentence(name: str) -> Similarity:
+    score = getattr(_sacrebleu(name), f"sentence_{name.removeprefix('sentence_')}")
     return lambda text, answer: score(text, [answer]).score
 
 
@@ -282,5 +320,30 @@ _SIMILARITIES: dict[str, Callable[[str], Similarity]] = {
     "exact_match": lambda name: exact_match,
     "f1": lambda name: f1,
     **dict.fromkeys(("rouge1", "rouge2", "rougeL"), _rouge),
-    **dict.fromkeys(("bleu", "chrf"), _sacrebleu),
+    **dict.fromkeys(("sentence_bleu", "chrf"), _of_sentence),
 }
+
+_CORPUS_BLEU = "corpus_bleu"
+
+
+def _bleu_counts() -> Callable[[str, Sequence[str]], tuple[float, ...]]:
+    """(text, right answers) -> lengths of text and nearest answer; n-grams of 1 to 4 that are right, and all."""
+    bleu = _sacrebleu(_CORPUS_BLEU).BLEU()
+
+    def counts(text: str, answers: Sequence[str]) -> tuple[float, ...]:
+        found = bleu.corpus_score([text], [[answer] for answer in answers])
+        return found.sys_len, found.ref_len, *found.counts, *found.totals
+
+    return counts
+
+
+def _corpus_bleu(totals: np.ndarray) -> np.ndarray:
+    """BLEU (Papineni et al. 2002) of sums of `_bleu_counts`, [10, ...] -> [...]; nan of no text at all."""
+    score = _sacrebleu(_CORPUS_BLEU).BLEU.compute_bleu
+
+    def one(sums: np.ndarray) -> float:
+        written, wanted, *counts = map(int, sums)
+        # "exp" is what the package's own BLEU of a corpus does with orders of which nothing is right.
+        return score(counts[:4], counts[4:], written, wanted, smooth_method="exp").score if wanted else math.nan
+
+    return np.apply_along_axis(one, 0, totals)

@@ -169,9 +169,9 @@ class _Prompted:
         found = {}
         for name in judged[0].metrics:
             if name not in _UNTOLD.get(type(self._measure), ()):
-                sums, weights = np.array([[judgement.metrics[name]] for judgement in judged]).T
-                transform = self._measure.transforms.get(name)
-                found[name] = estimate(sums, weights, samples=0, seed=0, transform=transform).value
+                statistics = np.array([[judgement.metrics[name]] for judgement in judged]).T
+                value = functools.partial(self._measure.value, name)
+                found[name] = estimate(statistics, samples=0, seed=0, value=value).value
         return found
 
 

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+import traceback
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import rich.box
@@ -73,17 +74,19 @@ class SuiteResult:
       model: the folder it was read from.
       results: of the tasks that were evaluated.
       failures: {task: sentence} of the others.
+      known: {task: result as JSON has it} of tasks that had been evaluated before.
     """
 
     model: str
     results: tuple[Result, ...]
     failures: dict[str, str]
+    known: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """Everything as JSON has it."""
         return {
             "model": self.model,
-            "tasks": {result.task: dataclasses.asdict(result) for result in self.results},
+            "tasks": self.known | {result.task: dataclasses.asdict(result) for result in self.results},
             "failures": self.failures,
         }
 
@@ -106,20 +109,44 @@ class SuiteResult:
         return [_grid(result) for result in self.results if isinstance(result, TaskResult) and result.grid]
 
 
+RESULTS, EXAMPLES = "results.json", "examples.jsonl"
+_PARTIAL = "partial.json"
+"""Results of which the tasks that failed are to be asked again."""
+
+
+def failures_in(folder: pathlib.Path) -> dict[str, str]:
+    """{task: sentence} of the tasks that failed, by a folder's results; nothing where there are none."""
+    path = folder / RESULTS
+    return json.loads(path.read_text()).get("failures", {}) if path.exists() else {}
+
+
+def try_again(folder: pathlib.Path) -> None:
+    """Takes the results back, so that the next `evaluate` asks what failed, and keeps what did not."""
+    os.replace(folder / RESULTS, folder / _PARTIAL)
+
+
+def was_asked(folder: pathlib.Path) -> bool:
+    """Whether a folder has results, some tasks' at least."""
+    return (folder / RESULTS).exists() or (folder / _PARTIAL).exists()
+
+
 def evaluate(
     config: EvaluationConfig,
     pretrained: Pretrained,
     *,
     folder: pathlib.Path | None = None,
     report: Callable[[str], None] = print,
+    tolerant: bool = False,
 ) -> SuiteResult:
     """Evaluates a model on all tasks; one that fails does not stop the others.
 
     Args:
       config: what to ask.
       pretrained: whom.
-      folder: where results.json and examples.jsonl (a line a question, or a trial) go; None writes nothing.
+      folder: where results.json and examples.jsonl (a line a question, or a trial) go; None writes nothing. What it has
+        since `try_again` is kept, and not asked again.
       report: is given a line for each task and each row left out.
+      tolerant: an error of any kind, such as one of memory, fails the task in which it arises, and not all.
 
     Raises:
       ValueError: the model cannot be scored at all.
@@ -131,9 +158,11 @@ def evaluate(
         context_length=config.context_length,
         parallel=config.parallel.on() if config.parallel else None,
     )
-    results, failures = [], {}
-    with _Examples(folder) as examples:
+    results, failures, known = [], {}, _known(folder)
+    with _Examples(folder, known) as examples:
         for task in config.tasks:
+            if task.name in known:
+                continue
             if config.limit is not None:
                 task = dataclasses.replace(task, limit=min(config.limit, task.limit or config.limit))
             try:
@@ -142,26 +171,45 @@ def evaluate(
                 failures[task.name] = str(error)
                 report(str(error))
                 continue
+            except Exception as error:
+                if not tolerant:
+                    raise
+                foreseen = isinstance(error, ValueError | OSError)
+                failures[task.name] = f"Task {task.name}: {error if foreseen else f'{type(error).__name__}: {error}'}"
+                report(failures[task.name] if foreseen else traceback.format_exc())
+                continue
             examples.write(records)
             results.append(result)
             report(f"{result.task}: {result.primary} {result.metrics[result.primary]}")
-    result = SuiteResult(pretrained.source, tuple(results), failures)
+    result = SuiteResult(pretrained.source, tuple(results), failures, known)
     if folder is not None:
-        _write(folder / "results.json", json.dumps(result.json(), indent=2) + "\n")
+        found = result.json()
+        found["tasks"] = {task.name: found["tasks"][task.name] for task in config.tasks if task.name not in failures}
+        _write(folder / RESULTS, json.dumps(found, indent=2) + "\n")
+        (folder / _PARTIAL).unlink(missing_ok=True)
     return result
 
 
-class _Examples:
-    """The file of examples, which has its name only when it is complete."""
+def _known(folder: pathlib.Path | None) -> dict[str, Any]:
+    """{task: result} that a folder has since `try_again`."""
+    path = None if folder is None else folder / _PARTIAL
+    return json.loads(path.read_text())["tasks"] if path is not None and path.exists() else {}
 
-    def __init__(self, folder: pathlib.Path | None):
-        self._path = None if folder is None else folder / "examples.jsonl"
-        self._file = None
+
+class _Examples:
+    """The file of examples, which has its name only when it is complete; those of `known` tasks are taken over."""
+
+    def __init__(self, folder: pathlib.Path | None, known: Container[str]):
+        self._path = None if folder is None else folder / EXAMPLES
+        self._known, self._file = known, None
 
     def __enter__(self) -> "_Examples":
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(f"{self._path}.partial", "w", encoding="utf-8")
+            if self._known:
+                with open(self._path, encoding="utf-8") as lines:
+                    self._file.writelines(line for line in lines if json.loads(line)["task"] in self._known)
         return self
 
     def write(self, records: Iterator[dict[str, Any]]) -> None:

@@ -13,15 +13,17 @@ A task with several prompts has the median over them as its result, and their sp
 
 import collections
 import dataclasses
+import fnmatch
+import functools
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxlm.data.prompts import Prompts, Question, QuestionTemplate, Row, TemplateError, row_name
-from jaxlm.data.sources import Source, TextFiles
+from jaxlm.data.sources import ArrayRecordSource, Source, TextFiles
 from jaxlm.evaluation.intervals import Estimate, estimate
 from jaxlm.evaluation.measures import Judged, Measure
 from jaxlm.evaluation.subject import Subject
@@ -89,6 +91,42 @@ class EvaluationTask:
     ) -> tuple["TaskResult", Iterator[dict[str, Any]]]:
         """`evaluate_task` of a model as the suite has it."""
         return evaluate_task(self, subject.text_model, samples=samples, seed=seed, report=report)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Files that other tasks may read."""
+        return ()
+
+    def check(self, written: Collection[str] = ()) -> None:
+        """Looks whether templates and files are there, before a model is: what can be seen without reading rows.
+
+        Args:
+          written: files that are made before the task is asked.
+
+        Raises:
+          TaskError: they are not; the message has task and path.
+        """
+        try:
+            task_templates(self)
+            for split in (self.split, *([self.few_shot.split] if self.few_shot else [])):
+                check_files(self.source, split, written)
+        except (ValueError, OSError) as error:
+            raise error if isinstance(error, TaskError) else TaskError(f"Task {self.name}: {error}") from error
+
+
+def check_files(source: Source, split: str, written: Collection[str] = ()) -> None:
+    """Whether a split's files are there, of sources that are files on disk; others are not looked at.
+
+    Raises:
+      ValueError: they are not, and none of them is among those `written` later.
+    """
+    if isinstance(source, TextFiles):
+        pattern = source.validation if split == "validation" and source.validation else source.pattern
+        patterns = [os.path.abspath(one) for one in ((pattern,) if isinstance(pattern, str) else pattern)]
+        if any(fnmatch.fnmatch(os.path.abspath(path), one) for path in written for one in patterns):
+            return
+    if isinstance(source, TextFiles | ArrayRecordSource):
+        source.shards(split)
 
 
 def rows_in(folder: str, validation: str, train: str | None = None) -> TextFiles:
@@ -351,17 +389,16 @@ def _estimates(
     """The metrics of some rows."""
     place = {row: i for i, row in enumerate(members)}
     asked = [found for found in judged.values() if any(row in place for row in found)]
-    names = next(iter(asked[0].values())).metrics if asked else ()
+    sums = next(iter(asked[0].values())).metrics if asked else {}
     result = {}
-    for name in names:
-        both = np.zeros((2, len(asked), len(place)))
+    for name, first in sums.items():
+        statistics = np.zeros((len(first), len(asked), len(place)))
         for prompt, found in enumerate(asked):
             for row, judgement in found.items():
                 if row in place:
-                    both[:, prompt, place[row]] = judgement.metrics[name]
-        result[name] = estimate(
-            both[0], both[1], samples=samples, seed=seed, transform=task.measure.transforms.get(name)
-        )
+                    statistics[:, prompt, place[row]] = judgement.metrics[name]
+        value = functools.partial(task.measure.value, name)
+        result[name] = estimate(statistics, samples=samples, seed=seed, value=value)
     return result
 
 

@@ -20,6 +20,7 @@ class Verdict(enum.Enum):
     NOT_FINITE = "not finite"
     NO_METRIC = "no such metric"
     MISSING = "runs are missing"
+    FAILED = "a task failed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +29,22 @@ class Decision:
 
     Attributes:
       finding: the claim.
-      seeds: of which both kinds of runs are there.
+      seeds: of which both kinds of runs are there, and were asked.
       difference: `more` less `less`, over these seeds; above 0 the claim is right. None where there is no seed, or a
         run has no such metric.
+      failed: seeds that are left out since a task could not be asked.
     """
 
     finding: Finding
     seeds: tuple[int, ...]
     difference: Interval | None
+    failed: tuple[int, ...] = ()
 
     @property
     def verdict(self) -> Verdict:
         """By whether the interval has 0 in it."""
         if self.difference is None:
-            return Verdict.NO_METRIC if self.seeds else Verdict.MISSING
+            return Verdict.NO_METRIC if self.seeds else Verdict.FAILED if self.failed else Verdict.MISSING
         if not math.isfinite(self.difference.mean):
             return Verdict.NOT_FINITE
         if len(self.seeds) == 1:
@@ -53,9 +56,13 @@ class Decision:
 
 def decide(finding: Finding, runs: Sequence[Run]) -> Decision:
     """Compares the two kinds of runs seed by seed, which takes out what a seed's data and start do to both."""
-    sides = (runs_of(side, runs) for side in (finding.less, finding.more))
-    less, more = ({seed: _value(finding.metric, run) for seed, run in side.items()} for side in sides)
-    return compare(finding, less, more)
+    less, more = (runs_of(side, runs) for side in (finding.less, finding.more))
+    both = less.keys() & more.keys()
+    failed = {seed for seed in both if any(_failed(finding.metric, side[seed]) for side in (less, more))}
+    values = (
+        {seed: _value(finding.metric, run) for seed, run in side.items() if seed not in failed} for side in (less, more)
+    )
+    return dataclasses.replace(compare(finding, *values), failed=tuple(sorted(failed)))
 
 
 def compare(finding: Finding, less: Mapping[int, float | None], more: Mapping[int, float | None]) -> Decision:
@@ -64,6 +71,13 @@ def compare(finding: Finding, less: Mapping[int, float | None], more: Mapping[in
     if not seeds or any(None in (less[seed], more[seed]) for seed in seeds):
         return Decision(finding, seeds, None)
     return Decision(finding, seeds, interval([more[seed] - less[seed] for seed in seeds]))
+
+
+def _failed(metric: str, run: Run) -> bool:
+    """Whether a task could not be asked that the metric is of."""
+    evaluation, *rest = metric.split("/")
+    tasks = run.failures.get(evaluation, {})
+    return rest[0] in tasks if len(rest) > 1 else bool(tasks)
 
 
 def _value(metric: str, run: Run) -> float | None:

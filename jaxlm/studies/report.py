@@ -13,16 +13,17 @@ from jaxlm.studies.jobs import Job, Plan, best_trial
 from jaxlm.studies.ladder_section import ladder_section
 from jaxlm.studies.learned_section import learned_section
 from jaxlm.studies.page import table
-from jaxlm.studies.pictures import bars, heat_map, learning_curves, tuning_curves
+from jaxlm.studies.pictures import Panel, heat_maps, learning_curves, no_map, tuning_curves
+from jaxlm.studies.questions_section import grid_section, questions_section
 from jaxlm.studies.results import (
     Account,
     Interval,
     Matched,
     Run,
     account,
-    answered,
     cell_name,
     failed_jobs,
+    failed_tasks,
     finished_runs,
     matched,
     measured,
@@ -43,9 +44,11 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
     sections = [_head(study, plan, store, runs)]
     for metric in study.measures:
         sections += _measure(study, metric, plan, runs, figures)
+    for name in dict.fromkeys(name for leg in study.legs for name in leg.evaluations):
+        sections.append(grid_section(study, name, runs, figures))
     for leg in study.legs:
         for name in leg.evaluations:
-            sections.append(_evaluation(study, leg, name, runs, figures))
+            sections.append(questions_section(study, leg, name, runs, figures))
             sections.append(learned_section(leg.name, name, runs, figures))
     sections.append(findings_section([decide(finding, runs) for finding in study.findings], len(study.seeds)))
     if plan.trials:
@@ -116,13 +119,33 @@ def _measure(study: StudyConfig, metric: str, plan: Plan, runs: Sequence[Run], f
             agree = " and in ".join(("the objective that is measured", *study.incomparable))
             lines += [f"Cells compare where they agree in {agree}.", ""]
         lines += table(("cell", "mean", "95% interval", "seeds"), _by_group(values, groups))
-        if len(study.factors) == 2 and len(values) > 1:
-            heat_map(figures / f"{name}_grid.png", study, values, groups, f"{metric} after {leg.name}")
-            lines += ["", f"![{metric} over the grid](figures/{name}_grid.png)"]
+        if len(values) > 1:
+            lines += ["", _map(study, leg, metric, values, groups, figures / f"{name}_grid.png")]
         learning_curves(figures / f"{name}_curves.png", [run for run in runs if run.leg == leg.name], groups, metric)
         lines += ["", f"![{metric} while training](figures/{name}_curves.png)"]
         sections.append("\n".join(lines))
     return sections
+
+
+def _map(
+    study: StudyConfig,
+    leg: Leg,
+    metric: str,
+    values: Mapping[str, Interval],
+    groups: Mapping[str, str],
+    picture: pathlib.Path,
+) -> str:
+    """A map of the grid, whose colours compare cells of a group; or why there is none."""
+    if (why := no_map(study)) is not None:
+        return why
+    shades = {}
+    for cell, value in values.items():
+        beside = [values[other].mean for other in values if groups[other] == groups[cell]]
+        low, high = min(beside), max(beside)
+        shades[cell] = (value.mean - low) / (high - low) if high > low else 0.5
+    panel = Panel(f"{metric} after {leg.name}", values, frozenset(map(cell_name, filter(leg.takes, study.cells))))
+    heat_maps(picture, study, [panel], "lowest to highest of cells that compare", shades=shades)
+    return f"![{metric} over the grid](figures/{picture.name})"
 
 
 def _comparable(study: StudyConfig, leg: Leg, plan: Plan) -> dict[str, str]:
@@ -157,45 +180,6 @@ def _by_group(values: Mapping[str, Interval], groups: Mapping[str, str]) -> list
 
 def _bounds(value: Interval) -> str:
     return "one seed" if math.isnan(value.low) else f"{value.low:.4f} to {value.high:.4f}"
-
-
-def _evaluation(study: StudyConfig, leg: Leg, name: str, runs: Sequence[Run], figures: pathlib.Path) -> str:
-    """Tables and a picture of what the models of a leg were asked: the primary metrics, and those of findings."""
-    found = answered(runs, leg.name, name)
-    if not found:
-        return ""
-    scores = {task: of for run in runs if run.leg == leg.name for task, of in run.scores.get(name, {}).items()}
-    chances = {task: of["chance"] for task, of in scores.items()}
-    if len(found) > 1:
-        chances["mean"] = None if None in chances.values() else float(np.mean(list(chances.values())))
-    cells = list(dict.fromkeys(cell for values in found.values() for cell in values))
-    primary = {task: f"{task}, {of['primary']}" for task, of in scores.items()}
-    head = f"## {name} after {leg.name}\n\nMeans over seeds, ± half of the 95% interval.\n\n"
-    picture = re.sub(r"\W+", "_", f"{leg.name}_{name}_tasks") + ".png"
-    bars(figures / picture, found, chances, cells)
-    lines = [*_task_table(found, cells, primary, chances), "", f"![tasks](figures/{picture})"]
-    for metric in dict.fromkeys(finding.metric for finding in study.findings):
-        evaluation, *_, last = metric.split("/")
-        values = answered(runs, leg.name, name, last) if evaluation == name else {}
-        if values:
-            lines += ["", f"{last}:", "", *_task_table(values, cells, {}, {})]
-    return head + "\n".join(lines)
-
-
-def _task_table(
-    found: Mapping[str, Mapping[str, Interval]],
-    cells: Sequence[str],
-    names: Mapping[str, str],
-    chances: Mapping[str, float | None],
-) -> list[str]:
-    """A row a task; the column of chances only where some are known."""
-    known = any(chance is not None for chance in chances.values())
-    rows = []
-    for task, values in found.items():
-        shown = [str(values[cell]) if cell in values else "" for cell in cells]
-        chance = chances.get(task)
-        rows.append((names.get(task, task), *([("" if chance is None else f"{chance:.4f}")] if known else []), *shown))
-    return table(("task", *(["chance"] if known else []), *cells), rows)
 
 
 def _tuning(plan: Plan, store: Store, figures: pathlib.Path) -> list[str]:
@@ -258,10 +242,19 @@ def _losses(result: Matched) -> str:
 
 def _failures(plan: Plan, store: Store) -> str:
     found = [(cell, leg, job, store.failure(job)) for cell, leg, job in failed_jobs(plan, store)]
-    if not found:
-        return ""
     rows = [(cell_name(cell), leg.name, str(failure.seed), failure.error) for cell, leg, _, failure in found]
-    lines = ["## Failed", "", *table(("cell", "leg", "seed", "why"), list(dict.fromkeys(rows)))]
+    tasks = [(cell_name(c), leg.name, str(seed), task, why) for c, leg, _, seed, task, why in failed_tasks(plan, store)]
+    if not rows and not tasks:
+        return ""
+    lines = ["## Failed"]
+    if rows:
+        lines += ["", *table(("cell", "leg", "seed", "why"), list(dict.fromkeys(rows)))]
+    if tasks:
+        lines += [
+            "",
+            "These tasks could not be asked; the others were, and training went on. The next start tries these again.",
+        ]
+        lines += ["", *table(("cell", "leg", "seed", "task", "why"), list(dict.fromkeys(tasks)))]
     if diverged := dict.fromkeys(job.address for _, _, job, failure in found if failure.diverged):
         notes = ", ".join(f"runs/{address}/failed.json" for address in diverged)
         lines += ["", f"What diverged would again; to have it tried all the same, delete {notes}."]

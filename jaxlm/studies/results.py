@@ -53,6 +53,8 @@ class Run:
       job, seed: which run it is; cells may share it.
       curves: metrics over its steps.
       scores: {evaluation: {task: what was answered}}, see `Store.scores`.
+      failures: {evaluation: {task: why it was not asked}}.
+      examples: {evaluation: file of what was answered to each question}.
     """
 
     cell: Cell
@@ -61,13 +63,16 @@ class Run:
     seed: int
     curves: Mapping[str, Curve]
     scores: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    failures: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    examples: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
 
     def last(self, metric: str) -> float | None:
         """The last value of a metric."""
         return self.curves[metric].last if metric in self.curves else None
 
     def score(self, evaluation: str, metric: str | None = None, task: str | None = None) -> float | None:
-        """A metric of a task; of no task named: the mean over those of an evaluation. None: it was not asked.
+        """A metric of a task; of no task named: the mean over those of an evaluation. None: it was not asked, or for
+        the mean not all of it.
 
         Args:
           evaluation: its name in the leg.
@@ -75,6 +80,8 @@ class Run:
           task: None is the mean.
         """
         tasks = self.scores.get(evaluation, {})
+        if task is None and self.failures.get(evaluation):
+            return None
         asked = tasks.values() if task is None else [tasks[task]] if task in tasks else []
         found = [of["metrics"].get(metric or of["primary"]) for of in asked]
         return None if not found or None in found else float(np.mean([value["value"] for value in found]))
@@ -88,7 +95,16 @@ class Run:
 def finished_runs(plan: Plan, store: Store) -> list[Run]:
     """Every finished run of every cell and leg; trials are not among them."""
     return [
-        Run(cell, leg.name, job, seed, store.curves(job, seed), store.scores(job, seed))
+        Run(
+            cell,
+            leg.name,
+            job,
+            seed,
+            store.curves(job, seed),
+            store.scores(job, seed),
+            store.failed_tasks(job, seed),
+            store.examples(job, seed),
+        )
         for cell, leg, job in plan.of_cells
         if job is not None
         for seed in job.seeds
@@ -110,15 +126,20 @@ def answered(
 ) -> dict[str, dict[str, Interval]]:
     """{task: {cell: interval over seeds}} of a metric (None: each task's primary one), of the runs of a leg.
 
-    The last entry is the "mean" over tasks, each counted once, where there are several.
+    The last entry is the "mean" over the tasks that have the metric, each counted once, where there are several; of
+    runs in which no task failed.
     """
     values: dict[str, dict[str, list[float]]] = {}
     asked = [run for run in runs if run.leg == leg and evaluation in run.scores]
-    tasks = list(dict.fromkeys(task for run in asked for task in run.scores[evaluation]))
-    for task in (*tasks, None) if len(tasks) > 1 else tasks:
+    for task in dict.fromkeys(task for run in asked for task in run.scores[evaluation]):
         for run in asked:
             if (value := run.score(evaluation, metric, task)) is not None:
-                values.setdefault(task or "mean", {}).setdefault(cell_name(run.cell), []).append(value)
+                values.setdefault(task, {}).setdefault(cell_name(run.cell), []).append(value)
+    having = list(values)
+    for run in asked if len(having) > 1 else ():
+        scores = [run.score(evaluation, metric, task) for task in having]
+        if None not in scores and not run.failures.get(evaluation):
+            values.setdefault("mean", {}).setdefault(cell_name(run.cell), []).append(float(np.mean(scores)))
     return {task: {cell: interval(found) for cell, found in cells.items()} for task, cells in values.items()}
 
 
@@ -201,6 +222,8 @@ def write_csv(path: pathlib.Path, study: StudyConfig, plan: Plan, store: Store) 
                 for name, tasks in store.scores(job, seed).items():
                     for task, found in tasks.items():
                         row |= {f"{name}/{task}/{metric}": of["value"] for metric, of in found["metrics"].items()}
+                if failed := store.failed_tasks(job, seed):
+                    row["failed tasks"] = " ".join(f"{name}/{task}" for name, tasks in failed.items() for task in tasks)
             rows.append(row)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with path.open("w", newline="") as out:
@@ -232,6 +255,18 @@ def failed_jobs(plan: Plan, store: Store) -> list[tuple[Cell, Leg, Job]]:
     """The (cell, leg, job) that failed, so that the study is not complete."""
     found = [entry for entry in plan.of_cells if entry[2] is not None and store.failure(entry[2]) is not None]
     return found + [(cell, leg, job) for cell, leg, trials in plan.trials for job in failed_trials(trials, store)]
+
+
+def failed_tasks(plan: Plan, store: Store) -> list[tuple[Cell, Leg, Job, int, str, str]]:
+    """(cell, leg, job, seed, "evaluation/task", why) of what trained models could not be asked."""
+    return [
+        (cell, leg, job, seed, f"{evaluation}/{task}", why)
+        for cell, leg, job in plan.of_cells
+        if job is not None
+        for seed in job.seeds
+        for evaluation, tasks in store.failed_tasks(job, seed).items()
+        for task, why in tasks.items()
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxlm.checkpoints.stored import committed_steps
+from jaxlm.evaluation.suite import EXAMPLES, RESULTS, failures_in, try_again, was_asked
 from jaxlm.studies.jobs import Job
 from jaxlm.studies.settings import evaluation_digest
 from jaxlm.training.report import Curve, read_curves
@@ -125,7 +126,11 @@ class Store:
     def evaluations_left(self, job: Job, seed: int) -> list[str]:
         """The names of the evaluations that a run's model has yet to answer."""
         folders = {name: self.evaluation_folder(job, seed, name) for name in job.evaluations}
-        return [name for name, folder in folders.items() if not (folder / "results.json").exists()]
+        return [name for name, folder in folders.items() if not (folder / RESULTS).exists()]
+
+    def was_asked(self, job: Job, seed: int, name: str) -> bool:
+        """Whether a run's model has been asked an evaluation, be it that tasks of it failed."""
+        return was_asked(self.evaluation_folder(job, seed, name))
 
     def evaluation_folder(self, job: Job, seed: int, name: str) -> pathlib.Path:
         """Where the answers of a run's model lie; another folder for other questions."""
@@ -133,9 +138,21 @@ class Store:
 
     def scores(self, job: Job, seed: int) -> dict[str, dict[str, Any]]:
         """{evaluation: {task: {"primary", "metrics", "chance", ...}}} of a run, as `jaxlm.evaluate` writes them."""
+        return {name: json.loads((folder / RESULTS).read_text())["tasks"] for name, folder in self._asked(job, seed)}
+
+    def failed_tasks(self, job: Job, seed: int) -> dict[str, dict[str, str]]:
+        """{evaluation: {task: why}} of the tasks that a run's model could not be asked."""
+        return {name: failed for name, folder in self._asked(job, seed) if (failed := failures_in(folder))}
+
+    def examples(self, job: Job, seed: int) -> dict[str, pathlib.Path]:
+        """{evaluation: file} of what a run's model answered to each question."""
+        files = {name: folder / EXAMPLES for name, folder in self._asked(job, seed)}
+        return {name: file for name, file in files.items() if file.exists()}
+
+    def _asked(self, job: Job, seed: int) -> list[tuple[str, pathlib.Path]]:
+        """(name, folder) of the evaluations that a run's model has answered."""
         left = self.evaluations_left(job, seed)
-        files = {name: self.evaluation_folder(job, seed, name) / "results.json" for name in job.evaluations}
-        return {name: json.loads(file.read_text())["tasks"] for name, file in files.items() if name not in left}
+        return [(name, self.evaluation_folder(job, seed, name)) for name in job.evaluations if name not in left]
 
     def is_finished(self, job: Job) -> bool:
         """Whether all runs of a job ended as planned."""
@@ -158,13 +175,17 @@ class Store:
         path.write_text(json.dumps(dataclasses.asdict(failure), indent=1) + "\n")
 
     def forget_failures(self, jobs: Iterable[Job]) -> None:
-        """So that those of the jobs that failed, but did not diverge, are tried again; not one that is worked on."""
+        """So that those of the jobs that failed, but did not diverge, are tried again, and tasks that failed after
+        training; not one that is worked on."""
         for job in jobs:
-            if self.failure(job) is None or self.diverged(job):
+            asked = [self.evaluation_folder(job, seed, name) for seed in job.seeds for name in job.evaluations]
+            if self.diverged(job) or not (self.failure(job) or any(map(failures_in, asked))):
                 continue
             with self.claim(job) as free:
                 if free:
                     (self.job_folder(job) / "failed.json").unlink(missing_ok=True)
+                    for folder in filter(failures_in, asked):
+                        try_again(folder)
 
     def steps_done(self, job: Job, seed: int) -> int:
         """The newest committed step of a run."""

@@ -9,6 +9,7 @@ import pytest
 from jaxlm.data import sources
 from jaxlm.data.records import decode_record, encode_record
 from jaxlm.data.sources import ArrayRecordSource, InMemory, LibraryText, StandardLibrary, TextFiles, TfdsSource
+from tests.data.tfds_files import write_tfds
 
 
 def read(source, split):
@@ -167,46 +168,13 @@ def test_records_round_trip_through_array_record(tmp_path):
         read(source, "test")
 
 
-def write_tfds(folder, kind):
-    """A prepared TFDS data set of ten documents, written without TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    folder.mkdir(parents=True)
-
-    def field(number, body):
-        return bytes([number << 3 | 2, len(body)]) + body
-
-    def example(text):  # tf.train.Example with the one bytes feature "text"
-        return field(1, field(1, field(1, b"text") + field(2, field(1, field(1, text.encode())))))
-
-    documents = [example(f"document {i}") for i in range(10)]
-    path = folder / f"tiny-train.{kind}-00000-of-00001"
-    if kind == "array_record":
-        from array_record.python import array_record_module
-
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        for document in documents:
-            writer.write(document)
-        writer.close()
-    else:
-        crc = bytes(4)
-        path.write_bytes(b"".join(len(d).to_bytes(8, "little") + crc + d + crc for d in documents))
-    tfds.features.FeaturesDict({"text": tfds.features.Text()}).save_config(folder)
-    split = {
-        "name": "train",
-        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-        "numBytes": "1",
-        "shardLengths": ["10"],
-    }
-    info = {"name": "tiny", "version": "1.0.0", "fileFormat": kind, "moduleName": "tiny", "splits": [split]}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    return path
+DOCUMENTS = [{"text": f"document {i}"} for i in range(10)]
 
 
 @pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
 def test_tfds_data_sets_are_read_by_name(tmp_path, kind):
     pytest.importorskip("tensorflow_datasets")
-    path = write_tfds(tmp_path / "tiny" / "1.0.0", kind)
+    path = write_tfds(tmp_path / "tiny" / "1.0.0", kind, DOCUMENTS)
     splits = (("train", "train[:70%]"), ("validation", "train[70%:]"))
     source = TfdsSource("tiny", str(tmp_path), splits)
     assert texts(source, "train") == [f"document {i}" for i in range(7)]
@@ -223,7 +191,7 @@ def test_tfds_data_sets_are_read_by_name(tmp_path, kind):
 
 def test_tfds_needs_neither_tensorflow_nor_jax(run_python, tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    write_tfds(tmp_path / "tiny" / "1.0.0", "tfrecord")
+    write_tfds(tmp_path / "tiny" / "1.0.0", "tfrecord", DOCUMENTS)
     run_python(
         "import sys\n"
         "from jaxlm.data.sources import TfdsSource\n"

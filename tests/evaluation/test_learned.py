@@ -340,6 +340,23 @@ def test_distributions_that_are_none_are_named(chances, sentence, annotated, row
         task.opened(opened_model(Architecture.ENCODER), None)
 
 
+def test_labelled_files_are_looked_for_before_there_is_a_model(kinds, rows, folder, tmp_path):
+    """Those that a teacher writes on the way need not be there yet."""
+    output = str(tmp_path / "taught.jsonl.gz")
+    teacher = FinetuningSweep("t", kinds["sequence"], annotation=Annotation(str(folder / "train.jsonl"), output))
+    late = dataclasses.replace(rows, train=output)  # a path of its own, whatever the folder
+    student = FinetuningSweep("s", SequenceClassification(late, taught="taught"))
+    teacher.check()
+    assert teacher.writes == (output,) and dataclasses.replace(student, after=teacher).writes == (output,)
+    student.check(teacher.writes)
+    for task in (student, LinearProbe("p", SequenceClassification(late)), dataclasses.replace(teacher, after=student)):
+        with pytest.raises(TaskError, match=r"^Task [sp]: No text at '.*/taught.jsonl.gz': nothing is there"):
+            task.check()
+    nowhere = dataclasses.replace(teacher, annotation=Annotation(str(tmp_path / "none.jsonl"), output))
+    with pytest.raises(TaskError, match="Task t, its annotation: No text at '.*/none.jsonl'"):
+        nowhere.check()
+
+
 def test_what_cannot_be_annotated_is_one_sentence(kinds, folder, tmp_path):
     annotation = Annotation(str(folder / "train.jsonl"), str(tmp_path / "out.jsonl"))
     with pytest.raises(ValueError, match=r"FinetuningSweep 't': an Annotation gives .* TokenClassification has none"):

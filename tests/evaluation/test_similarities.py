@@ -1,10 +1,13 @@
 """Texts that were written beside the right ones: values had by hand, and the sentence for a missing package."""
 
+import functools
 import sys
 
+import numpy as np
 import pytest
 
 from jaxlm.data.prompts import Question
+from jaxlm.evaluation.intervals import estimate, resampled
 from jaxlm.evaluation.measures import Generation, exact_match, f1
 
 MAT = ("the cat sat on the mat", "the cat sat on a mat")
@@ -73,24 +76,82 @@ def test_rouge(metric, text, answer, value):
     ("metric", "text", "answer", "value"),
     [
         # 5 of 6 words ("the" once), 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples; as long as the answer.
-        ("bleu", *MAT, 100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25),
-        ("bleu", MAT[0], MAT[0], 100.0),
+        ("sentence_bleu", *MAT, 100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25),
+        ("sentence_bleu", MAT[0], MAT[0], 100.0),
         # All right, but 4 words for 8: exp(1 - 8 / 4).
-        ("bleu", "a b c d", "a b c d e f g h", 100 * 2.718281828459045**-1),
+        ("sentence_bleu", "a b c d", "a b c d e f g h", 100 * 2.718281828459045**-1),
         # 2 of 3 letters, 1 of 2 pairs, no triple; precision and recall are the same.
         ("chrf", "abc", "abd", 100 * (2 / 3 + 1 / 2 + 0) / 3),
         # Recall counts twice: precision 1 and 1, recall 1/2 and 1/3 of "ab" in "abcd" (orders 1 and 2).
         ("chrf", "ab", "abcd", 100 * 5 * (5 / 12) / (4 + 5 / 12)),
     ],
 )
-def test_bleu_and_chrf(metric, text, answer, value):
+def test_bleu_and_chrf_of_sentences(metric, text, answer, value):
     """Of single sentences, out of 100."""
     pytest.importorskip("sacrebleu", reason="the evaluation extra is not installed")
     assert judged(metric, text, answer) == pytest.approx(value)
 
 
+# What a model wrote, and the right answers of each text.
+WRITTEN = ("the cat sat on the mat", "a b c d", "it rained all day", "no", "")
+RIGHT = (
+    ("the cat sat on a mat",),
+    ("a b c d e f g h", "x b c d e"),
+    ("it rained", "all day it rained"),
+    ("yes",),
+    ("two words",),
+)
+
+
+def counts():
+    measure = Generation("corpus_bleu", ("corpus_bleu", "sentence_bleu"))
+    questions = [Question(("?",), answers=answers) for answers in RIGHT]
+    return measure, [judged.metrics for judged in measure.judge(Writes(*WRITTEN), questions)]
+
+
+def by_package(rows):
+    """Of whole texts; a missing answer is None to sacrebleu."""
+    import sacrebleu
+
+    answers = [[(*RIGHT[row], None)[k] for row in rows] for k in range(2)]
+    return sacrebleu.corpus_bleu([WRITTEN[row] for row in rows], answers).score
+
+
+def test_the_bleu_of_a_corpus_is_sacrebleus_and_no_mean_of_sentences():
+    pytest.importorskip("sacrebleu", reason="the evaluation extra is not installed")
+    measure, found = counts()
+    statistics = np.array([row["corpus_bleu"] for row in found]).T
+    value = float(measure.value("corpus_bleu", statistics.sum(-1)))
+    assert value == pytest.approx(by_package(range(5)), rel=1e-12)
+    assert abs(value - np.mean([row["sentence_bleu"][0] for row in found])) > 5
+    assert np.isnan(measure.value("corpus_bleu", np.zeros((10, 2)))).all()
+
+
+def test_a_corpus_metrics_interval_is_that_of_recomputing_it_on_resampled_rows():
+    pytest.importorskip("sacrebleu", reason="the evaluation extra is not installed")
+    measure, found = counts()
+    statistics = np.array([row["corpus_bleu"] for row in found]).T[:, None]  # one prompt
+    value = functools.partial(measure.value, "corpus_bleu")
+    drawn = resampled(statistics, samples=20, seed=3, value=value)
+    counted = np.random.default_rng(3).multinomial(5, np.full(5, 0.2), size=20)
+    assert drawn == pytest.approx([by_package(np.repeat(np.arange(5), of)) for of in counted], rel=1e-12)
+    said = estimate(statistics, samples=20, seed=3, value=value)
+    assert (said.low, said.high) == pytest.approx(tuple(np.quantile(drawn, (0.025, 0.975))))
+    assert said.value == pytest.approx(by_package(range(5))) and said.low < said.value < said.high
+
+
+def test_a_bleu_that_does_not_say_of_what_is_refused():
+    with pytest.raises(ValueError, match="write corpus_bleu .* or sentence_bleu"):
+        Generation("bleu", ("bleu",))
+
+
 @pytest.mark.parametrize(
-    ("metric", "package", "module"), [("rougeL", "rouge-score", "rouge_score"), ("chrf", "sacrebleu", "sacrebleu")]
+    ("metric", "package", "module"),
+    [
+        ("rougeL", "rouge-score", "rouge_score"),
+        ("chrf", "sacrebleu", "sacrebleu"),
+        ("corpus_bleu", "sacrebleu", "sacrebleu"),
+    ],
 )
 def test_a_missing_package_is_said_before_the_model_writes(metric, package, module, monkeypatch):
     for name in [*(n for n in sys.modules if n.startswith(f"{module}.")), module, f"{module}.rouge_scorer"]:

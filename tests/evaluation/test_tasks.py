@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm.architecture import Architecture
-from jaxlm.data.prompts import Prompt
+from jaxlm.data.prompts import Prompt, PromptsourceTemplates
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.evaluate import main
 from jaxlm.evaluation.intervals import estimate
@@ -213,6 +213,35 @@ def test_one_tasks_failure_does_not_stop_the_others(trained, make_task, tmp_path
         config.only(["other"])
 
 
+def test_an_error_of_any_kind_costs_its_task_alone_if_asked(trained, make_task, tmp_path):
+    class Broken(RankClassification):
+        def judge(self, model, questions):
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    good = make_task()
+    config = EvaluationConfig(
+        (dataclasses.replace(good, name="bad", measure=Broken()), good), scoring=SCORING, samples=0
+    )
+    lines = []
+    result = evaluate(config, trained, folder=tmp_path / "out", report=lines.append, tolerant=True)
+    assert result.failures == {"bad": "Task bad: RuntimeError: RESOURCE_EXHAUSTED: out of memory"}
+    assert [r.task for r in result.results] == ["mine"] and "Traceback" in lines[0]
+    with pytest.raises(RuntimeError, match="RESOURCE"):
+        evaluate(config, trained, report=lines.append)
+
+
+def test_what_a_task_reads_is_looked_for_before_there_is_a_model(make_task, tmp_path):
+    task = make_task(train=ROWS, few_shot=FewShot(2))
+    task.check()
+    (tmp_path / "train.jsonl").unlink()
+    with pytest.raises(TaskError, match=r"Task mine: No text at '.*/train.jsonl': nothing is there"):
+        task.check()
+    task.check(written=[str(tmp_path / "train.jsonl")])
+    templates = dataclasses.replace(make_task(), prompts=(PromptsourceTemplates(str(tmp_path), "copa"),))
+    with pytest.raises(TaskError, match="Task mine: There are no promptsource templates at .*copa/templates.yaml"):
+        templates.check()
+
+
 def test_how_texts_are_put_to_a_model(trained):
     """Together as lm-evaluation-harness splits them, apart as pairs of finetuning, with their ends."""
 
@@ -234,11 +263,11 @@ def test_intervals_cover_what_they_should():
     hits = 0
     for seed in range(100):
         right = (chance.random((1, 200)) < 0.3).astype(float)
-        found = estimate(right, np.ones_like(right), samples=200, seed=seed)
+        found = estimate(np.stack([right, np.ones_like(right)]), samples=200, seed=seed)
         assert found.low <= found.value <= found.high and found.value == right.mean()
         hits += found.low <= 0.3 <= found.high
     assert 88 <= hits <= 100
-    assert estimate(np.array([[2.0, 4.0]]), np.array([[1.0, 2.0]]), samples=0, seed=0).value == 2.0
+    assert estimate(np.array([[[2.0, 4.0]], [[1.0, 2.0]]]), samples=0, seed=0).value == 2.0
 
 
 def test_the_command_line(trained, tmp_path, monkeypatch, capsys):

@@ -50,6 +50,27 @@ def test_the_difference_is_taken_seed_by_seed():
     assert "| 2 of 3 |" in findings_section([found], 3)  # seed 7 has one side alone
 
 
+def test_seeds_in_which_a_task_failed_are_left_out():
+    def asked(seed, kind, **tasks):
+        found = run(kind, 0, seed, {task: {"nll": {"value": value}} for task, value in tasks.items()})
+        if "y" not in tasks:
+            found.failures["zero"] = {"y": "no rows"}
+        return found
+
+    found = [
+        asked(0, "a", x=1.0),
+        asked(0, "b", x=2.0, y=1.0),
+        asked(1, "a", x=1.0, y=1.0),
+        asked(1, "b", x=4.0, y=1.0),
+    ]
+    of_all, of_one, of_other = (Finding("c", CLAIM.less, CLAIM.more, f"zero{task}/nll") for task in ("", "/x", "/y"))
+    assert decide(of_all, found).difference.values == (1.5,) and decide(of_all, found).failed == (0,)
+    assert decide(of_one, found).difference.values == (1.0, 3.0)
+    assert (
+        decide(of_other, found[:2]).verdict is Verdict.FAILED and decide(of_other, found[:1]).verdict is Verdict.MISSING
+    )
+
+
 def test_a_score_is_the_mean_over_tasks_or_one_tasks():
     def metrics(nll, accuracy=0.5):
         return {"gold_nll": {"value": nll}, "accuracy": {"value": accuracy}}

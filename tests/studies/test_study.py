@@ -186,6 +186,8 @@ def test_the_report_has_intervals_curves_trials_and_matches(study):
         "Tokens to the same loss",
         "| adaptation |",
         "## zero-shot after pretrain",
+        "## zero-shot over the grid",
+        "bootstrap over rows and seeds",
         "| words, accuracy | 0.5000 |",
         "| spans make xs likelier |",
         "## Time",

@@ -1,9 +1,14 @@
 """Workers and trials without training: what is chosen, what fails, what is tried again."""
 
+import gzip
 import json
 import pathlib
 
+import pytest
+
 from jaxlm import study as command
+from jaxlm.architecture import Architecture
+from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.exit_status import ExitStatus
 from jaxlm.studies.config import Grid, Leg, StudyConfig, Tune
 from jaxlm.studies.jobs import expand
@@ -12,6 +17,7 @@ from jaxlm.studies.results import failed_jobs, status
 from jaxlm.studies.store import Store
 from jaxlm.studies.worker import unfinished, work
 from jaxlm.training.loop import Outcome, TrainingDiverged
+from tests.evaluation.models import as_pretrained, make_model
 
 LOSSES = {4: 3.0, 8: 2.0, 16: 1.0}  # by batch size, which stands for a rate
 TUNED = Leg("pretrain", tune=Tune("BATCH_SIZE", tuple(LOSSES)))
@@ -148,7 +154,7 @@ def test_models_are_opened_on_the_mesh_of_each_evaluation(tmp_path, monkeypatch)
     class Answer:
         failures = {}
 
-    def evaluate(config, model, *, folder, report):
+    def evaluate(config, model, *, folder, **options):
         asked.append(config.parallel)
         folder.mkdir(parents=True)
         (folder / "results.json").write_text('{"tasks": {}}')
@@ -169,3 +175,103 @@ def test_models_are_opened_on_the_mesh_of_each_evaluation(tmp_path, monkeypatch)
     work(study, store, Trainer(), report=print)
     assert [config is None for config in asked] == [True, True, False]
     assert [parallel is None for parallel in opened] == [True, False]
+
+
+QUESTIONS = """
+from __gin__ import dynamic_registration
+from jaxlm.evaluation import suite
+from jaxlm.evaluation import tasks
+include 'gin_configs/evaluation/zero_shot.gin'
+TASKS = [@copa/tasks.EvaluationTask(), @blimp/tasks.EvaluationTask()]
+suite.EvaluationConfig.samples = 20
+"""
+COPA = [{"query": "It rained, so", "choices": ["it was wet.", "it was dry."], "gold": i % 2} for i in range(3)]
+PAIR = {"sentence_good": "Who should he hug?", "sentence_bad": "Who should hug he?", "UID": "island"}
+
+
+@pytest.fixture
+def asking(tmp_path, monkeypatch):
+    """(a study of two legs, of which the first is asked copa and blimp; its store; what was trained; writes rows)."""
+    vocabulary = ByteVocabulary(extra_ids=0)
+    model = as_pretrained(make_model(Architecture.CAUSAL_DECODER, vocab_size=vocabulary.size), vocabulary)
+    monkeypatch.setattr("jaxlm.studies.worker.pretrained.load", lambda path, parallel: model)
+    file = tmp_path / "questions.gin"
+    file.write_text(QUESTIONS)
+    leg = Leg("pretrain", evaluations={"zero": (str(file), f"EVALUATION_DATA = '{tmp_path}'")})
+    study, store = make_study(tmp_path / "study", (leg, AFTER), widths=("64",))
+    train = Trainer()
+    monkeypatch.setattr(command, "train", train)
+
+    def write(path, rows):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        with gzip.open(tmp_path / path, "wt") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in rows)
+
+    return study, store, train, write
+
+
+def test_a_task_that_fails_loses_neither_the_others_nor_the_legs_to_come(asking, tmp_path, capsys):
+    """It is named, and asked again at the next start; what was answered is not."""
+    study, store, train, write = asking
+    write("copa/validation.jsonl.gz", COPA)
+    write("blimp/test.jsonl.gz", [{"sentence_good": "Who?"}])
+    assert command.work_here(study, store, "width 64") == ExitStatus.FAILED
+    plan = expand(study, store)
+    assert all(store.is_finished(job) for _, _, job in plan.of_cells) and len(train.trained) == 4
+    job = plan.of_cells[0][2]
+    scores, failed = store.scores(job, 0)["zero"], store.failed_tasks(job, 0)["zero"]
+    assert list(scores) == ["copa"] and list(failed) == ["blimp"] and "fails on 1 of 1 rows" in failed["blimp"]
+    before = store.examples(job, 0)["zero"].read_text()
+
+    report = write_report(study, plan, store).read_text()
+    assert "| blimp |  | failed |" in report and "## Failed" in report
+    assert "| 64 | pretrain | 1 | zero/blimp | Task blimp stopped: prompt 'default' fails on 1 of 1 rows" in report
+    assert "zero/blimp" in (store.path / "cells.csv").read_text()
+    assert command.finish(study, store) == ExitStatus.FAILED
+    assert capsys.readouterr().out.count(", task zero/blimp failed: Task blimp stopped") == 2
+    assert not unfinished(plan, store)  # another worker does not try again
+
+    (tmp_path / "copa" / "validation.jsonl.gz").unlink()  # to be asked again it would have to be there
+    write("blimp/test.jsonl.gz", [PAIR, PAIR])
+    assert command.work_here(study, store, "width 64") == ExitStatus.FINISHED
+    plan = expand(study, store)
+    assert len(train.trained) == 4 and not store.failed_tasks(job, 0) and not store.failed_tasks(job, 1)
+    after = store.scores(job, 0)["zero"]
+    assert list(after) == ["copa", "blimp"] and after["copa"] == scores["copa"]
+    lines = store.examples(job, 0)["zero"].read_text()
+    assert lines.startswith(before) and lines.count('"task": "blimp"') == 2 and lines.count('"task": "copa"') == 3
+    assert "## Failed" not in write_report(study, plan, store).read_text()
+    assert not list(store.path.rglob("partial.json"))
+
+
+def test_an_evaluation_that_was_taken_back_and_killed_keeps_what_it_had(asking):
+    """Whatever the examples already hold of the tasks that are asked again."""
+    study, store, _, write = asking
+    write("copa/validation.jsonl.gz", COPA)
+    write("blimp/test.jsonl.gz", [{"sentence_good": "Who?"}])
+    work(study, store, command.train, report=lambda line: None)
+    plan = expand(study, store)
+    job = plan.of_cells[0][2]
+    store.forget_failures(plan.jobs.values())
+    assert store.evaluations_left(job, 0) == ["zero"] and store.was_asked(job, 0, "zero")
+    with (store.evaluation_folder(job, 0, "zero") / "examples.jsonl").open("a") as lines:
+        lines.write('{"task": "blimp", "row": 7}\n')  # killed before its results were written
+    write("blimp/test.jsonl.gz", [PAIR])
+    work(study, store, command.train, report=lambda line: None)
+    found = [json.loads(line) for line in store.examples(job, 0)["zero"].read_text().splitlines()]
+    assert [(line["task"], line["row"]) for line in found] == [("copa", 0), ("copa", 1), ("copa", 2), ("blimp", 0)]
+
+
+def test_a_missing_file_is_said_before_anything_is_trained(asking, tmp_path):
+    study, store, train, write = asking
+    said = "^Study .*, leg pretrain, evaluation 'zero': Task copa: No text at '.*/copa/validation.jsonl.gz': nothing "
+    with pytest.raises(ValueError, match=rf"{said}.* 1 more cannot be asked: zero/blimp\.$"):
+        command.work_here(study, store, None)
+    write("copa/validation.jsonl.gz", COPA)
+    with pytest.raises(
+        ValueError, match=r"Task blimp: No text at '.*/blimp/test.jsonl.gz': nothing is there; .* also .gz\)\.$"
+    ):
+        command.supervise(study, store, [], 1)
+    assert not train.trained
+    write("blimp/test.jsonl.gz", [PAIR])
+    assert command.work_here(study, store, None) == ExitStatus.FINISHED and len(train.trained) == 4
