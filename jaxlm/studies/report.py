@@ -258,9 +258,10 @@ def _losses(result: Matched) -> str:
 
 def _failures(plan: Plan, store: Store) -> str:
     found = [(cell, leg, job, store.failure(job)) for cell, leg, job in failed_jobs(plan, store)]
-    if not found:
-        return ""
     rows = [(cell_name(cell), leg.name, str(failure.seed), failure.error) for cell, leg, _, failure in found]
+    rows += [(cell_name(cell), leg.name, "", why) for cell, leg, why in plan.refused]
+    if not rows:
+        return ""
     lines = ["## Failed", "", *table(("cell", "leg", "seed", "why"), list(dict.fromkeys(rows)))]
     if diverged := dict.fromkeys(job.address for _, _, job, failure in found if failure.diverged):
         notes = ", ".join(f"runs/{address}/failed.json" for address in diverged)

@@ -155,7 +155,9 @@ class Store:
     def fail(self, job: Job, failure: Failure) -> None:
         """Notes that a run failed."""
         path = self.job_folder(job) / "failed.json"
-        path.write_text(json.dumps(dataclasses.asdict(failure), indent=1) + "\n")
+        partial = path.with_suffix(".partial")  # others may be reading it
+        partial.write_text(json.dumps(dataclasses.asdict(failure), indent=1) + "\n")
+        partial.replace(path)
 
     def forget_failures(self, jobs: Iterable[Job]) -> None:
         """So that those of the jobs that failed, but did not diverge, are tried again; not one that is worked on."""

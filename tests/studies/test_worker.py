@@ -1,17 +1,20 @@
 """Workers and trials without training: what is chosen, what fails, what is tried again."""
 
+import dataclasses
 import json
 import pathlib
+import re
 
 from jaxlm import study as command
 from jaxlm.exit_status import ExitStatus
-from jaxlm.studies.config import Grid, Leg, StudyConfig, Tune
+from jaxlm.studies.config import Grid, Leg, StudyConfig, Together, Tune
 from jaxlm.studies.jobs import expand
-from jaxlm.studies.report import write_report
+from jaxlm.studies.report import status_rows, write_report
 from jaxlm.studies.results import failed_jobs, status
-from jaxlm.studies.store import Store
+from jaxlm.studies.store import Failure, Store
 from jaxlm.studies.worker import unfinished, work
 from jaxlm.training.loop import Outcome, TrainingDiverged
+from jaxlm.training.progress import duration, human
 
 LOSSES = {4: 3.0, 8: 2.0, 16: 1.0}  # by batch size, which stands for a rate
 TUNED = Leg("pretrain", tune=Tune("BATCH_SIZE", tuple(LOSSES)))
@@ -102,6 +105,74 @@ def test_a_trial_that_is_the_only_seeds_run_is_asked_what_the_leg_asks(tmp_path)
     assert [job.address for job in unfinished(plan, store)] == [chosen.address, plan.of_cells[1][2].address]
 
 
+def test_a_value_that_makes_one_cell_illegal_loses_that_cell_alone(tmp_path, capsys):
+    """Legal with the first value, which diverges; with the other one, 8 rows cannot be cut into 16."""
+    tune = Tune("BATCH_SIZE", (16, 8), settings=("StepConfig.microbatches = 1",))
+    after = dataclasses.replace(AFTER, factors=())
+    study, store = make_study(tmp_path / "study", (Leg("pretrain", tune=tune), after))
+    study = dataclasses.replace(study, together=(Together({"width": "96"}, ("StepConfig.microbatches = 16",)),))
+    assert work(study, store, diverges_at(16), report=lambda line: None) is Outcome.FINISHED
+    plan = expand(study, store)
+    ((cell, leg, why),) = plan.refused
+    assert (cell, leg.name) == ({"width": "96"}, "pretrain") and "8 rows cannot be cut into 16" in why
+    assert {job.label for _, _, job in plan.of_cells if job and store.is_finished(job)} == {"width 64"}
+    states = [row[2] for row in status_rows(study, plan, store)]
+    assert states == ["finished", "finished", "failed", "failed"]
+    assert command.finish(study, store) == ExitStatus.FAILED
+    assert "width 96, leg pretrain, failed: " in capsys.readouterr().out
+    assert "| 96 | pretrain |  | " in (store.path / "report.md").read_text()
+    assert command.work_here(study, store, "width 96") == ExitStatus.FAILED
+
+
+def test_a_metric_that_no_trial_has_is_said(tmp_path):
+    tune = dataclasses.replace(TUNED.tune, metric="validation/no_such")
+    study, store = make_study(tmp_path / "study", (Leg("pretrain", tune=tune), AFTER), widths=("64",))
+    work(study, store, Trainer(), report=lambda line: None)
+    plan = expand(study, store)
+    assert [why.partition(";")[0] for _, _, why in plan.refused] == [
+        "no trial ended with a finite 'validation/no_such'"
+    ]
+    assert [row[2] for row in status_rows(study, plan, store)] == ["failed", "failed"]
+
+
+def test_the_plan_counts_what_comes_after_trials(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.machine, "matmul_flops_per_second", lambda: 2e9)
+    adapt = Leg("adapt", after="pretrain", tune=Tune("LEARNING_RATE", (1e-3, 1e-2)))
+    last = Leg("last", after="adapt", evaluations={"own": ASKED})
+    study, store = make_study(tmp_path / "study", (TUNED, adapt, last), widths=("64",))
+    plan = expand(study, store)
+
+    def shown():
+        assert command.show_plan(study, store) == ExitStatus.FINISHED
+        _, *lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+        rows = [line for line in lines if line[0] == "64"]
+        return rows, " ".join(line[0] for line in lines[len(rows) :])
+
+    rows, total = shown()
+    assert [row[1] for row in rows] == [
+        "pretrain, trials",
+        "pretrain (after trials)",
+        "adapt, trials (after trials)",
+        "adapt (after trials)",
+        "last (after trials)",
+    ]
+    now = sum(trial.size.flops for trial in plan.trials[0][2])
+    of = {leg.name: jobs[0].size for _, leg, jobs in plan.waiting}
+    # One seed of a tuned leg is one of its trials.
+    later = of["pretrain"].flops + (2 + 1) * of["adapt"].flops + 2 * of["last"].flops
+    assert [row[-1].partition(" x ")[0] for row in rows] == ["3", "2", "2", "2", "2"]
+    assert rows[-1][2:6] == [human(x).strip() for x in dataclasses.astuple(of["last"])]
+    assert total.startswith(
+        f"9 runs that differ, 9 of them to do: {human(now + later).strip()} FLOPs ({later / (now + later):.0%} of them "
+        f"after trials), about {duration((now + later) / 1e9)} at "
+    )
+    assert total.endswith("; the time of evaluations is not known and not included.")
+    work(study, store, Trainer(), report=lambda line: None)
+    rows, total = shown()
+    assert not any("after trials" in cell for row in rows for cell in row)
+    assert "9 runs that differ, 2 of them to do: 0 FLOPs," in total  # they are trained, but not evaluated
+
+
 def test_an_error_of_any_kind_loses_one_cell_alone(tmp_path):
     study, store = make_study(tmp_path / "study", (PLAIN, AFTER))
     lines = []
@@ -138,6 +209,16 @@ def test_failures_of_what_another_worker_tries_again_are_left(tmp_path):
         assert store.failure(job) is not None
     store.forget_failures([job])
     assert store.failure(job) is None
+
+
+def test_whoever_reads_a_failure_while_another_is_noted_sees_the_whole_of_it(tmp_path):
+    study, store = make_study(tmp_path / "study", (PLAIN,), widths=("64",))
+    work(study, store, Trainer(lambda run: OSError("no space left")), report=lambda line: None)
+    (job,) = expand(study, store).jobs.values()
+    with (store.job_folder(job) / "failed.json").open() as reader:
+        store.fail(job, Failure("again", 0))
+        assert json.load(reader)["error"] == "no space left"
+    assert store.failure(job).error == "again"
 
 
 def test_models_are_opened_on_the_mesh_of_each_evaluation(tmp_path, monkeypatch):
