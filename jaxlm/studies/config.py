@@ -162,7 +162,7 @@ class Tune:
 
     Attributes:
       binding: what is tried, e.g. "LEARNING_RATE".
-      values: the same for every cell.
+      values: the same for every cell; a single one is bound without trials.
       metric: of the last evaluation; the lowest wins.
       settings: of the trials alone, after all others (fewer steps, say).
       budget: of a trial; None is the leg's.
@@ -175,8 +175,8 @@ class Tune:
     budget: Budget | None = None
 
     def __post_init__(self):
-        if len(set(self.values)) < 2:
-            raise ValueError(f"Tune.values of {self.binding} are {self.values}; there is nothing to choose between.")
+        if not self.values:
+            raise ValueError(f"Tune.values of {self.binding} are empty; give the values to be tried, or a single one.")
 
 
 class Start(enum.Enum):

@@ -37,7 +37,7 @@ class Job:
       parent: whose runs they start from, seed by seed; None: afresh.
       beside: {binding: job} of runs whose folders its configuration names, seed by seed.
       trial: (binding, value) of a tuning run, else None.
-      tuned: the value that trials chose, else None.
+      tuned: the value that trials chose, or the only one; else None.
       waits: a value that trials have yet to choose, here or in what it needs, is the first of those to be tried: the
         job is there to be checked and counted, not to be run.
     """
@@ -222,6 +222,8 @@ def _job_of(
 
     if tune is None:
         return made(settings, leg.budget)
+    if len(set(tune.values)) == 1:
+        return with_value(tune.values[0])
     trials = tuple(_trials(tune, leg, settings, study.seeds[0], made))
     (plan.waiting if needs_wait else plan.trials).append((cell, leg, trials))
     if needs_wait or not all(results.is_finished(trial) or results.diverged(trial) for trial in trials):

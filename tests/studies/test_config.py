@@ -132,7 +132,7 @@ def test_a_side_of_a_claim_may_be_runs_that_cells_share():
         ),
         (lambda: Budget(), "one of tokens, flops and steps"),
         (lambda: Budget(tokens=1, steps=1), "one of tokens, flops and steps"),
-        (lambda: Tune("X", (1.0, 1.0)), "nothing to choose between"),
+        (lambda: Tune("X", ()), "Tune.values of X are empty"),
         (lambda: Leg("a", step=3), "starts from no other leg"),
         (lambda: Range("X", 0.0, 1.0, log=True), "low > 0"),
     ],

@@ -1,5 +1,6 @@
 """Workers and trials without training: what is chosen, what fails, what is tried again."""
 
+import csv
 import dataclasses
 import json
 import pathlib
@@ -103,6 +104,23 @@ def test_a_trial_that_is_the_only_seeds_run_is_asked_what_the_leg_asks(tmp_path)
     chosen = plan.of_cells[0][2]
     assert chosen.tuned == 16 and plan.jobs[chosen.address].evaluations == asked.evaluations
     assert [job.address for job in unfinished(plan, store)] == [chosen.address, plan.of_cells[1][2].address]
+
+
+def test_a_single_value_is_bound_without_trials(tmp_path):
+    """And is the run that trials would have led to."""
+    one = Leg("pretrain", tune=Tune("BATCH_SIZE", (8,)))
+    study, store = make_study(tmp_path / "study", (one, AFTER), widths=("64",))
+    plan = expand(study, store)
+    job = plan.of_cells[0][2]
+    assert (job.tuned, job.run.batch_size) == (8, 8) and not plan.trials and not plan.waiting
+    assert job.address in expand(make_study(tmp_path / "tuned", (TUNED,), widths=("64",))[0], store).jobs
+    train = Trainer()
+    work(study, store, train, report=lambda line: None)
+    assert [size for _, size, _ in train.trained] == [8, 8, 2, 2]
+    report = write_report(study, plan, store).read_text()
+    assert "BATCH_SIZE" not in report and "edge" not in report
+    rows = list(csv.DictReader((store.path / "cells.csv").open()))
+    assert [row["BATCH_SIZE"] for row in rows if row["leg"] == "pretrain"] == ["8", "8"]
 
 
 def test_a_value_that_makes_one_cell_illegal_loses_that_cell_alone(tmp_path, capsys):
