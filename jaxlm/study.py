@@ -50,6 +50,7 @@ _REFRESH = 2.0  # seconds between looks at the workers
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status. JAXLM_TRACEBACK=1 shows where an error came from."""
+    began = machine.process_began() if arguments is None else time.time()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
             expand(study, store)  # what is wrong with a cell is said before it is submitted
             return print_commands(study, rest, flags["commands"])
         if "worker" in flags or "cell" in flags:
-            return work_here(study, store, flags.get("cell"))
+            return work_here(study, store, flags.get("cell"), began)
         return supervise(study, store, rest, workers_of(flags))
     except (ValueError, OSError) as error:
         if os.environ.get("JAXLM_TRACEBACK"):
@@ -163,14 +164,14 @@ def print_commands(study: StudyConfig, arguments: list[str], launcher: str = "")
     return ExitStatus.FINISHED
 
 
-def work_here(study: StudyConfig, store: Store, only: str | None) -> int:
-    """A worker's life."""
+def work_here(study: StudyConfig, store: Store, only: str | None, began: float | None = None) -> int:
+    """A worker's life; `began` is when its process did, see `work`."""
     labels = [label_of(cell) for cell in study.cells]
     if only is not None and only not in labels:
         raise ValueError(f"The study has no cell {only!r}; it has {'; '.join(labels)}.")
     if only is not None:
         store.forget_failures(jobs_of(expand(study, store), only))
-    outcome = work(study, store, train, only=only, report=lambda line: print(line, flush=True))
+    outcome = work(study, store, train, only=only, began=began, report=lambda line: print(line, flush=True))
     if outcome is Outcome.PREEMPTED:
         return ended(ExitStatus.PREEMPTED)
     plan = expand(study, store)

@@ -66,9 +66,13 @@ class Store:
         record.write_text(configuration)
 
     @contextlib.contextmanager
-    def alive(self) -> Iterator[None]:
-        """Notes that a worker lives, every few seconds until the block ends, so that a killed one's time counts too."""
-        folder, began = self.path / "workers", time.time()
+    def alive(self, began: float | None = None) -> Iterator[None]:
+        """Notes that a worker lives, every few seconds until the block ends, so that a killed one's time counts too.
+
+        Args:
+          began: when its time begins, seconds since 1970; None is now.
+        """
+        folder, began = self.path / "workers", time.time() if began is None else began
         folder.mkdir(exist_ok=True)
         note = folder / f"{began:.3f}-{os.getpid()}.alive"
         note.touch()

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import pathlib
 import re
+import sys
+import time
 
 from jaxlm import study as command
 from jaxlm.exit_status import ExitStatus
@@ -189,6 +191,21 @@ def test_the_plan_counts_what_comes_after_trials(tmp_path, monkeypatch, capsys):
     rows, total = shown()
     assert not any("after trials" in cell for row in rows for cell in row)
     assert "9 runs that differ, 2 of them to do: 0 FLOPs," in total  # they are trained, but not evaluated
+
+
+def test_a_workers_time_begins_with_its_process(tmp_path, monkeypatch):
+    gin = tmp_path / "study.gin"
+    gin.write_text(
+        "from __gin__ import dynamic_registration\nfrom jaxlm.studies import config\n"
+        f"config.StudyConfig:\n    study_dir = '{tmp_path / 'study'}'\n"
+        "    settings = ('gin_configs/runs/quickstart.gin', 'TRAIN_STEPS = 4')\n"
+        "    factors = {}\n    design = @config.Grid()\n    legs = (@config.Leg(),)\nconfig.Leg.name = 'pretrain'\n"
+    )
+    monkeypatch.setattr(command, "train", Trainer())
+    monkeypatch.setattr(command.machine, "process_began", lambda: time.time() - 1000.0)
+    monkeypatch.setattr(sys, "argv", ["jaxlm.study", f"--gin_file={gin}", "--worker"])
+    assert command.main() == ExitStatus.FINISHED
+    assert Store(tmp_path / "study").worker_seconds >= 1000.0
 
 
 def test_an_error_of_any_kind_loses_one_cell_alone(tmp_path):
