@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -116,6 +117,7 @@ def show_plan(study: StudyConfig, store: Store) -> int:
     console = make_console()
     console.print(table)
     console.print(_total(plan, store, speed))
+    _say_left_out(study, console)
     return ExitStatus.FINISHED
 
 
@@ -186,6 +188,7 @@ def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: i
     plan = expand(study, store)  # what is wrong with a cell is said before anything starts
     store.forget_failures(plan.jobs.values())
     console = make_console()
+    _say_left_out(study, console)
     processes = [_start_worker(store, arguments, i) for i in range(workers)]
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])  # they keep what they have
     try:
@@ -206,6 +209,11 @@ def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: i
         finish(study, store)
         return ExitStatus.FAILED
     return finish(study, store)
+
+
+def _say_left_out(study: StudyConfig, console: Console) -> None:
+    if study.left_out:
+        console.print(study.left_out, markup=False)
 
 
 def _start_worker(store: Store, arguments: list[str], number: int) -> subprocess.Popen:

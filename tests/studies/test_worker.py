@@ -10,7 +10,7 @@ import time
 
 from jaxlm import study as command
 from jaxlm.exit_status import ExitStatus
-from jaxlm.studies.config import Grid, Leg, StudyConfig, Together, Tune
+from jaxlm.studies.config import Finding, Grid, Leg, Match, StudyConfig, Together, Tune
 from jaxlm.studies.jobs import expand
 from jaxlm.studies.report import status_rows, write_report
 from jaxlm.studies.results import failed_jobs, status
@@ -191,6 +191,21 @@ def test_the_plan_counts_what_comes_after_trials(tmp_path, monkeypatch, capsys):
     rows, total = shown()
     assert not any("after trials" in cell for row in rows for cell in row)
     assert "9 runs that differ, 2 of them to do: 0 FLOPs," in total  # they are trained, but not evaluated
+
+
+def test_claims_of_levels_that_were_left_out_are_not_in_the_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.machine, "matmul_flops_per_second", lambda: 2e9)
+    study, store = make_study(tmp_path / "study", (PLAIN, dataclasses.replace(AFTER, only={"width": ("96",)})))
+    sides = {"leg": "after"}, {"leg": "pretrain", "width": "64"}
+    study = dataclasses.replace(study, findings=(Finding("f", *sides),), matches=(Match("m", *sides),))
+    assert not study.left_out
+    study = dataclasses.replace(study, factors={"width": {"64": ("WIDTH = 64",)}})
+    work(study, store, Trainer(), report=lambda line: None)
+    report = write_report(study, expand(study, store), store).read_text()
+    assert study.left_out in report and "legs pretrain:" in report and "| after |" not in report
+    assert "## Findings" not in report and "Tokens to the same loss" not in report
+    command.show_plan(study, store)
+    assert study.left_out in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_workers_time_begins_with_its_process(tmp_path, monkeypatch):
