@@ -155,6 +155,38 @@ def test_a_metric_that_no_trial_has_is_said(tmp_path):
     assert [row[2] for row in status_rows(study, plan, store)] == ["failed", "failed"]
 
 
+def test_the_live_table(tmp_path):
+    study, store = make_study(tmp_path / "study", (TUNED, AFTER, Leg("last", after="after")), widths=("64",))
+
+    def table():
+        plan = expand(study, store)
+        return plan, [row[2:] for row in status_rows(study, plan, store)]
+
+    def trained(job, seed, fails=lambda run: None):
+        folder = store.run_folder(job, seed).path
+        run = dataclasses.replace(job.run, model_dir=str(folder), seed=seed)
+        Trainer(fails)(run, programs=None)
+
+    plan, rows = table()
+    assert rows == [("trials 0/3", ""), ("waiting", ""), ("waiting", "")]
+    trials = plan.trials[0][2]
+    for trial in trials[:2]:
+        trained(trial, 0)
+    assert table()[1][0] == ("trials 2/3", "")
+    trained(trials[2], 0)
+    plan, rows = table()
+    assert rows[0] == ("1/2", "1.0000")  # the best trial is the first seed's run
+    job = plan.of_cells[0][2]
+    with store.claim(job):
+        assert table()[1][0] == ("seed 2/2, step 0/4", "1.0000")
+    store.fail(job, Failure("no space left", 1))
+    assert table()[1][0] == ("failed", "1.0000")
+    store.forget_failures([job])
+    trained(job, 1)
+    plan, rows = table()
+    assert rows == [("finished", "1.0000"), ("to do", ""), ("to do", "")]
+
+
 def test_the_plan_counts_what_comes_after_trials(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command.machine, "matmul_flops_per_second", lambda: 2e9)
     adapt = Leg("adapt", after="pretrain", tune=Tune("LEARNING_RATE", (1e-3, 1e-2)))
