@@ -25,7 +25,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
+from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -33,7 +35,7 @@ from jaxlm.configuration import resolve_or_exit, resolved_text, take_flags
 from jaxlm.exit_status import ExitStatus, ended
 from jaxlm.parallel import xla_flags
 from jaxlm.studies.config import StudyConfig
-from jaxlm.studies.jobs import Job, expand, label_of
+from jaxlm.studies.jobs import Job, Plan, expand, label_of
 from jaxlm.studies.report import status_rows, write_report
 from jaxlm.studies.results import cell_name, failed_jobs, failed_tasks
 from jaxlm.studies.store import Store
@@ -49,6 +51,7 @@ _REFRESH = 2.0  # seconds between looks at the workers
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status. JAXLM_TRACEBACK=1 shows where an error came from."""
+    began = machine.process_began() if arguments is None else time.time()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -66,9 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
         if "report" in flags:
             return finish(study, store)
         if "commands" in flags:
+            expand(study, store)  # what is wrong with a cell is said before it is submitted
             return print_commands(study, rest, flags["commands"])
         if "worker" in flags or "cell" in flags:
-            return work_here(study, store, flags.get("cell"))
+            return work_here(study, store, flags.get("cell"), began)
         return supervise(study, store, rest, workers_of(flags))
     except (ValueError, OSError) as error:
         if os.environ.get("JAXLM_TRACEBACK"):
@@ -91,35 +95,58 @@ def workers_of(flags: dict[str, str]) -> int:
 
 def show_plan(study: StudyConfig, store: Store) -> int:
     """Prints what the study comes to, by cell and leg; starts nothing."""
-
     plan = expand(study, store)
     speed = machine.matmul_flops_per_second() * machine.EFFICIENCY
     table = Table("cell", "leg", "parameters", "steps", "tokens", "FLOPs", "time", box=None)
 
-    def row(cell: str, leg: str, jobs: list[Job]) -> None:
+    def row(cell: str, leg: str, jobs: Sequence[Job]) -> None:
         size, runs = jobs[0].size, sum(len(job.seeds) for job in jobs)
         numbers = [human(x).strip() for x in (size.parameters, size.steps, size.tokens, size.flops)]
         table.add_row(cell, leg, *numbers, f"{runs} x {duration(size.flops / speed)}")
 
     for cell, leg, jobs in plan.trials:
-        row(cell_name(cell), f"{leg.name}, trials", list(jobs))
+        row(cell_name(cell), f"{leg.name}, trials", jobs)
     for cell, leg, job in plan.of_cells:
         if job is not None:
             row(cell_name(cell), leg.name, [job])
-        else:
-            table.add_row(cell_name(cell), leg.name, *["after its trials"], *[""] * 4)
+    for cell, leg, jobs in plan.waiting:
+        row(cell_name(cell), f"{leg.name}{', trials' if jobs[0].trial else ''} (after trials)", jobs)
+    for cell, leg, job in plan.of_cells:
+        if job is None and not any((cell, leg) == entry[:2] for entry in plan.waiting):
+            table.add_row(cell_name(cell), leg.name, "none: it or what it starts from failed", *[""] * 4)
     console = make_console()
     console.print(table)
-    runs = [(job, seed) for job in plan.jobs.values() for seed in job.seeds]
-    left = [(job, seed) for job, seed in runs if not store.run_is_finished(job, seed)]
-    flops = sum(job.size.flops for job, _ in left)
-    waiting = sum(job is None for _, _, job in plan.of_cells)
-    later = f", and {waiting} legs of cells that wait for trials" if waiting else ""
-    console.print(
-        f"{len(runs)} runs that differ, {len(left)} of them to do{later}: {human(flops).strip()} FLOPs, about "
-        f"{duration(flops / speed)} at half of this machine's {human(speed / machine.EFFICIENCY).strip()}FLOP/s."
-    )
+    console.print(_total(plan, store, speed))
+    _say_left_out(study, console)
     return ExitStatus.FINISHED
+
+
+def _total(plan: Plan, store: Store, speed: float) -> str:
+    """What a study has left to do, in a sentence.
+
+    Args:
+      plan: the study's.
+      store: what of it is done.
+      speed: FLOP/s.
+    """
+    runs = {(job.address, seed): job for job in plan.jobs.values() for seed in job.seeds}
+    later = {(job.address, seed): job for *_, jobs in plan.waiting for job in jobs for seed in job.seeds}
+    left = [
+        (job, seed)
+        for (_, seed), job in runs.items()
+        if not store.run_is_finished(job, seed) and not store.diverged(job)
+    ]
+    now = sum(job.size.flops for job, seed in left if not store.run_is_trained(job, seed))
+    waiting = [job for run, job in later.items() if run not in runs]
+    flops = now + sum(job.size.flops for job in waiting)
+    share = f" ({1 - now / flops:.0%} of them after trials)" if waiting else ""
+    asked = any(leg.evaluations for _, leg, _ in plan.of_cells)
+    return (
+        f"{len(runs) + len(waiting)} runs that differ, {len(left) + len(waiting)} of them to do: "
+        f"{human(flops).strip()} FLOPs{share}, about {duration(flops / speed)} at half of this machine's "
+        f"{human(speed / machine.EFFICIENCY).strip()}FLOP/s"
+        f"{'; the time of evaluations is not known and not included' if asked else ''}."
+    )
 
 
 def print_commands(study: StudyConfig, arguments: list[str], launcher: str = "") -> int:
@@ -139,9 +166,8 @@ def print_commands(study: StudyConfig, arguments: list[str], launcher: str = "")
     return ExitStatus.FINISHED
 
 
-def work_here(study: StudyConfig, store: Store, only: str | None) -> int:
-    """A worker's life."""
-
+def work_here(study: StudyConfig, store: Store, only: str | None, began: float | None = None) -> int:
+    """A worker's life; `began` is when its process did, see `work`."""
     labels = [label_of(cell) for cell in study.cells]
     if only is not None and only not in labels:
         raise ValueError(f"The study has no cell {only!r}; it has {'; '.join(labels)}.")
@@ -149,11 +175,13 @@ def work_here(study: StudyConfig, store: Store, only: str | None) -> int:
     check_questions(study, plan, store, only)
     if only is not None:
         store.forget_failures(jobs_of(plan, only))
-    outcome = work(study, store, train, only=only, report=lambda line: print(line, flush=True))
+    outcome = work(study, store, train, only=only, began=began, report=lambda line: print(line, flush=True))
     if outcome is Outcome.PREEMPTED:
         return ended(ExitStatus.PREEMPTED)
     plan = expand(study, store)
-    failed = [cell for cell, *_ in (*failed_jobs(plan, store), *failed_tasks(plan, store)) if label_of(cell) == only]
+    _say_refused(plan)
+    lost = (*failed_jobs(plan, store), *failed_tasks(plan, store), *plan.refused)
+    failed = [cell for cell, *_ in lost if label_of(cell) == only]
     return ExitStatus.FAILED if failed else ExitStatus.FINISHED
 
 
@@ -164,6 +192,7 @@ def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: i
     check_questions(study, plan, store)
     store.forget_failures(plan.jobs.values())
     console = make_console()
+    _say_left_out(study, console)
     processes = [_start_worker(store, arguments, i) for i in range(workers)]
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])  # they keep what they have
     try:
@@ -186,6 +215,11 @@ def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: i
     return finish(study, store)
 
 
+def _say_left_out(study: StudyConfig, console: Console) -> None:
+    if study.left_out:
+        console.print(study.left_out, markup=False)
+
+
 def _start_worker(store: Store, arguments: list[str], number: int) -> subprocess.Popen:
     logs = store.path / "workers"
     logs.mkdir(exist_ok=True)
@@ -202,6 +236,11 @@ def _status_table(study: StudyConfig, store: Store) -> Table:
     return table
 
 
+def _say_refused(plan: Plan) -> None:
+    for cell, leg, why in plan.refused:
+        print(f"{label_of(cell)}, leg {leg.name}, failed: {why}")
+
+
 def finish(study: StudyConfig, store: Store) -> int:
     """Writes the report and says where it is."""
 
@@ -213,8 +252,9 @@ def finish(study: StudyConfig, store: Store) -> int:
     lost = {(job.address, seed, task): why for _, _, job, seed, task, why in failed_tasks(plan, store)}
     for (address, seed, task), why in lost.items():
         print(f"{address}, seed {seed}, task {task} failed: {why}")
+    _say_refused(plan)
     print(f"The report is {path}.")
-    return ExitStatus.FAILED if failed or lost else ExitStatus.FINISHED
+    return ExitStatus.FAILED if failed or lost or plan.refused else ExitStatus.FINISHED
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import enum
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 Settings = tuple[str, ...]
 Cell = Mapping[str, str]
@@ -62,7 +62,7 @@ class Grid:
 
     Attributes:
       exclude: combinations to leave out, e.g. ({'architecture': 'encoder', 'objective': 'full_lm'},); one that names
-        some factors leaves out all cells that agree in those.
+        some factors leaves out all cells that agree in those. Levels that the study does not have are ignored.
     """
 
     exclude: tuple[Mapping[str, str], ...] = ()
@@ -71,9 +71,6 @@ class Grid:
         """All cells, the last factor changing fastest."""
         levels = [f.levels() if isinstance(f, Range) else tuple(f) for f in factors.values()]
         found = [dict(zip(factors, combination)) for combination in itertools.product(*levels)]
-        unused = [entry for entry in self.exclude if not any(entry.items() <= cell.items() for cell in found)]
-        if unused:
-            raise ValueError(f"Grid.exclude has {dict(unused[0])}, which is no combination of the study's levels.")
         return [cell for cell in found if not any(entry.items() <= cell.items() for entry in self.exclude)]
 
 
@@ -162,7 +159,7 @@ class Tune:
 
     Attributes:
       binding: what is tried, e.g. "LEARNING_RATE".
-      values: the same for every cell.
+      values: the same for every cell; a single one is bound without trials.
       metric: of the last evaluation; the lowest wins.
       settings: of the trials alone, after all others (fewer steps, say).
       budget: of a trial; None is the leg's.
@@ -175,8 +172,8 @@ class Tune:
     budget: Budget | None = None
 
     def __post_init__(self):
-        if len(set(self.values)) < 2:
-            raise ValueError(f"Tune.values of {self.binding} are {self.values}; there is nothing to choose between.")
+        if not self.values:
+            raise ValueError(f"Tune.values of {self.binding} are empty; give the values to be tried, or a single one.")
 
 
 class Start(enum.Enum):
@@ -328,6 +325,10 @@ class Ladder:
 class StudyConfig:
     """A study, from an empty folder to its report.
 
+    What names a level that its factor does not have is ignored, so that factors can be narrowed alone: an exclusion, a
+    combination, a leg's level, a match or finding of such runs. `left_out` says what is. Other factors than the
+    study's are errors.
+
     Attributes:
       study_dir: its folder.
       settings: of every run.
@@ -373,13 +374,12 @@ class StudyConfig:
             for factor in leg.factors or ():
                 self._check_factor(factor, f"Leg {leg.name!r}")
             steps = leg.step if isinstance(leg.step, Mapping) else {}
-            for factor, levels in (*leg.only.items(), *steps.items()):
+            for factor in (*leg.only, *steps):
                 self._check_factor(factor, f"Leg {leg.name!r}")
-                self._check_levels(factor, levels, f"Leg {leg.name!r}")
-        for entry in self.together:
-            for factor, level in entry.when.items():
-                self._check_factor(factor, "Together.when")
-                self._check_levels(factor, (level,), "Together.when")
+        for factor in (factor for entry in self.together for factor in entry.when):
+            self._check_factor(factor, "Together.when")
+        for factor in (factor for entry in self._excluded for factor in entry):
+            self._check_factor(factor, "Grid.exclude")
         for factor in self.incomparable:
             self._check_factor(factor, "StudyConfig.incomparable")
         for match in self.matches:
@@ -390,25 +390,35 @@ class StudyConfig:
             self._check_ladder(self.ladder)
         for cell in self.cells:
             for factor, level in cell.items():
-                self._check_levels(factor, (level,), "The design")
+                known = self.factors[factor]
+                if not isinstance(known, Range) and level not in known:
+                    raise ValueError(f"The design names the level {level!r} of {factor!r}, which has {list(known)}.")
+        if not self.cells:
+            raise ValueError("The study has no cell: its design leaves out every combination of levels.")
 
     def _check_sides(self, who: str, *sides: Mapping[str, str]) -> None:
         names = [leg.name for leg in self.legs]
         for side in sides:
             if side.get("leg") not in names:
                 raise ValueError(f"{who} needs a 'leg' among {names}, not {side.get('leg')!r}.")
-            levels = {factor: level for factor, level in side.items() if factor != "leg"}
-            for factor, level in levels.items():
+            for factor in _levels(side):
                 self._check_factor(factor, who)
-                self._check_levels(factor, (level,), who)
-            fitting = [cell for cell in self.cells if levels.items() <= cell.items()]
-            ways = {way: cell for cell in fitting if (way := self._way_to(cell, side["leg"])) is not None}
+            ways = self._ways(side)
             if len(ways) > 1:
                 free = [factor for factor in self.factors if len({cell[factor] for cell in ways.values()}) > 1]
                 raise ValueError(
                     f"{who} compares one kind of runs with another, but {dict(side)} are the runs of {len(ways)} "
                     f"cells; name a level of {' and of '.join(map(repr, free))}."
                 )
+
+    def has_runs_of(self, *sides: Mapping[str, str]) -> bool:
+        """Whether cells of the study go through all these: sides of a `Match` or `Finding`."""
+        return all(map(self._ways, sides))
+
+    def _ways(self, side: Mapping[str, str]) -> dict[tuple, Cell]:
+        """{way: a cell that goes it} of the cells that a side describes."""
+        fitting = [cell for cell in self.cells if _levels(side).items() <= cell.items()]
+        return {way: cell for cell in fitting if (way := self._way_to(cell, side["leg"])) is not None}
 
     def _way_to(self, cell: Cell, leg: str) -> tuple | None:
         """The settings of all legs that a cell goes through to a leg; None where it does not."""
@@ -437,13 +447,35 @@ class StudyConfig:
         if factor not in self.factors:
             raise ValueError(f"{who} names the factor {factor!r}; the study has {list(self.factors)}.")
 
-    def _check_levels(self, factor: str, levels: Sequence[str], who: str) -> None:
-        known = self.factors[factor]
-        if isinstance(known, Range):
-            return
-        for level in levels:
-            if level not in known:
-                raise ValueError(f"{who} names the level {level!r} of {factor!r}, which has {list(known)}.")
+    def _unknown(self, *named: Mapping[str, Iterable[str]]) -> str:
+        """Of {factor: levels}, those that the factor does not have, in words."""
+        found = []
+        for factor, levels in (item for each in named for item in each.items()):
+            if not isinstance(known := self.factors[factor], Range):
+                found += [f"{factor} {level!r}" for level in levels if level not in known]
+        return ", ".join(dict.fromkeys(found))
+
+    @property
+    def _excluded(self) -> tuple[Mapping[str, str], ...]:
+        return self.design.exclude if isinstance(self.design, Grid) else ()
+
+    @property
+    def left_out(self) -> str:
+        """What is ignored because the study lacks the levels that it names, or has no such runs; "" if nothing is."""
+        named: list[tuple[str, list[Mapping[str, Iterable[str]]]]] = []
+        for leg in self.legs:
+            named.append((f"leg {leg.name!r}", [leg.only, *([leg.step] if isinstance(leg.step, Mapping) else [])]))
+        combinations = [("Together.when", entry.when) for entry in self.together]
+        combinations += [("Grid.exclude", entry) for entry in self._excluded]
+        named += [(who, [{factor: (level,) for factor, level in when.items()}]) for who, when in combinations]
+        found = [f"{who} ({unknown})" for who, levels in named if (unknown := self._unknown(*levels))]
+        claims = [(f"match {match.name!r}", match.adapted, match.scratch) for match in self.matches]
+        claims += [(f"finding {finding.name!r}", finding.less, finding.more) for finding in self.findings]
+        for who, *sides in claims:
+            if not self.has_runs_of(*sides):
+                levels = [{factor: (level,) for factor, level in _levels(side).items()} for side in sides]
+                found.append(f"{who} ({self._unknown(*levels) or 'no cell has such runs'})")
+        return f"Left out, as the study has no such levels or runs: {'; '.join(found)}." if found else ""
 
     @property
     def cells(self) -> list[Cell]:
@@ -473,6 +505,11 @@ class StudyConfig:
             if set(entry.when) <= set(names) and entry.when.items() <= cell.items():
                 found += entry.settings
         return (*found, *leg.settings)
+
+
+def _levels(side: Mapping[str, str]) -> Cell:
+    """Those of a side of a `Match` or `Finding`."""
+    return {factor: level for factor, level in side.items() if factor != "leg"}
 
 
 def _starting(leg: Leg, name: str | None, cell: Cell) -> Leg:

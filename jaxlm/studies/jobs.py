@@ -1,19 +1,21 @@
 """From a study to the runs it needs: each is known by its resolved configuration, so that equal runs are one.
 
 What is to run may depend on what has run: a leg that is tuned has its trials first. `expand` is therefore called again
-and again, with what is known by then.
+and again, with what is known by then; what it computes is kept by settings. What waits for trials is made all the same,
+with the first of the values, so that what is wrong with it, and what it costs, is known before anything runs.
 """
 
 import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from jaxlm.checkpoints.branch import Branch
 from jaxlm.checkpoints.warm_start import WarmStart
-from jaxlm.configuration import ConfigError, digest
+from jaxlm.configuration import digest, resolved_text
+from jaxlm.models import ModelConfig
 from jaxlm.models.accounting import count_parameters, flops_per_token
 from jaxlm.run import RunConfig, expected_layout
 from jaxlm.studies.config import Budget, Cell, Leg, Settings, Start, StudyConfig, Tune
@@ -31,10 +33,13 @@ class Job:
       run: its configuration, but for folder, seed and start.
       settings: of which `run` was made.
       seeds: of its runs.
+      size: what one of its runs costs.
       parent: whose runs they start from, seed by seed; None: afresh.
       beside: {binding: job} of runs whose folders its configuration names, seed by seed.
       trial: (binding, value) of a tuning run, else None.
-      tuned: the value that trials chose, else None.
+      tuned: the value that trials chose, or the only one; else None.
+      waits: a value that trials have yet to choose, here or in what it needs, is the first of those to be tried: the
+        job is there to be checked and counted, not to be run.
     """
 
     address: str
@@ -43,15 +48,12 @@ class Job:
     run: RunConfig
     settings: Settings
     seeds: tuple[int, ...]
+    size: "Size"
     parent: "Job | None" = None
     beside: Mapping[str, "Job"] = dataclasses.field(default_factory=dict)
     trial: tuple[str, float] | None = None
     tuned: float | None = None
-
-    @functools.cached_property
-    def size(self) -> "Size":
-        """What one of its runs costs."""
-        return size_of(self.run, self.leg.step or self.parent.run.train_steps if self._goes_on else 0)
+    waits: bool = False
 
     @property
     def evaluations(self) -> Mapping[str, Settings]:
@@ -120,29 +122,58 @@ class Plan:
 
     Attributes:
       jobs: {address: job}, those a job starts from before it.
-      of_cells: (cell, leg, job) of every cell and leg; the job is None while it waits for trials.
+      of_cells: (cell, leg, job) of every cell and leg; the job is None while it waits for trials, and where all trials
+        diverged or it was refused, or what it starts from.
       trials: (cell, leg, jobs) of every tuned leg that is known.
+      waiting: (cell, leg, jobs) of what waits for trials, a leg's own trials before its run; see `Job.waits`. None of
+        these is among `jobs`.
+      refused: (cell, leg, why) where what trials chose cannot be a run, or they chose nothing.
     """
 
-    jobs: dict[str, Job]
-    of_cells: list[tuple[Cell, Leg, Job | None]]
-    trials: list[tuple[Cell, Leg, tuple[Job, ...]]]
+    jobs: dict[str, Job] = dataclasses.field(default_factory=dict)
+    of_cells: list[tuple[Cell, Leg, Job | None]] = dataclasses.field(default_factory=list)
+    trials: list[tuple[Cell, Leg, tuple[Job, ...]]] = dataclasses.field(default_factory=list)
+    waiting: list[tuple[Cell, Leg, tuple[Job, ...]]] = dataclasses.field(default_factory=list)
+    refused: list[tuple[Cell, Leg, str]] = dataclasses.field(default_factory=list)
+
+
+class _Unrun:
+    """Results of a study that has yet to begin."""
+
+    def is_finished(self, job: Job) -> bool:
+        """Never."""
+        return False
+
+    def diverged(self, job: Job) -> bool:
+        """Never."""
+        return False
+
+    def value(self, job: Job, seed: int, metric: str) -> float | None:
+        """None."""
+        return None
 
 
 def expand(study: StudyConfig, results: Results) -> Plan:
     """The study's jobs.
 
     Raises:
-      ConfigError: settings of a cell or an evaluation do not resolve; the message begins with the cell and leg.
-      ValueError: a cell is illegal, say by its objective and architecture; likewise.
+      ValueError: settings of a cell or an evaluation do not resolve, or a cell is illegal, say by its objective and
+        architecture; the message begins with the cell and leg. This does not depend on the results: what they make
+        illegal is in `Plan.refused`, and does not stop the other cells.
     """
     for leg in study.legs:
         for name, settings in leg.evaluations.items():
             try:
                 resolved_evaluation(settings)
-            except (ConfigError, ValueError) as error:
-                raise type(error)(f"leg {leg.name}, evaluation {name!r}: {error}") from None
-    plan = Plan({}, [], [])
+            except ValueError as error:
+                raise ValueError(f"leg {leg.name}, evaluation {name!r}: {error}") from None
+    for cell, leg, error in _expanded(study, _Unrun()).refused:
+        raise ValueError(f"{label_of(cell)}, leg {leg.name}: {error}")
+    return _expanded(study, results)
+
+
+def _expanded(study: StudyConfig, results: Results) -> Plan:
+    plan = Plan()
     for cell in study.cells:
         jobs: dict[str, Job | None] = {}
         for leg in study.legs_of(cell):
@@ -152,10 +183,12 @@ def expand(study: StudyConfig, results: Results) -> Plan:
             if (leg.after is None or parent is not None) and None not in beside.values():
                 try:
                     job = _job_of(study, cell, leg, parent, beside, results, plan)
-                except (ConfigError, ValueError) as error:
-                    raise type(error)(f"{label_of(cell)}, leg {leg.name}: {error}") from None
+                except ValueError as error:
+                    plan.refused.append((cell, leg, str(error)))
             jobs[leg.name] = job
-            plan.of_cells.append((cell, leg, job))
+            if job is not None and job.waits:
+                plan.waiting.append((cell, leg, (job,)))
+            plan.of_cells.append((cell, leg, None if job is None or job.waits else job))
     return plan
 
 
@@ -173,26 +206,32 @@ def _job_of(
     results: Results,
     plan: Plan,
 ) -> Job | None:
-    settings = study.settings_of(cell, leg)
+    settings, tune = study.settings_of(cell, leg), leg.tune
+    needs_wait = any(job.waits for job in (parent, *beside.values()) if job is not None)
 
-    def made(settings: Settings, budget: Budget | None, **options) -> Job:
-        job = _make(study, leg, settings, budget, parent, beside, label=label_of(cell), **options)
+    def made(settings: Settings, budget: Budget | None, *, waits: bool = needs_wait, **options) -> Job:
+        job = _make(study, leg, settings, budget, parent, beside, label=label_of(cell), waits=waits, **options)
         known = plan.jobs.get(job.address)
         # The chosen value's trial is the first seed's run, but is asked nothing.
-        if known is None or (known.trial is not None and job.trial is None):
+        if not waits and (known is None or (known.trial is not None and job.trial is None)):
             plan.jobs[job.address] = job
         return job
 
-    if leg.tune is None:
+    def with_value(value: float, **options) -> Job:
+        return made((*settings, f"{tune.binding} = {value!r}"), leg.budget, tuned=value, **options)
+
+    if tune is None:
         return made(settings, leg.budget)
-    trials = tuple(_trials(leg.tune, leg, settings, study.seeds[0], made))
-    plan.trials.append((cell, leg, trials))
-    if not all(results.is_finished(trial) or results.diverged(trial) for trial in trials):
-        return None
-    chosen = best_trial(trials, leg.tune, results)
-    if chosen is None:
-        return None
-    return made((*settings, f"{leg.tune.binding} = {chosen!r}"), leg.budget, tuned=chosen)
+    if len(set(tune.values)) == 1:
+        return with_value(tune.values[0])
+    trials = tuple(_trials(tune, leg, settings, study.seeds[0], made))
+    (plan.waiting if needs_wait else plan.trials).append((cell, leg, trials))
+    if needs_wait or not all(results.is_finished(trial) or results.diverged(trial) for trial in trials):
+        return with_value(tune.values[0], waits=True)
+    chosen = best_trial(trials, tune, results)
+    if chosen is None and not all(map(results.diverged, trials)):
+        raise ValueError(f"no trial ended with a finite {tune.metric!r}; give Tune.metric one that they have.")
+    return None if chosen is None else with_value(chosen)
 
 
 def _trials(tune: Tune, leg: Leg, settings: Settings, seed: int, made) -> Iterator[Job]:
@@ -219,6 +258,7 @@ def _make(
     *,
     label: str,
     seeds: tuple[int, ...] | None = None,
+    waits: bool,
     trial: tuple[str, float] | None = None,
     tuned: float | None = None,
 ) -> Job:
@@ -226,17 +266,45 @@ def _make(
     if parent is not None and leg.start is Start.STATE:
         before = leg.step or parent.run.train_steps
     if budget is not None:
-        steps = before + steps_for(resolved((*settings, ENDLESS)), budget)
-        settings = (*settings, f"RunConfig.train_steps = {steps}")
+        settings = (*settings, f"RunConfig.train_steps = {before + _steps(settings, budget)}")
     # An address has the addresses of the runs beside it, wherever the study's folder lies.
-    run = resolved((*settings, *(f"{binding} = {job.address!r}" for binding, job in beside.items())))
+    whole = (*settings, *(f"{binding} = {job.address!r}" for binding, job in beside.items()))
+    run = resolved(whole)
     if run.train_steps <= before:
         raise ValueError(
             f"it goes on from step {before} but ends at {run.train_steps}; give it a budget, or more TRAIN_STEPS."
         )
     seeds = study.seeds if seeds is None else seeds
     origin = "" if parent is None else f"{parent.address} {leg.start.value} {leg.step}"
-    return Job(f"{leg.name}-{digest(run, origin)}", leg, label, run, settings, seeds, parent, beside, trial, tuned)
+    return Job(
+        address=f"{leg.name}-{_digest(whole, origin)}",
+        leg=leg,
+        label=label,
+        run=run,
+        settings=settings,
+        seeds=seeds,
+        size=_size(whole, before),
+        parent=parent,
+        beside=beside,
+        trial=trial,
+        tuned=tuned,
+        waits=waits,
+    )
+
+
+@functools.cache
+def _digest(settings: Settings, origin: str) -> str:
+    return digest(resolved(settings), origin)
+
+
+@functools.cache
+def _size(settings: Settings, from_step: int) -> "Size":
+    return size_of(resolved(settings), from_step)
+
+
+@functools.cache
+def _steps(settings: Settings, budget: Budget) -> int:
+    return steps_for(resolved((*settings, ENDLESS)), budget)
 
 
 ENDLESS = "RunConfig.train_steps = 1000000000"
@@ -259,5 +327,16 @@ def size_of(run: RunConfig, from_step: int = 0) -> Size:
         lengths = expected_layout(run, phase).row_lengths(run.model_of(phase).architecture)
         rows = max(phase.end - max(phase.start, from_step), 0) * phase.batch_size
         tokens += rows * sum(lengths)
-        flops += rows * sum(lengths) * flops_per_token(run.model_of(phase), *lengths)
-    return Size(count_parameters(run.model), run.train_steps - from_step, tokens, flops)
+        flops += rows * sum(lengths) * _of_model(flops_per_token, run.model_of(phase), *lengths)
+    return Size(_of_model(count_parameters, run.model), run.train_steps - from_step, tokens, flops)
+
+
+_counted: dict[tuple, float] = {}
+
+
+def _of_model[T: (int, float)](count: Callable[..., T], model: ModelConfig, *lengths: int) -> T:
+    """`count` of a model, which traces it: once for all runs of the process with this model."""
+    key = (count, resolved_text(model), lengths)
+    if key not in _counted:
+        _counted[key] = count(model, *lengths)
+    return _counted[key]

@@ -50,11 +50,12 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
         for name in leg.evaluations:
             sections.append(questions_section(study, leg, name, runs, figures))
             sections.append(learned_section(leg.name, name, runs, figures))
-    sections.append(findings_section([decide(finding, runs) for finding in study.findings], len(study.seeds)))
+    claims = [finding for finding in study.findings if study.has_runs_of(finding.less, finding.more)]
+    sections.append(findings_section([decide(finding, runs) for finding in claims], len(study.seeds)))
     if plan.trials:
         sections += _tuning(plan, store, figures)
-    if study.matches:
-        sections.append(_matches([(match.name, matched(match, runs)) for match in study.matches]))
+    if matches := [match for match in study.matches if study.has_runs_of(match.adapted, match.scratch)]:
+        sections.append(_matches([(match.name, matched(match, runs)) for match in matches]))
     if study.ladder is not None:
         sections.append(ladder_section(study.ladder, runs, figures))
     sections.append(_failures(plan, store))
@@ -66,17 +67,19 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
 
 def _head(study: StudyConfig, plan: Plan, store: Store, runs: Sequence[Run]) -> str:
     count = sum(len(job.seeds) if job is not None else len(study.seeds) for _, _, job in plan.of_cells)
+    legs = [leg for leg in study.legs if any(map(leg.takes, study.cells))]
     lines = [
         "# Study",
         "",
         f"{len(study.cells)} cells of {' × '.join(study.factors)}, {len(study.seeds)} seeds, legs "
-        f"{', '.join(leg.name for leg in study.legs)}: {len(runs)} of {count} runs are finished. A mean over seeds has "
+        f"{', '.join(leg.name for leg in legs)}: {len(runs)} of {count} runs are finished. A mean over seeds has "
         f"its 95% interval by Student's t; where two intervals overlap, their order means nothing.",
         "",
         *table(
             ("leg", "cells", "runs that differ", "parameters", "tokens a run", "FLOPs a run"),
-            [_leg_row(leg, plan) for leg in study.legs],
+            [_leg_row(leg, plan) for leg in legs],
         ),
+        *(["", study.left_out] if study.left_out else []),
         "",
         *(f"- {name}: {text}" for name, text in machine.facts().items()),
     ]
@@ -243,6 +246,7 @@ def _losses(result: Matched) -> str:
 def _failures(plan: Plan, store: Store) -> str:
     found = [(cell, leg, job, store.failure(job)) for cell, leg, job in failed_jobs(plan, store)]
     rows = [(cell_name(cell), leg.name, str(failure.seed), failure.error) for cell, leg, _, failure in found]
+    rows += [(cell_name(cell), leg.name, "", why) for cell, leg, why in plan.refused]
     tasks = [(cell_name(c), leg.name, str(seed), task, why) for c, leg, _, seed, task, why in failed_tasks(plan, store)]
     if not rows and not tasks:
         return ""

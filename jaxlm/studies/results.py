@@ -235,13 +235,24 @@ def write_csv(path: pathlib.Path, study: StudyConfig, plan: Plan, store: Store) 
 def status(plan: Plan, cell: Cell, leg: Leg, job: Job | None, seed: int, store: Store) -> str:
     """finished, failed, running, to do, or waiting: for trials, or for a leg before it."""
     if job is None:
-        of_cell = [trials for known, of, trials in plan.trials if known == cell and of.name in (leg.name, leg.after)]
-        return "failed" if any(failed_trials(trials, store) for trials in of_cell) else "waiting"
+        way = _way_to(plan, cell, leg)
+        of_cell = [trials for known, of, trials in plan.trials if known == cell and of.name in way]
+        refused = any(known == cell and of.name in way for known, of, _ in plan.refused)
+        return "failed" if refused or any(failed_trials(trials, store) for trials in of_cell) else "waiting"
     if store.run_is_finished(job, seed):
         return "finished"
     if store.failure(job) is not None:
         return "failed"
     return "running" if store.is_claimed(job) else "to do"
+
+
+def _way_to(plan: Plan, cell: Cell, leg: Leg) -> set[str]:
+    """The names of a leg and of all that a cell's run of it needs."""
+    legs, found, left = {of.name: of for known, of, _ in plan.of_cells if known == cell}, set(), [leg.name]
+    while left:
+        found.add(name := left.pop())
+        left += [before for before in (legs[name].after, *legs[name].beside.values()) if before in legs]
+    return found
 
 
 def failed_trials(trials: Sequence[Job], store: Store) -> list[Job]:

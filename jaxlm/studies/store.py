@@ -67,9 +67,13 @@ class Store:
         record.write_text(configuration)
 
     @contextlib.contextmanager
-    def alive(self) -> Iterator[None]:
-        """Notes that a worker lives, every few seconds until the block ends, so that a killed one's time counts too."""
-        folder, began = self.path / "workers", time.time()
+    def alive(self, began: float | None = None) -> Iterator[None]:
+        """Notes that a worker lives, every few seconds until the block ends, so that a killed one's time counts too.
+
+        Args:
+          began: when its time begins, seconds since 1970; None is now.
+        """
+        folder, began = self.path / "workers", time.time() if began is None else began
         folder.mkdir(exist_ok=True)
         note = folder / f"{began:.3f}-{os.getpid()}.alive"
         note.touch()
@@ -172,7 +176,9 @@ class Store:
     def fail(self, job: Job, failure: Failure) -> None:
         """Notes that a run failed."""
         path = self.job_folder(job) / "failed.json"
-        path.write_text(json.dumps(dataclasses.asdict(failure), indent=1) + "\n")
+        partial = path.with_suffix(".partial")  # others may be reading it
+        partial.write_text(json.dumps(dataclasses.asdict(failure), indent=1) + "\n")
+        partial.replace(path)
 
     def forget_failures(self, jobs: Iterable[Job]) -> None:
         """So that those of the jobs that failed, but did not diverge, are tried again, and tasks that failed after

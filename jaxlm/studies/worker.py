@@ -30,6 +30,7 @@ def work(
     *,
     report: Callable[[str], None] = print,
     only: str | None = None,
+    began: float | None = None,
 ) -> Outcome:
     """Works until nothing is left that can be done.
 
@@ -39,12 +40,13 @@ def work(
       train: trains one run, (RunConfig, programs=Programs) -> Outcome.
       report: is told what begins and what failed.
       only: the label of one cell (`label_of`), whose jobs and those they start from are done; None does all.
+      began: when the worker's process began, seconds since 1970, for the account of its time; None is now.
 
     Returns:
       FINISHED where all jobs are done or have failed; PREEMPTED after a SIGTERM.
     """
     programs = Programs()
-    with store.alive():
+    with store.alive(began):
         while True:
             # Anew each time: trials that ended say what comes next.
             left = unfinished(expand(study, store), store, only)

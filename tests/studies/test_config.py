@@ -76,8 +76,8 @@ def test_cells_branch_off_at_steps_of_their_own():
     some = study(legs=(Leg("trunk"), Leg("decay", after="trunk", start="state", step={"architecture": {"causal": 10}})))
     with pytest.raises(ValueError, match="'decay' has 0 steps to start from for the cell"):
         [some.legs_of(cell) for cell in some.cells]
-    with pytest.raises(ValueError, match="'decay' names the level 'none' of 'architecture'"):
-        study(legs=(Leg("trunk"), Leg("decay", after="trunk", start="state", step={"architecture": {"none": 10}})))
+    with pytest.raises(ValueError, match="'decay' names the factor 'architectures'"):
+        study(legs=(Leg("trunk"), Leg("decay", after="trunk", start="state", step={"architectures": {"none": 10}})))
 
 
 def test_a_cell_that_skips_a_leg_goes_on_from_the_one_before():
@@ -115,16 +115,48 @@ def test_a_side_of_a_claim_may_be_runs_that_cells_share():
         study(factors=alike, legs=legs, findings=(both,))
 
 
+def test_what_names_levels_that_were_left_out_is_ignored_and_said():
+    """A factor can be narrowed alone; a factor that does not exist is a mistake all the same."""
+    legs = (
+        Leg("pretrain"),
+        Leg("adapt", after="pretrain", factors=(), only={"architecture": ("encoder",)}),
+        Leg("decay", after="pretrain", start="state", step={"architecture": {"causal": 1, "prefix": 2, "encoder": 3}}),
+    )
+    claims = {
+        "kept": ({"leg": "pretrain", "rate": "0.01"}, {"leg": "pretrain", "rate": "0.001"}),
+        "of a level": ({"leg": "pretrain", "rate": "0.01"}, {"leg": "pretrain", "architecture": "encoder"}),
+        "of a leg": ({"leg": "pretrain", "rate": "0.01"}, {"leg": "adapt"}),
+    }
+    found = study(
+        factors=FACTORS | {"architecture": {"causal": ("causal.gin",)}},
+        legs=legs,
+        design=Grid(({"architecture": "prefix", "rate": "0.0001"},)),
+        together=(Together({"architecture": "encoder", "rate": "0.01"}, ("BATCH_SIZE = 4",)),),
+        findings=tuple(Finding(name, *sides) for name, sides in claims.items()),
+        matches=(Match("m", *claims["of a leg"]),),
+    )
+    assert [leg.name for leg in found.legs_of(found.cells[0])] == ["pretrain", "decay"] and len(found.cells) == 3
+    assert [claim.name for claim in found.findings if found.has_runs_of(claim.less, claim.more)] == ["kept"]
+    assert found.left_out == (
+        "Left out, as the study has no such levels or runs: leg 'adapt' (architecture 'encoder'); leg 'decay' "
+        "(architecture 'prefix', architecture 'encoder'); Together.when (architecture 'encoder'); Grid.exclude "
+        "(architecture 'prefix'); match 'm' (no cell has such runs); finding 'of a level' (architecture 'encoder'); "
+        "finding 'of a leg' (no cell has such runs)."
+    )
+    assert study().left_out == ""
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
         (lambda: study(legs=(Leg("a", after="b"), Leg("b"))), "starts from 'b', which is no leg before it"),
         (lambda: study(legs=(Leg("a", factors=("objective",)),)), "names the factor 'objective'"),
-        (lambda: study(legs=(Leg("a", only={"architecture": ("encoder",)}),)), "the level 'encoder' of 'architecture'"),
-        (lambda: study(design=Grid(({"architecture": "encoder"},))), "no combination of the study's levels"),
+        (lambda: study(legs=(Leg("a", only={"objective": ("full_lm",)}),)), "names the factor 'objective'"),
+        (lambda: study(design=Grid(({"archtecture": "causal"},))), "Grid.exclude names the factor 'archtecture'"),
+        (lambda: study(design=Grid(({"architecture": "causal"}, {"architecture": "prefix"}))), "has no cell"),
         (lambda: study(design=Listed(({"architecture": "causal"},))), "each needs a level of"),
         (lambda: study(design=Listed(({"architecture": "x", "rate": "1"},))), "The design names the level 'x'"),
-        (lambda: study(together=(Together({"architecture": "x"}, ()),)), "Together.when names the level 'x'"),
+        (lambda: study(together=(Together({"archtecture": "x"}, ()),)), "Together.when names the factor 'archtecture'"),
         (lambda: study(matches=(Match("m", {"leg": "b"}, {"leg": "pretrain"}),)), "needs a 'leg' among"),
         (
             lambda: study(findings=(Finding("f", {"leg": "pretrain", "architecture": "causal"}, {"leg": "pretrain"}),)),
@@ -132,7 +164,7 @@ def test_a_side_of_a_claim_may_be_runs_that_cells_share():
         ),
         (lambda: Budget(), "one of tokens, flops and steps"),
         (lambda: Budget(tokens=1, steps=1), "one of tokens, flops and steps"),
-        (lambda: Tune("X", (1.0, 1.0)), "nothing to choose between"),
+        (lambda: Tune("X", ()), "Tune.values of X are empty"),
         (lambda: Leg("a", step=3), "starts from no other leg"),
         (lambda: Range("X", 0.0, 1.0, log=True), "low > 0"),
     ],

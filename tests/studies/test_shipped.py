@@ -321,6 +321,22 @@ def test_the_ladder_is_what_its_levels_say_and_under_mup():
     assert len({width for width, _ in widths}) == 4 and len(study.cells) == 16
 
 
+def test_a_factor_of_the_toy_study_is_narrowed_in_a_line():
+    file = f"--gin_file={STUDIES[0].with_name('quickstart.gin')}"
+    whole = resolve(StudyConfig, [file])
+    levels = "{'full LM': ('gin_configs/objectives/full_lm.gin', %LM_ROWS)}"
+    study = resolve(StudyConfig, [file, f"--gin.OBJECTIVES={levels}"])
+    assert [tuple(cell.values()) for cell in study.cells] == [("causal", "full LM")] and whole.left_out == ""
+    legs = [leg.name for _, leg, _ in expand(study, None).of_cells]
+    assert legs == ["pretrain", "span_adaptation"]
+    assert "leg 'LM_adaptation' (objective 'span corruption')" in study.left_out
+    assert not any(study.has_runs_of(claim.less, claim.more) for claim in study.findings)
+    causal = "'gin_configs/models/tiny/causal_decoder.gin'"
+    levels = f"{{'causal': ({causal},), 'wide': ({causal}, 'WIDTH = 128')}}"
+    study = resolve(StudyConfig, [file, f"--gin.ARCHITECTURES={levels}"])
+    assert len(study.cells) == 6 and "match 'causal LM to prefix spans' (architecture 'prefix')" in study.left_out
+
+
 class Nothing:
     """No run is finished."""
 

@@ -16,7 +16,11 @@ from jaxlm.configuration import resolve
 from jaxlm.studies.config import Grid, Leg, StudyConfig
 from jaxlm.studies.jobs import expand, resolved, size_of
 from jaxlm.studies.store import Store
+from jaxlm.studies.worker import work
 from jaxlm.study import print_commands
+from jaxlm.train import train
+from jaxlm.training.compiles import CompileCounter
+from jaxlm.training.loop import Outcome
 
 ROWS = "TASK_FEATURE_LENGTHS = {'targets': 32}"
 STUDY = """
@@ -251,6 +255,24 @@ def test_jobs_of_cells_whose_labels_look_alike_have_names_of_their_own(capsys):
     print_commands(study, [], "./launch/gke.sh")
     names = re.findall(r"--name=(\S+)", capsys.readouterr().out)
     assert len(set(names)) == 4 and all(re.fullmatch(r"[a-z][-a-z0-9]{,39}", name) for name in names)
+
+
+def test_seeds_of_a_cell_share_one_compile(workshop, tmp_path):
+    gin = workshop.gin("seeds", "run.RunConfig.samples = None\n", imports=("run",))
+    leg = Leg("pretrain", ("TRAIN_STEPS = 2", "EVAL_PERIOD = 2"))
+    config = StudyConfig(str(tmp_path / "study"), (str(gin),), {}, (leg,), Grid(), seeds=(0, 1))
+    store, compiled = Store(tmp_path / "study"), {}
+    store.open("")
+
+    def counted(run, *, programs):
+        with CompileCounter() as compiles:
+            outcome = train(run, programs=programs)
+        compiled[run.seed] = compiles.names
+        return outcome
+
+    assert work(config, store, counted, report=lambda line: None) is Outcome.FINISHED
+    steps = [name for name in compiled[0] if "step" in name]  # of training and of evaluation
+    assert len(steps) == 2 and not set(steps) & set(compiled[1])
 
 
 def test_an_illegal_cell_is_named_before_anything_runs(workshop, write, tmp_path):

@@ -1,8 +1,13 @@
 """Workers and trials without training: what is chosen, what fails, what is tried again."""
 
+import csv
+import dataclasses
 import gzip
 import json
 import pathlib
+import re
+import sys
+import time
 
 import pytest
 
@@ -10,13 +15,14 @@ from jaxlm import study as command
 from jaxlm.architecture import Architecture
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.exit_status import ExitStatus
-from jaxlm.studies.config import Grid, Leg, StudyConfig, Tune
+from jaxlm.studies.config import Finding, Grid, Leg, Match, StudyConfig, Together, Tune
 from jaxlm.studies.jobs import expand
-from jaxlm.studies.report import write_report
+from jaxlm.studies.report import status_rows, write_report
 from jaxlm.studies.results import failed_jobs, status
-from jaxlm.studies.store import Store
+from jaxlm.studies.store import Failure, Store
 from jaxlm.studies.worker import unfinished, work
 from jaxlm.training.loop import Outcome, TrainingDiverged
+from jaxlm.training.progress import duration, human
 from tests.evaluation.models import as_pretrained, make_model
 
 LOSSES = {4: 3.0, 8: 2.0, 16: 1.0}  # by batch size, which stands for a rate
@@ -108,6 +114,153 @@ def test_a_trial_that_is_the_only_seeds_run_is_asked_what_the_leg_asks(tmp_path)
     assert [job.address for job in unfinished(plan, store)] == [chosen.address, plan.of_cells[1][2].address]
 
 
+def test_a_single_value_is_bound_without_trials(tmp_path):
+    """And is the run that trials would have led to."""
+    one = Leg("pretrain", tune=Tune("BATCH_SIZE", (8,)))
+    study, store = make_study(tmp_path / "study", (one, AFTER), widths=("64",))
+    plan = expand(study, store)
+    job = plan.of_cells[0][2]
+    assert (job.tuned, job.run.batch_size) == (8, 8) and not plan.trials and not plan.waiting
+    assert job.address in expand(make_study(tmp_path / "tuned", (TUNED,), widths=("64",))[0], store).jobs
+    train = Trainer()
+    work(study, store, train, report=lambda line: None)
+    assert [size for _, size, _ in train.trained] == [8, 8, 2, 2]
+    report = write_report(study, plan, store).read_text()
+    assert "BATCH_SIZE" not in report and "edge" not in report
+    rows = list(csv.DictReader((store.path / "cells.csv").open()))
+    assert [row["BATCH_SIZE"] for row in rows if row["leg"] == "pretrain"] == ["8", "8"]
+
+
+def test_a_value_that_makes_one_cell_illegal_loses_that_cell_alone(tmp_path, capsys):
+    """Legal with the first value, which diverges; with the other one, 8 rows cannot be cut into 16."""
+    tune = Tune("BATCH_SIZE", (16, 8), settings=("StepConfig.microbatches = 1",))
+    after = dataclasses.replace(AFTER, factors=())
+    study, store = make_study(tmp_path / "study", (Leg("pretrain", tune=tune), after))
+    study = dataclasses.replace(study, together=(Together({"width": "96"}, ("StepConfig.microbatches = 16",)),))
+    assert work(study, store, diverges_at(16), report=lambda line: None) is Outcome.FINISHED
+    plan = expand(study, store)
+    ((cell, leg, why),) = plan.refused
+    assert (cell, leg.name) == ({"width": "96"}, "pretrain") and "8 rows cannot be cut into 16" in why
+    assert {job.label for _, _, job in plan.of_cells if job and store.is_finished(job)} == {"width 64"}
+    states = [row[2] for row in status_rows(study, plan, store)]
+    assert states == ["finished", "finished", "failed", "failed"]
+    assert command.finish(study, store) == ExitStatus.FAILED
+    assert "width 96, leg pretrain, failed: " in capsys.readouterr().out
+    assert "| 96 | pretrain |  | " in (store.path / "report.md").read_text()
+    assert command.work_here(study, store, "width 96") == ExitStatus.FAILED
+
+
+def test_a_metric_that_no_trial_has_is_said(tmp_path):
+    tune = dataclasses.replace(TUNED.tune, metric="validation/no_such")
+    study, store = make_study(tmp_path / "study", (Leg("pretrain", tune=tune), AFTER), widths=("64",))
+    work(study, store, Trainer(), report=lambda line: None)
+    plan = expand(study, store)
+    assert [why.partition(";")[0] for _, _, why in plan.refused] == [
+        "no trial ended with a finite 'validation/no_such'"
+    ]
+    assert [row[2] for row in status_rows(study, plan, store)] == ["failed", "failed"]
+
+
+def test_the_live_table(tmp_path):
+    study, store = make_study(tmp_path / "study", (TUNED, AFTER, Leg("last", after="after")), widths=("64",))
+
+    def table():
+        plan = expand(study, store)
+        return plan, [row[2:] for row in status_rows(study, plan, store)]
+
+    def trained(job, seed, fails=lambda run: None):
+        folder = store.run_folder(job, seed).path
+        run = dataclasses.replace(job.run, model_dir=str(folder), seed=seed)
+        Trainer(fails)(run, programs=None)
+
+    plan, rows = table()
+    assert rows == [("trials 0/3", ""), ("waiting", ""), ("waiting", "")]
+    trials = plan.trials[0][2]
+    for trial in trials[:2]:
+        trained(trial, 0)
+    assert table()[1][0] == ("trials 2/3", "")
+    trained(trials[2], 0)
+    plan, rows = table()
+    assert rows[0] == ("1/2", "1.0000")  # the best trial is the first seed's run
+    job = plan.of_cells[0][2]
+    with store.claim(job):
+        assert table()[1][0] == ("seed 2/2, step 0/4", "1.0000")
+    store.fail(job, Failure("no space left", 1))
+    assert table()[1][0] == ("failed", "1.0000")
+    store.forget_failures([job])
+    trained(job, 1)
+    plan, rows = table()
+    assert rows == [("finished", "1.0000"), ("to do", ""), ("to do", "")]
+
+
+def test_the_plan_counts_what_comes_after_trials(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.machine, "matmul_flops_per_second", lambda: 2e9)
+    adapt = Leg("adapt", after="pretrain", tune=Tune("LEARNING_RATE", (1e-3, 1e-2)))
+    last = Leg("last", after="adapt", evaluations={"own": ASKED})
+    study, store = make_study(tmp_path / "study", (TUNED, adapt, last), widths=("64",))
+    plan = expand(study, store)
+
+    def shown():
+        assert command.show_plan(study, store) == ExitStatus.FINISHED
+        _, *lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+        rows = [line for line in lines if line[0] == "64"]
+        return rows, " ".join(line[0] for line in lines[len(rows) :])
+
+    rows, total = shown()
+    assert [row[1] for row in rows] == [
+        "pretrain, trials",
+        "pretrain (after trials)",
+        "adapt, trials (after trials)",
+        "adapt (after trials)",
+        "last (after trials)",
+    ]
+    now = sum(trial.size.flops for trial in plan.trials[0][2])
+    of = {leg.name: jobs[0].size for _, leg, jobs in plan.waiting}
+    # One seed of a tuned leg is one of its trials.
+    later = of["pretrain"].flops + (2 + 1) * of["adapt"].flops + 2 * of["last"].flops
+    assert [row[-1].partition(" x ")[0] for row in rows] == ["3", "2", "2", "2", "2"]
+    assert rows[-1][2:6] == [human(x).strip() for x in dataclasses.astuple(of["last"])]
+    assert total.startswith(
+        f"9 runs that differ, 9 of them to do: {human(now + later).strip()} FLOPs ({later / (now + later):.0%} of them "
+        f"after trials), about {duration((now + later) / 1e9)} at "
+    )
+    assert total.endswith("; the time of evaluations is not known and not included.")
+    work(study, store, Trainer(), report=lambda line: None)
+    rows, total = shown()
+    assert not any("after trials" in cell for row in rows for cell in row)
+    assert "9 runs that differ, 2 of them to do: 0 FLOPs," in total  # they are trained, but not evaluated
+
+
+def test_claims_of_levels_that_were_left_out_are_not_in_the_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.machine, "matmul_flops_per_second", lambda: 2e9)
+    study, store = make_study(tmp_path / "study", (PLAIN, dataclasses.replace(AFTER, only={"width": ("96",)})))
+    sides = {"leg": "after"}, {"leg": "pretrain", "width": "64"}
+    study = dataclasses.replace(study, findings=(Finding("f", *sides),), matches=(Match("m", *sides),))
+    assert not study.left_out
+    study = dataclasses.replace(study, factors={"width": {"64": ("WIDTH = 64",)}})
+    work(study, store, Trainer(), report=lambda line: None)
+    report = write_report(study, expand(study, store), store).read_text()
+    assert study.left_out in report and "legs pretrain:" in report and "| after |" not in report
+    assert "## Findings" not in report and "Tokens to the same loss" not in report
+    command.show_plan(study, store)
+    assert study.left_out in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_workers_time_begins_with_its_process(tmp_path, monkeypatch):
+    gin = tmp_path / "study.gin"
+    gin.write_text(
+        "from __gin__ import dynamic_registration\nfrom jaxlm.studies import config\n"
+        f"config.StudyConfig:\n    study_dir = '{tmp_path / 'study'}'\n"
+        "    settings = ('gin_configs/runs/quickstart.gin', 'TRAIN_STEPS = 4')\n"
+        "    factors = {}\n    design = @config.Grid()\n    legs = (@config.Leg(),)\nconfig.Leg.name = 'pretrain'\n"
+    )
+    monkeypatch.setattr(command, "train", Trainer())
+    monkeypatch.setattr(command.machine, "process_began", lambda: time.time() - 1000.0)
+    monkeypatch.setattr(sys, "argv", ["jaxlm.study", f"--gin_file={gin}", "--worker"])
+    assert command.main() == ExitStatus.FINISHED
+    assert Store(tmp_path / "study").worker_seconds >= 1000.0
+
+
 def test_an_error_of_any_kind_loses_one_cell_alone(tmp_path):
     study, store = make_study(tmp_path / "study", (PLAIN, AFTER))
     lines = []
@@ -144,6 +297,16 @@ def test_failures_of_what_another_worker_tries_again_are_left(tmp_path):
         assert store.failure(job) is not None
     store.forget_failures([job])
     assert store.failure(job) is None
+
+
+def test_whoever_reads_a_failure_while_another_is_noted_sees_the_whole_of_it(tmp_path):
+    study, store = make_study(tmp_path / "study", (PLAIN,), widths=("64",))
+    work(study, store, Trainer(lambda run: OSError("no space left")), report=lambda line: None)
+    (job,) = expand(study, store).jobs.values()
+    with (store.job_folder(job) / "failed.json").open() as reader:
+        store.fail(job, Failure("again", 0))
+        assert json.load(reader)["error"] == "no space left"
+    assert store.failure(job).error == "again"
 
 
 def test_models_are_opened_on_the_mesh_of_each_evaluation(tmp_path, monkeypatch):
