@@ -49,7 +49,7 @@ from jaxlm.parallel.sharded_ops import ShardedOps
 from jaxlm.training import machine
 from jaxlm.training.optimizers import AdamW, OptimizerConfig, build_optimizer
 from jaxlm.training.schedules import Cosine, Join, Linear
-from jaxlm.training.state import abstract_model, init_state
+from jaxlm.training.state import abstract_model, initializer
 from jaxlm.training.step import StepConfig, make_train_step
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -241,7 +241,7 @@ def overfit(
             shown = objective.shown_tokens(model, batch, context=context, config=loss)
         return {term: metrics[term][0] / metrics[term][1] for term in objective.coefficients}, shown
 
-    state = init_state(make, optimizer, parallel, seed=0)
+    state = initializer(make, optimizer, parallel)(0)
     on_device = {name: jnp.asarray(x) for name, x in batch.items()}
     reached = False
     for done in range(1, steps + 1):

@@ -33,7 +33,7 @@ from jaxlm.training import machine
 from jaxlm.training.moments import MomentStorage
 from jaxlm.training.optimizers import AdamW, OptimizerConfig, build_optimizer
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import abstract_model, init_state
+from jaxlm.training.state import abstract_model, initializer
 from jaxlm.training.step import StepConfig, make_train_step
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "precision.json"
@@ -82,7 +82,7 @@ def losses(compute: ComputeType, moments: MomentStorage | None = None, *, steps:
         parametrization=Parametrization(),
     )
     parallel = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
-    state = init_state(make, optimizer, parallel, seed=0)
+    state = initializer(make, optimizer, parallel)(0)
     step = make_train_step(definition, FullLM(), optimizer, parallel, config=StepConfig(), loss=LossConfig())
     found = []
     for i in range(steps):

@@ -118,7 +118,7 @@ def jaxlm_program(shape: Shape, adamw: step_floor.AdamW, remat: bool) -> tuple[C
     params = params_like(abstract, step_floor.init_params(jax.random.key(0), shape), shape)
     step = make_train_step(definition, FullLM(), optimizer, parallel, config=StepConfig(), loss=LossConfig())
     state = fresh_state(params, optimizer)
-    # Laid out as the step lays it out, as `init_state` does, or the second step would compile again.
+    # Laid out as the step lays it out, as `initializer` does, or the second step would compile again.
     return step, jax.device_put(state, state_shardings(state, infos, parallel))
 
 

@@ -130,7 +130,7 @@ def run_jaxlm(case: Case) -> dict[str, Any]:
     from jaxlm.configuration import resolve
     from jaxlm.planning.memory import memory, refused
     from jaxlm.run import RunConfig, expected_layout, make_model, make_program
-    from jaxlm.training.state import init_state
+    from jaxlm.training.state import initializer
 
     run = resolve(RunConfig, arguments(case))
     (phase,) = run.phases
@@ -138,7 +138,7 @@ def run_jaxlm(case: Case) -> dict[str, Any]:
     layout = expected_layout(run, phase)
     program = make_program(run, phase, parallel, layout)
     try:
-        state = init_state(make_model(program.model, parallel), program.optimizer, parallel, seed=0)
+        state = initializer(make_model(program.model, parallel), program.optimizer, parallel)(0)
         batch = jax.device_put(
             random_batch(dict(layout.features), run.model.vocab_size), parallel.batch_sharding(case.batch)
         )

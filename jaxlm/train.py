@@ -38,7 +38,7 @@ from jaxlm.training.progress import ProgressLine
 from jaxlm.training.run_folder import RunFolder, Status
 from jaxlm.training.spikes import RollBacks, SpikeRecord
 from jaxlm.training.stages import Phase, carry_over, phase_at
-from jaxlm.training.state import TrainState, init_params, init_state, restore_state, start_from
+from jaxlm.training.state import TrainState, initializer, params_initializer, restore_state, starter
 from jaxlm.training.watchdog import Watchdog
 from jaxlm.training.writers import Writers, make_writers
 
@@ -256,8 +256,10 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
         if parts.phase != run.phases[0] or parts.loader.state()["step"] > 0:  # it went back
             parts = assemble(run, run.phases[0], parallel, services.programs)
         if run.warm_start is not None:
-            return parts, start_warm(run, parts, parallel, line.print)
-        return parts, init_state(make_model(parts.model, parallel), parts.optimizer, parallel, seed=run.seed)
+            return parts, start_warm(run, parts, parallel, services)
+        make = make_model(parts.model, parallel)
+        init = services.programs.shared(run, "init", lambda: initializer(make, parts.optimizer, parallel))
+        return parts, init(run.seed)
     if saved.step > run.train_steps:
         raise ValueError(
             f"The checkpoint to go on from, {saved.folder}, is of step {saved.step}, beyond train_steps = "
@@ -274,13 +276,16 @@ def begin(run: RunConfig, parts: Parts, parallel: Parallelism, services: Service
     return parts, state
 
 
-def start_warm(run: RunConfig, parts: Parts, parallel: Parallelism, report: Callable[[str], None]) -> TrainState:
-    """The state of a run that begins with parameters of others, which `report` is told of."""
-    layouts = parts.definition.layouts
-    fresh = init_params(make_model(parts.model, parallel), parts.infos, parallel, seed=run.seed)
+def start_warm(run: RunConfig, parts: Parts, parallel: Parallelism, services: Services) -> TrainState:
+    """The state of a run that begins with parameters of others, which the line is told of."""
+    layouts, report, shared = parts.definition.layouts, services.line.print, services.programs.shared
+    make = make_model(parts.model, parallel)
+    init = shared(run, "init params", lambda: params_initializer(make, parts.infos, parallel))
+    start = shared(run, "start", lambda: starter(parts.abstract, parts.optimizer, parallel))
+    fresh = init(run.seed)
     started = warm_start(fresh, run.warm_start, layouts, report=report)
     del fresh  # before there are moments
-    state = start_from(started.params, parts.optimizer, parallel)
+    state = start(started.params)
     return dataclasses.replace(state, opt_state=started.optimizer_state(state.opt_state, layouts, report))
 
 

@@ -1,5 +1,6 @@
 """What a run ran on: versions and devices for its records, and a quick measure of how fast matrix products are."""
 
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -62,8 +63,9 @@ def process_began() -> float:
         return time.time()
 
 
+@functools.cache
 def matmul_flops_per_second(size: int = 768, seconds: float = 0.15) -> float:
-    """What one device does in float32 matrix products of `size`, FLOP/s, measured for about `seconds`.
+    """What one device does in float32 matrix products of `size`, FLOP/s, measured for about `seconds`, once a process.
 
     A training step reaches a part of it; good enough to say beforehand whether a run takes minutes or days.
     """

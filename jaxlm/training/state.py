@@ -57,22 +57,36 @@ def abstract_model(make_model: Callable[[jax.Array], nnx.Module]) -> tuple[Model
     return split_model(nnx.eval_shape(make_model, jax.eval_shape(lambda: jax.random.key(0))))
 
 
-def init_state(
-    make_model: Callable[[jax.Array], nnx.Module], optimizer: Optimizer, parallel: Parallelism, *, seed: int
-) -> TrainState:
-    """A fresh state, made in place: every device computes its own shards and nothing exists whole.
+def initializer(
+    make_model: Callable[[jax.Array], nnx.Module], optimizer: Optimizer, parallel: Parallelism
+) -> Callable[[int], TrainState]:
+    """seed -> a fresh state, made in place: every device computes its own shards and nothing exists whole.
 
     The random bits do not depend on the mesh; the numbers made of them may differ in the last place, where a compiler
-    vectorises a shard in another way than the whole.
+    vectorises a shard in another way than the whole. All seeds share one program.
     """
 
     def init(seed: jax.Array) -> TrainState:
         _, params, _ = split_model(make_model(jax.random.wrap_key_data(seed)))
         return fresh_state(params, optimizer)
 
-    data = seed_data(seed)
-    abstract = jax.eval_shape(init, data)
-    return jax.jit(init, out_shardings=state_shardings(abstract, optimizer.infos, parallel))(data)
+    return _by_seed(init, optimizer.infos, parallel)
+
+
+def params_initializer(
+    make_model: Callable[[jax.Array], nnx.Module], infos: Tree, parallel: Parallelism
+) -> Callable[[int], Tree]:
+    """seed -> the parameters of `initializer` alone, for a run that may take others in their place.
+
+    Args:
+      infos: a `ParameterInfo` for each parameter.
+    """
+    return _by_seed(lambda seed: split_model(make_model(jax.random.wrap_key_data(seed)))[1], infos, parallel)
+
+
+def _by_seed[T](init: Callable[[jax.Array], T], infos: Tree, parallel: Parallelism) -> Callable[[int], T]:
+    program = jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, seed_data(0)), infos, parallel))
+    return lambda seed: program(seed_data(seed))
 
 
 def seed_data(seed: int) -> np.ndarray:
@@ -80,34 +94,24 @@ def seed_data(seed: int) -> np.ndarray:
     return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
-def init_params(
-    make_model: Callable[[jax.Array], nnx.Module], infos: Tree, parallel: Parallelism, *, seed: int
-) -> Tree:
-    """The parameters of `init_state` alone, for a run that may take others in their place.
-
-    Args:
-      infos: a `ParameterInfo` for each parameter.
-    """
-
-    def init() -> Tree:
-        return split_model(make_model(jax.random.key(seed)))[1]
-
-    return jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init), infos, parallel))()
-
-
-def start_from(params: Tree, optimizer: Optimizer, parallel: Parallelism) -> TrainState:
-    """The state at step 0 of a run that starts from these parameters, laid out as the step expects it.
+def starter(params: Tree, optimizer: Optimizer, parallel: Parallelism) -> Callable[[Tree], TrainState]:
+    """Parameters -> the state at step 0 of a run that starts from them, laid out as the step expects it.
 
     The parameters' buffers are taken.
+
+    Args:
+      params: their shapes.
     """
-    abstract = jax.eval_shape(lambda params: fresh_state(params, optimizer), params)
-    shardings = state_shardings(abstract, optimizer.infos, parallel)
-    make = jax.jit(lambda params: fresh_state(params, optimizer), out_shardings=shardings, donate_argnums=0)
-    return make(params)
+
+    def start(params: Tree) -> TrainState:
+        return fresh_state(params, optimizer)
+
+    shardings = state_shardings(jax.eval_shape(start, params), optimizer.infos, parallel)
+    return jax.jit(start, out_shardings=shardings, donate_argnums=0)
 
 
 def fresh_state(params: Tree, optimizer: Optimizer) -> TrainState:
-    """The state at step 0 with `params`; inside jit, see `init_state` and `start_from`."""
+    """The state at step 0 with `params`; inside jit, see `initializer` and `starter`."""
     # Buffers of a donated state must not be shared, hence the copy.
     ema = jax.tree.map(jnp.copy, params) if optimizer.config.ema_decay is not None else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)

@@ -31,7 +31,7 @@ from jaxlm.run import RunConfig
 from jaxlm.training.optimizers import AdamW, OptimizerConfig, ScheduleFree, build_optimizer
 from jaxlm.training.parameters import update
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import abstract_model, init_state
+from jaxlm.training.state import abstract_model, initializer
 from tests.checkpoints.huggingface.family_cases import CASES
 from tests.checkpoints.huggingface.test_folder import config_of, written
 from tests.checkpoints.saved_runs import save_run
@@ -86,7 +86,7 @@ def schedule_free(workshop):
     )
     optimizer = build_optimizer(config, infos, total_steps=7, parametrization=run.model.scaling)
     parallel = ParallelConfig(MeshConfig()).on(jax.devices()[:1])
-    state = init_state(lambda key: build_model(run.model, key=key), optimizer, parallel, seed=0)
+    state = initializer(lambda key: build_model(run.model, key=key), optimizer, parallel)(0)
 
     @jax.jit
     def step(state):

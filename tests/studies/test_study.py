@@ -259,20 +259,22 @@ def test_jobs_of_cells_whose_labels_look_alike_have_names_of_their_own(capsys):
 
 def test_seeds_of_a_cell_share_one_compile(workshop, tmp_path):
     gin = workshop.gin("seeds", "run.RunConfig.samples = None\n", imports=("run",))
-    leg = Leg("pretrain", ("TRAIN_STEPS = 2", "EVAL_PERIOD = 2"))
-    config = StudyConfig(str(tmp_path / "study"), (str(gin),), {}, (leg,), Grid(), seeds=(0, 1))
+    legs = (Leg("pretrain"), Leg("adapt", after="pretrain"))
+    settings = (str(gin), "TRAIN_STEPS = 2", "EVAL_PERIOD = 2")
+    config = StudyConfig(str(tmp_path / "study"), settings, {}, legs, Grid(), seeds=(0, 1))
     store, compiled = Store(tmp_path / "study"), {}
     store.open("")
 
     def counted(run, *, programs):
         with CompileCounter() as compiles:
             outcome = train(run, programs=programs)
-        compiled[run.seed] = compiles.names
+        compiled[run.warm_start is not None, run.seed] = compiles.names
         return outcome
 
     assert work(config, store, counted, report=lambda line: None) is Outcome.FINISHED
-    steps = [name for name in compiled[0] if "step" in name]  # of training and of evaluation
-    assert len(steps) == 2 and not set(steps) & set(compiled[1])
+    steps = [name for name in compiled[False, 0] if "step" in name]  # of training and of evaluation
+    assert len(steps) == 2 and compiled[True, 0]
+    assert not compiled[False, 1] and not compiled[True, 1]
 
 
 def test_an_illegal_cell_is_named_before_anything_runs(workshop, write, tmp_path):

@@ -14,7 +14,7 @@ from jaxlm.training.optimizers import Adafactor, OptimizerConfig, build_optimize
 from jaxlm.training.prefetch import to_devices
 from jaxlm.training.schedules import Constant
 from jaxlm.training.stages import Carry, carry_over
-from jaxlm.training.state import abstract_model, init_state, start_from
+from jaxlm.training.state import abstract_model, initializer, starter
 from jaxlm.training.step import StepConfig, make_train_step
 
 parallel = ParallelConfig(MeshConfig(fsdp=2, tensor=2)).on()
@@ -41,7 +41,7 @@ def compiles(name, state, of):
     return state
 
 
-state = compiles("fresh", init_state(TinyModel, first, parallel, seed=0), first)
+state = compiles("fresh", initializer(TinyModel, first, parallel)(0), first)
 state = compiles("next stage", carry_over(state, first, second, Carry.KEEP, parallel=parallel), second)
-compiles("warm start", start_from(state.params, first, parallel), first)
+compiles("warm start", starter(state.params, first, parallel)(state.params), first)
 print(json.dumps(answer))

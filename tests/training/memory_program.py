@@ -19,7 +19,7 @@ from jaxlm.training.optimizers import SGD, OptimizerConfig, build_optimizer
 from jaxlm.training.parameters import flatten
 from jaxlm.training.prefetch import to_devices
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import abstract_model, abstract_state, init_state
+from jaxlm.training.state import abstract_model, abstract_state, initializer
 from jaxlm.training.step import StepConfig, make_train_step
 
 config = decoder()
@@ -44,7 +44,7 @@ def run(parallel_config, moments=None, microbatches=1):
         parametrization=Parametrization(),
     )
     parallel = parallel_config.on()
-    state = init_state(make, optimizer, parallel, seed=3)
+    state = initializer(make, optimizer, parallel)(3)
     before = jax.device_get(state.params)
     step = make_train_step(
         definition,

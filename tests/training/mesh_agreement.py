@@ -15,7 +15,7 @@ from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
 from jaxlm.training import optimizers, schedules
 from jaxlm.training.parameters import Tree, flatten, split_model, unflatten
 from jaxlm.training.prefetch import to_devices
-from jaxlm.training.state import abstract_model, init_state
+from jaxlm.training.state import abstract_model, initializer
 from jaxlm.training.step import StepConfig, make_train_step
 from jaxlm.training.teacher import Teacher
 
@@ -63,7 +63,7 @@ def agreement(
 
     def run(mesh_config, devices):
         parallel = ParallelConfig(mesh_config).on(jax.devices()[:devices])
-        state = init_state(make, optimizer, parallel, seed=3)
+        state = initializer(make, optimizer, parallel)(3)
         before = jax.device_get(state.params)
         sharded = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
         loss, taught_by, options = LossConfig(z_loss=1e-4, token_chunk=64), {}, {}

@@ -23,7 +23,7 @@ from jaxlm.training.metrics import Names
 from jaxlm.training.optimizers import AdamW, OptimizerConfig, build_optimizer
 from jaxlm.training.prefetch import Prefetcher
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import abstract_model, abstract_state, init_state
+from jaxlm.training.state import abstract_model, abstract_state, initializer
 from jaxlm.training.step import StepConfig, make_train_step
 
 
@@ -86,7 +86,7 @@ class Parts:
         return make_train_step(*arguments, config=StepConfig(), loss=LossConfig())
 
     def state(self, guard=None):
-        return init_state(self.make, self.optimizer_with(guard), self.parallel, seed=0)
+        return initializer(self.make, self.optimizer_with(guard), self.parallel)(0)
 
     def loader(self, **options):
         return Loader(self.tiny.batch, **options)

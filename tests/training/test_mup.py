@@ -22,7 +22,7 @@ from jaxlm.parallel.mesh import MeshConfig
 from jaxlm.parallel.parallelism import ParallelConfig
 from jaxlm.training.optimizers import Adafactor, AdamW, Muon, OptimizerConfig, build_optimizer
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import abstract_model, init_state
+from jaxlm.training.state import abstract_model, initializer
 from jaxlm.training.step import StepConfig, make_train_step
 
 _spec = importlib.util.spec_from_file_location("small_models", pathlib.Path(__file__).parent / "small_models.py")
@@ -56,7 +56,7 @@ def movement(width, kind, algorithm, rate, **changed):
         total_steps=10,
         parametrization=parametrization,
     )
-    state = init_state(make, optimizer, parallel, seed=0)
+    state = initializer(make, optimizer, parallel)(0)
     batch = {name: jnp.asarray(x) for name, x in small_models.packed_batch(0, size=4).items()}
 
     @jax.jit

@@ -18,7 +18,7 @@ from jaxlm.training.guard import SpikeGuard
 from jaxlm.training.optimizers import SGD, AdamW, Lion, OptimizerConfig, ScheduleFree, build_optimizer
 from jaxlm.training.schedules import Constant, Join
 from jaxlm.training.stages import Carry, Stage, carry_over, phase_at, phases, with_steps
-from jaxlm.training.state import abstract_model, init_state
+from jaxlm.training.state import abstract_model, initializer
 
 
 def test_phases_cover_the_run_and_inherit():
@@ -81,7 +81,7 @@ def trained(tiny):
         return build_optimizer(config, infos, total_steps=10, parametrization=Parametrization())
 
     def state(optimizer):
-        fresh = init_state(tiny.Model, optimizer, PARALLEL, seed=0)
+        fresh = initializer(tiny.Model, optimizer, PARALLEL)(0)
         opt_state = jax.tree.map(lambda x: x + 7 if x.dtype == jnp.int32 else x + 1.0, fresh.opt_state)
         return dataclasses.replace(fresh, opt_state=opt_state, step=jnp.int32(7))
 

@@ -18,7 +18,7 @@ from jaxlm.training.guard import SpikeGuard
 from jaxlm.training.optimizers import SGD, AdamW, OptimizerConfig, build_optimizer
 from jaxlm.training.parameters import flatten
 from jaxlm.training.schedules import Constant
-from jaxlm.training.state import abstract_model, init_state
+from jaxlm.training.state import abstract_model, initializer
 from jaxlm.training.step import StepConfig, layer_names, make_train_step
 
 GRADIENT = OptimizerConfig(SGD(), Constant(1.0), clip_global_norm=None)  # parameters - new ones = the gradient
@@ -38,7 +38,7 @@ class Setup:
         self.eval_step = make_eval_step(*arguments, config=config, loss=loss)
 
     def state(self, seed=0):
-        return init_state(self.make, self.optimizer, self.parallel, seed=seed)
+        return initializer(self.make, self.optimizer, self.parallel)(seed)
 
 
 @pytest.mark.parametrize("scan", [False, True])
