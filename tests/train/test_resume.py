@@ -68,18 +68,18 @@ def uninterrupted(workshop):
     return make
 
 
-def train_until_signal(arguments, repository, number, step=1):
-    """Starts a run, sends it a signal when it has logged `step`, and returns its exit status."""
+def train_until_signal(arguments, repository, number, line=f"step 1/{STEPS} | ETA"):
+    """Starts a run, sends it a signal when it has printed a line, and returns its exit status."""
     command = [sys.executable, "-m", "jaxlm.train", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, cwd=repository, **pipes) as process:
         output = []
-        for line in process.stdout:
-            output.append(line)
-            if f"step {step}/{STEPS} | ETA" in line:
+        for printed in process.stdout:
+            output.append(printed)
+            if line in printed:
                 break
         else:
-            pytest.fail(f"the run ended before its step {step}:\n{''.join(output)}")
+            pytest.fail(f"the run ended without the line {line!r}:\n{''.join(output)}")
         process.send_signal(number)
         process.stdout.read()
     return process.returncode
@@ -91,7 +91,8 @@ def test_a_killed_mixture_goes_on(workshop, uninterrupted, metrics, repository):
     expected = metrics(whole)
     assert list(expected) == list(range(1, STEPS + 1))
     folder = workshop.folder / "killed"
-    status = train_until_signal(workshop.arguments(folder, gin), repository, signal.SIGKILL, step=STEPS // 2)
+    arguments = workshop.arguments(folder, gin)
+    status = train_until_signal(arguments, repository, signal.SIGKILL, f"step {STEPS // 2}: validation")
     assert status == -signal.SIGKILL
     workshop.train(folder, gin)
     assert metrics(folder) == expected
