@@ -3,13 +3,14 @@
 python -m benchmarks.study                             # the toy study; writes results/study.json; about ten minutes
 python -m benchmarks.study --gin_file=gin_configs/studies/yi.gin --name study_yi --workers=2
 
-The same command is then given a second time, to see what it repeats.
+The same command is then given a second time, to see what it repeats. The study's folder stays where something failed.
 """
 
 import argparse
 import json
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -62,14 +63,17 @@ def main() -> None:
     parser.add_argument("--name", default="study", help="of the file in results/")
     parser.add_argument("--workers", type=int, default=1)
     args, rest = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        described = [f"--gin_file={args.gin_file}", *rest, f"--gin.STUDY_DIR='{folder}/study'"]
-        took = run_once([*described, f"--workers={args.workers}"])
-        study, store = resolve(StudyConfig, described), Store(pathlib.Path(folder) / "study")
-        found = looked_at(study, expand(study, store), store)
-        trained = sum(account(expand(study, store), store).runs.values())
-        again = run_once(described)
-        again["seconds_of_runs"] = sum(account(expand(study, store), store).runs.values()) - trained
+    folder = pathlib.Path(tempfile.mkdtemp())
+    print(f"The study lies in {folder} while it runs.")
+    described = [f"--gin_file={args.gin_file}", *rest, f"--gin.STUDY_DIR='{folder}/study'"]
+    command = [*described, f"--workers={args.workers}"]
+    took = run_once(command)
+    study, store = resolve(StudyConfig, described), Store(folder / "study")
+    found = looked_at(study, expand(study, store), store)
+    trained = sum(account(expand(study, store), store).runs.values())
+    again = run_once(command)
+    again["seconds_of_runs"] = sum(account(expand(study, store), store).runs.values()) - trained
+    shutil.rmtree(folder)
     results = {
         "study": args.gin_file,
         "workers": args.workers,

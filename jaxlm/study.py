@@ -217,7 +217,7 @@ def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: i
 
 def _say_left_out(study: StudyConfig, console: Console) -> None:
     if study.left_out:
-        console.print(study.left_out, markup=False)
+        console.print(study.left_out)
 
 
 def _start_worker(store: Store, arguments: list[str], number: int) -> subprocess.Popen:

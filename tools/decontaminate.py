@@ -84,7 +84,7 @@ def decontaminate(data: TextFiles, step: Decontaminate, out: pathlib.Path | None
 
 def print_account(account: Mapping[str, Any], shown: int) -> None:
     """The account for people."""
-    console = Console()
+    console = Console(markup=False)  # texts may have brackets
     table = Table(title=account["summary"], title_justify="left")
     for name in ("record", "shares with", "characters", "kept", "pieces", "first N-gram"):
         table.add_column(name, justify="right" if name in ("characters", "kept", "pieces") else "left")
@@ -115,14 +115,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shown", type=int, default=20, help="records hit that are printed")
     args = parser.parse_args(arguments)
     try:
+        if args.account:
+            args.account.parent.mkdir(parents=True, exist_ok=True)
         windows = Windows(args.field, args.around, args.around, args.most_pieces) if args.windows else None
         step = Decontaminate(evaluation_data(args.against), split="train", n=args.n, windows=windows)
         account = decontaminate(TextFiles(tuple(args.data), held_out=0.0), step, args.out, args.title)
     except (ValueError, OSError) as error:
         sys.exit(f"decontaminate: {error}")
-    print_account(account, args.shown)
     if args.account:
         args.account.write_text(json.dumps(account, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print_account(account, args.shown)
 
 
 if __name__ == "__main__":

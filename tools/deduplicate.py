@@ -108,7 +108,9 @@ def judge(corpus: Corpus, quality: Quality | None, near: NearDuplicates | None) 
     exact: dict[bytes, int] = {}
     signed = array.array("q")
     with tempfile.TemporaryFile() as file:
-        for number, (_, _, text) in enumerate(corpus.records()):
+        for number, (_, record, text) in enumerate(corpus.records()):
+            if number == 0:
+                line_of(record)  # what cannot be written is said before hours are spent
             reason, of = quality.broken(text) if quality else None, number
             if reason is None and (of := exact.setdefault(exact_key(text), number)) != number:
                 reason = EXACT
@@ -188,7 +190,7 @@ def deduplicate(
 
 def print_account(account: Mapping[str, Any], shown: int) -> None:
     """The account for people."""
-    console = Console()
+    console = Console(markup=False)  # texts may have brackets
     stages, kept = account["stages"], account["kept"]
     title = f"{kept['records']:,} of {stages[0]['in']['records']:,} records remain."
     table = Table(title=title, title_justify="left")
@@ -240,13 +242,15 @@ def main(arguments: list[str] | None = None) -> None:
         quality = None if args.filters is None else Quality(rules=tuple(args.filters) or None)
         near = None if args.exact_only else NearDuplicates(args.n, args.bands, args.rows, args.similarity)
         vocabulary = _vocabulary(args.vocabulary) if args.vocabulary else None
+        if args.account:
+            args.account.parent.mkdir(parents=True, exist_ok=True)
         corpus = Corpus(TextFiles(tuple(args.data), held_out=0.0), args.field, args.title, vocabulary)
         account = deduplicate(corpus, quality, near, out=args.out, shown=max(args.shown, args.examples))
     except (ValueError, OSError) as error:
         sys.exit(f"deduplicate: {error}")
-    print_account(account, args.shown)
     if args.account:
         args.account.write_text(json.dumps(account, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print_account(account, args.shown)
 
 
 if __name__ == "__main__":

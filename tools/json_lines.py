@@ -13,8 +13,15 @@ from jaxlm.data.sources import Record
 
 
 def line_of(record: Record) -> str:
-    """A record as a line."""
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    """A record as a line.
+
+    Raises:
+      ValueError: it has a value that JSON lacks, say a date of a parquet file.
+    """
+    try:
+        return json.dumps(record, ensure_ascii=False) + "\n"
+    except TypeError as error:
+        raise ValueError(f"The record {str(record)[:80]!r} cannot be a line of JSON: {error}.") from error
 
 
 @contextlib.contextmanager
@@ -29,10 +36,13 @@ def written(folder: pathlib.Path, number: int) -> Iterator[IO[str]]:
     if path.exists():
         raise ValueError(f"{path} is there already; give --out an empty folder.")
     partial = path.with_name(path.name + ".partial")
-    with (
-        open(partial, "wb") as raw,
-        gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
-        io.TextIOWrapper(packed, encoding="utf-8") as file,
-    ):
-        yield file
-    os.replace(partial, path)
+    try:
+        with (
+            open(partial, "wb") as raw,
+            gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed,
+            io.TextIOWrapper(packed, encoding="utf-8") as file,
+        ):
+            yield file
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ QUESTION = "What is the pass key? The pass key is"
 
 @dataclasses.dataclass(frozen=True)
 class Passkeys(Source):
-    """Generated rows, the same for the same settings; those of the split "train" have other keys than "validation".
+    """Generated rows, the same for the same settings; keys of the splits "train" and "validation" are drawn apart.
 
     Attributes:
       lengths: of context and answer together: as much filler as there is room for in so many words, or tokens.

@@ -96,9 +96,10 @@ class FinetuningSweep(LearnedTask):
 
     @override
     def check(self, written: Collection[str] = ()) -> None:
-        super().check(written)
         if self.after is not None:
             self.after.check(written)
+            written = {*written, *self.after.writes}
+        super().check(written)
         if self.annotation is not None:
             self._annotating(check_files, self.annotation.source, "train", written)
 

@@ -5,11 +5,12 @@ import json
 import os
 import pathlib
 import traceback
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import rich.box
 from rich.table import Table
+from rich.text import Text
 
 from jaxlm.checkpoints.pretrained import Pretrained
 from jaxlm.evaluation.intervals import Estimate
@@ -101,7 +102,7 @@ class SuiteResult:
         for result in self.results:
             table.add_row(*_line(result))
         for name, sentence in self.failures.items():
-            table.add_row(name, *[""] * 7, sentence)
+            table.add_row(Text(name), *[""] * 7, Text(sentence))
         return table
 
     def grids(self) -> list[Table]:
@@ -110,24 +111,26 @@ class SuiteResult:
 
 
 RESULTS, EXAMPLES = "results.json", "examples.jsonl"
-_PARTIAL = "partial.json"
-"""Results of which the tasks that failed are to be asked again."""
+AGAIN = "again"
+"""Marks results of which the tasks that failed are to be asked once more."""
+
+
+def results_in(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What a folder's results are, as `SuiteResult.json` has them; None where there are none."""
+    try:
+        return json.loads((folder / RESULTS).read_text())
+    except FileNotFoundError:
+        return None
 
 
 def failures_in(folder: pathlib.Path) -> dict[str, str]:
     """{task: sentence} of the tasks that failed, by a folder's results; nothing where there are none."""
-    path = folder / RESULTS
-    return json.loads(path.read_text()).get("failures", {}) if path.exists() else {}
+    return (results_in(folder) or {}).get("failures", {})
 
 
 def try_again(folder: pathlib.Path) -> None:
-    """Takes the results back, so that the next `evaluate` asks what failed, and keeps what did not."""
-    os.replace(folder / RESULTS, folder / _PARTIAL)
-
-
-def was_asked(folder: pathlib.Path) -> bool:
-    """Whether a folder has results, some tasks' at least."""
-    return (folder / RESULTS).exists() or (folder / _PARTIAL).exists()
+    """Has the next `evaluate` ask what failed, and keep what did not."""
+    (folder / AGAIN).touch()
 
 
 def evaluate(
@@ -158,7 +161,7 @@ def evaluate(
         context_length=config.context_length,
         parallel=config.parallel.on() if config.parallel else None,
     )
-    results, failures, known = [], {}, _known(folder)
+    results, failures, known = [], {}, _known(folder, config)
     with _Examples(folder, known) as examples:
         for task in config.tasks:
             if task.name in known:
@@ -167,6 +170,7 @@ def evaluate(
                 task = dataclasses.replace(task, limit=min(config.limit, task.limit or config.limit))
             try:
                 result, records = task.evaluate(subject, samples=config.samples, seed=config.seed, report=report)
+                lines = [json.dumps(record, ensure_ascii=False, default=_plain) + "\n" for record in records]
             except TaskError as error:
                 failures[task.name] = str(error)
                 report(str(error))
@@ -178,7 +182,7 @@ def evaluate(
                 failures[task.name] = f"Task {task.name}: {error if foreseen else f'{type(error).__name__}: {error}'}"
                 report(failures[task.name] if foreseen else traceback.format_exc())
                 continue
-            examples.write(records)
+            examples.write(lines)
             results.append(result)
             report(f"{result.task}: {result.primary} {result.metrics[result.primary]}")
     result = SuiteResult(pretrained.source, tuple(results), failures, known)
@@ -186,14 +190,21 @@ def evaluate(
         found = result.json()
         found["tasks"] = {task.name: found["tasks"][task.name] for task in config.tasks if task.name not in failures}
         _write(folder / RESULTS, json.dumps(found, indent=2) + "\n")
-        (folder / _PARTIAL).unlink(missing_ok=True)
+        (folder / AGAIN).unlink(missing_ok=True)
     return result
 
 
-def _known(folder: pathlib.Path | None) -> dict[str, Any]:
-    """{task: result} that a folder has since `try_again`."""
-    path = None if folder is None else folder / _PARTIAL
-    return json.loads(path.read_text())["tasks"] if path is not None and path.exists() else {}
+def _known(folder: pathlib.Path | None, config: EvaluationConfig) -> dict[str, Any]:
+    """{task: result} that a folder keeps since `try_again`: not of tasks whose files others read, and which are old."""
+    if folder is None or not (folder / AGAIN).exists():
+        return {}
+    found = (results_in(folder) or {"tasks": {}})["tasks"]
+    return {task.name: found[task.name] for task in config.tasks if task.name in found and not task.writes}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has in the place of what it lacks: of numpy's scalars Python's, of dates and the like their text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 class _Examples:
@@ -207,14 +218,14 @@ class _Examples:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(f"{self._path}.partial", "w", encoding="utf-8")
-            if self._known:
+            if self._known and self._path.exists():
                 with open(self._path, encoding="utf-8") as lines:
                     self._file.writelines(line for line in lines if json.loads(line)["task"] in self._known)
         return self
 
-    def write(self, records: Iterator[dict[str, Any]]) -> None:
+    def write(self, lines: Iterable[str]) -> None:
         if self._file is not None:
-            self._file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            self._file.writelines(lines)
 
     def __exit__(self, kind, error, trace) -> None:
         if self._file is not None:
@@ -233,9 +244,9 @@ def _grid(result: TaskResult) -> Table:
     table = Table(title=f"{result.task}: {result.primary}", box=rich.box.SIMPLE_HEAD, title_justify="left")
     columns = list(dict.fromkeys(column for row in result.grid.values() for column in row))
     for name in ("", *columns):
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for name, row in result.grid.items():
-        table.add_row(name, *(f"{row[column]:.4f}" if column in row else "" for column in columns))
+        table.add_row(Text(name), *(f"{row[column]:.4f}" if column in row else "" for column in columns))
     return table
 
 

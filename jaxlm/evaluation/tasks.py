@@ -122,11 +122,18 @@ def check_files(source: Source, split: str, written: Collection[str] = ()) -> No
     """
     if isinstance(source, TextFiles):
         pattern = source.validation if split == "validation" and source.validation else source.pattern
-        patterns = [os.path.abspath(one) for one in ((pattern,) if isinstance(pattern, str) else pattern)]
-        if any(fnmatch.fnmatch(os.path.abspath(path), one) for path in written for one in patterns):
+        patterns = (pattern,) if isinstance(pattern, str) else pattern
+        if any(_reads(one, path) for path in written for one in patterns):
             return
     if isinstance(source, TextFiles | ArrayRecordSource):
         source.shards(split)
+
+
+def _reads(pattern: str, path: str) -> bool:
+    """Whether a pattern of `TextFiles`, a glob or a folder, is of a file that is not there yet."""
+    pattern, path = (os.path.abspath(os.path.expanduser(one)) for one in (pattern, path))
+    globs = (pattern, pattern.replace("/**/", "/"))
+    return path.startswith(pattern + os.sep) or any(fnmatch.fnmatch(path, one) for one in globs)
 
 
 def rows_in(folder: str, validation: str, train: str | None = None) -> TextFiles:

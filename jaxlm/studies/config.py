@@ -10,7 +10,7 @@ import enum
 import itertools
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 Settings = tuple[str, ...]
 Cell = Mapping[str, str]
@@ -451,9 +451,15 @@ class StudyConfig:
         """Of {factor: levels}, those that the factor does not have, in words."""
         found = []
         for factor, levels in (item for each in named for item in each.items()):
-            if not isinstance(known := self.factors[factor], Range):
-                found += [f"{factor} {level!r}" for level in levels if level not in known]
+            known = self._levels_of(factor)
+            found += [f"{factor} {level!r}" for level in levels if level not in known]
         return ", ".join(dict.fromkeys(found))
+
+    def _levels_of(self, factor: str) -> Collection[str]:
+        known = self.factors[factor]
+        if not isinstance(known, Range):
+            return known
+        return known.levels() if isinstance(self.design, Grid) else {cell[factor] for cell in self.cells}
 
     @property
     def _excluded(self) -> tuple[Mapping[str, str], ...]:

@@ -57,9 +57,9 @@ def grid_section(study: StudyConfig, name: str, runs: Sequence[Run], figures: pa
         [
             f"## {name} over the grid",
             "",
-            "Means over tasks and seeds, ± half of the 95% interval by Student's t over seeds, after each leg that "
-            "most cells go through. One scale of colours in a picture; bright is better. Hatched cells are not "
-            "finished, or a task failed.",
+            "Means over tasks and over the seeds in which no task failed, ± half of the 95% interval by Student's t "
+            "over seeds, after each leg that most cells go through. One scale of colours in a picture; bright is "
+            "better. Hatched cells are not finished, or a task failed.",
             *parts,
         ]
     )
@@ -137,7 +137,7 @@ def _caption(asked: Sequence[Run], apart: Sequence[str]) -> str:
     )
     if apart:
         own = "over seeds alone" if seeds > 1 else "the task's own"
-        caption += f" Of {', '.join(apart)}, which is learnt and keeps no rows, the interval is {own}."
+        caption += f" Of {', '.join(apart)} the interval is {own}: rows are not kept, or not the same for all seeds."
     return caption
 
 

@@ -49,7 +49,8 @@ def row_statistics(path: pathlib.Path, metrics: Mapping[str, str], rows: Mapping
 def bootstrapped(runs: Sequence[Run], evaluation: str, config: EvaluationConfig) -> tuple[Bounds, tuple[str, ...]]:
     """95% intervals of the primary metrics' means over seeds, by drawing seeds and rows; with one seed rows alone.
 
-    Of a task that is learnt, whose rows are not kept, seeds alone are drawn; with one seed its own interval is taken.
+    Where rows are not kept, as of tasks that are learnt, or are not the same for all seeds, since the files changed,
+    seeds alone are drawn; with one seed the task's own interval is taken.
 
     Args:
       runs: of a leg.
@@ -57,7 +58,7 @@ def bootstrapped(runs: Sequence[Run], evaluation: str, config: EvaluationConfig)
       config: what was asked; has the number of samples, of which 0 gives no intervals.
 
     Returns:
-      the intervals, and the tasks without rows.
+      the intervals, and the tasks of which rows are not drawn.
     """
     bounds: Bounds = {}
     apart: dict[str, None] = {}
@@ -75,7 +76,7 @@ def bootstrapped(runs: Sequence[Run], evaluation: str, config: EvaluationConfig)
             results = [of_cell[i].scores[evaluation][task.name] for i in asked]
             of_rows = [statistics[i].get(task.name) for i in asked]
             primary = results[0]["primary"]
-            if any(rows is None for rows in of_rows):
+            if any(rows is None for rows in of_rows) or len({rows.shape for rows in of_rows}) > 1:
                 apart[task.name] = None
                 own = results[0]["metrics"][primary]
                 if len(asked) == 1:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxlm.checkpoints.stored import committed_steps
-from jaxlm.evaluation.suite import EXAMPLES, RESULTS, failures_in, try_again, was_asked
+from jaxlm.evaluation.suite import AGAIN, EXAMPLES, RESULTS, failures_in, results_in, try_again
 from jaxlm.studies.jobs import Job
 from jaxlm.studies.settings import evaluation_digest
 from jaxlm.training.report import Curve, read_curves
@@ -124,17 +124,25 @@ class Store:
         return folder.run_json.exists() and (folder.read()["finished_at_step"] or 0) >= job.run.train_steps
 
     def run_is_finished(self, job: Job, seed: int) -> bool:
-        """Whether a run is trained, and evaluated as its leg wants."""
-        return self.run_is_trained(job, seed) and not self.evaluations_left(job, seed)
-
-    def evaluations_left(self, job: Job, seed: int) -> list[str]:
-        """The names of the evaluations that a run's model has yet to answer."""
-        folders = {name: self.evaluation_folder(job, seed, name) for name in job.evaluations}
-        return [name for name, folder in folders.items() if not (folder / RESULTS).exists()]
+        """Whether a run is trained, and was asked what its leg wants, be it that tasks failed."""
+        return self.run_is_trained(job, seed) and all(self.was_asked(job, seed, name) for name in job.evaluations)
 
     def was_asked(self, job: Job, seed: int, name: str) -> bool:
         """Whether a run's model has been asked an evaluation, be it that tasks of it failed."""
-        return was_asked(self.evaluation_folder(job, seed, name))
+        return (self.evaluation_folder(job, seed, name) / RESULTS).exists()
+
+    def evaluations_left(self, job: Job, seed: int) -> list[str]:
+        """The names of the evaluations that a run's model has yet to answer, or to be asked again."""
+        again = {name: (self.evaluation_folder(job, seed, name) / AGAIN).exists() for name in job.evaluations}
+        return [name for name in job.evaluations if again[name] or not self.was_asked(job, seed, name)]
+
+    def seeds_left(self, job: Job) -> list[int]:
+        """The seeds with something left to do: none of a job that failed, but failed tasks of one that diverged."""
+        if self.failure(job) is not None and not self.diverged(job):
+            return []
+        trained = {seed for seed in job.seeds if self.run_is_trained(job, seed)}
+        asks = [seed for seed in job.seeds if seed in trained and self.evaluations_left(job, seed)]
+        return asks if self.diverged(job) else [seed for seed in job.seeds if seed not in trained or seed in asks]
 
     def evaluation_folder(self, job: Job, seed: int, name: str) -> pathlib.Path:
         """Where the answers of a run's model lie; another folder for other questions."""
@@ -142,7 +150,8 @@ class Store:
 
     def scores(self, job: Job, seed: int) -> dict[str, dict[str, Any]]:
         """{evaluation: {task: {"primary", "metrics", "chance", ...}}} of a run, as `jaxlm.evaluate` writes them."""
-        return {name: json.loads((folder / RESULTS).read_text())["tasks"] for name, folder in self._asked(job, seed)}
+        found = {name: results_in(folder) for name, folder in self._asked(job, seed)}
+        return {name: results["tasks"] for name, results in found.items() if results is not None}
 
     def failed_tasks(self, job: Job, seed: int) -> dict[str, dict[str, str]]:
         """{evaluation: {task: why}} of the tasks that a run's model could not be asked."""
@@ -155,8 +164,8 @@ class Store:
 
     def _asked(self, job: Job, seed: int) -> list[tuple[str, pathlib.Path]]:
         """(name, folder) of the evaluations that a run's model has answered."""
-        left = self.evaluations_left(job, seed)
-        return [(name, self.evaluation_folder(job, seed, name)) for name in job.evaluations if name not in left]
+        asked = [name for name in job.evaluations if self.was_asked(job, seed, name)]
+        return [(name, self.evaluation_folder(job, seed, name)) for name in asked]
 
     def is_finished(self, job: Job) -> bool:
         """Whether all runs of a job ended as planned."""
@@ -164,9 +173,11 @@ class Store:
 
     def failure(self, job: Job) -> Failure | None:
         """Why the job failed, if it did. A trial may share its folder with other seeds, whose failures are not its."""
-        path = self.job_folder(job) / "failed.json"
-        failure = Failure(**json.loads(path.read_text())) if path.exists() else None
-        return failure if failure is not None and failure.seed in job.seeds else None
+        try:
+            failure = Failure(**json.loads((self.job_folder(job) / "failed.json").read_text()))
+        except FileNotFoundError:
+            return None
+        return failure if failure.seed in job.seeds else None
 
     def diverged(self, job: Job) -> bool:
         """Whether one of its runs did."""
@@ -185,11 +196,13 @@ class Store:
         training; not one that is worked on."""
         for job in jobs:
             asked = [self.evaluation_folder(job, seed, name) for seed in job.seeds for name in job.evaluations]
-            if self.diverged(job) or not (self.failure(job) or any(map(failures_in, asked))):
+            failed = self.failure(job) is not None and not self.diverged(job)
+            if not failed and not any(map(failures_in, asked)):
                 continue
             with self.claim(job) as free:
                 if free:
-                    (self.job_folder(job) / "failed.json").unlink(missing_ok=True)
+                    if failed:
+                        (self.job_folder(job) / "failed.json").unlink(missing_ok=True)
                     for folder in filter(failures_in, asked):
                         try_again(folder)
 

@@ -59,7 +59,7 @@ def work(
                 with store.claim(job) as mine:
                     if not mine:
                         continue
-                    if not store.is_finished(job):
+                    if store.seeds_left(job):
                         report(f"{job.address}: {job.label}{_trial(job)}")
                         if _run(job, store, train, programs, report) is Outcome.PREEMPTED:
                             return Outcome.PREEMPTED
@@ -90,14 +90,16 @@ def check_questions(study: StudyConfig, plan: Plan, store: Store, only: str | No
     legs = {leg.name: leg for leg in study.legs}
     begun = {evaluation_digest(legs[leg].evaluations[name]) for (leg, name), asked in by_leg.items() if any(asked)}
     settings = {(leg, name): legs[leg].evaluations[name] for leg, name in by_leg}
-    written = {path for of in settings.values() for task in resolved_evaluation(of).tasks for path in task.writes}
+    written: set[str] = set()  # by the tasks before
     missing: dict[tuple[str, str], str] = {}  # by evaluation and task
     for (leg, name), of in settings.items():
-        for task in resolved_evaluation(of).tasks if evaluation_digest(of) not in begun else ():
+        for task in resolved_evaluation(of).tasks:
             try:
-                task.check(written)
+                if evaluation_digest(of) not in begun:
+                    task.check(written)
             except TaskError as error:
                 missing.setdefault((name, task.name), f"leg {leg}, evaluation {name!r}: {error}")
+            written.update(task.writes)
     if missing:
         first, *others = missing
         also = f" {len(others)} more cannot be asked: {', '.join(map('/'.join, others))}." if others else ""
@@ -107,7 +109,7 @@ def check_questions(study: StudyConfig, plan: Plan, store: Store, only: str | No
 def unfinished(plan: Plan, store: Store, only: str | None = None) -> list[Job]:
     """The jobs of a study, or of the cell labelled `only`, that are not done and have not failed."""
     wanted = plan.jobs.values() if only is None else jobs_of(plan, only)
-    return [job for job in wanted if not store.is_finished(job) and store.failure(job) is None]
+    return [job for job in wanted if store.seeds_left(job)]
 
 
 def jobs_of(plan: Plan, label: str) -> list[Job]:
@@ -124,9 +126,7 @@ def jobs_of(plan: Plan, label: str) -> list[Job]:
 
 def _run(job: Job, store: Store, train: Train, programs: Programs, report: Callable[[str], None]) -> Outcome:
     """All seeds of a job; one that fails does not keep the others from running."""
-    for seed in job.seeds:
-        if store.run_is_finished(job, seed):
-            continue
+    for seed in store.seeds_left(job):
         folder, outcome = store.run_folder(job, seed), Outcome.FINISHED
         try:
             if not store.run_is_trained(job, seed):

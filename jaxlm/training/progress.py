@@ -208,9 +208,9 @@ class ProgressLine(Callback):
 def make_console() -> Console:
     """A console for the standard output of the first process, where the others are quiet.
 
-    Wide where it is no terminal, so that the lines of a log are not folded.
+    Wide where it is no terminal, so that the lines of a log are not folded. Brackets are text, not markup.
     """
-    console = Console(highlight=False, quiet=jax.process_index() > 0)
+    console = Console(highlight=False, markup=False, quiet=jax.process_index() > 0)
     if not console.is_terminal:
         console.width = 160
     return console

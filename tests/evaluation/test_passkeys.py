@@ -99,7 +99,7 @@ def test_who_copies_scores_one_and_who_forgets_nothing():
     assert some.grid == {"80": {"0.0": 1.0, "0.5": 1.0, "1.0": 1.0}, "200": {"0.0": 0.0, "0.5": 0.0, "1.0": 1.0}}
     assert some.groups["200, 1.0"]["accuracy"].value == 1.0 and some.metrics["accuracy"].value == pytest.approx(4 / 6)
     (table,) = SuiteResult("a model", (some,), {}).grids()
-    assert table.title == "passkey: accuracy" and [column.header for column in table.columns][1:] == [
+    assert table.title == "passkey: accuracy" and [str(column.header) for column in table.columns][1:] == [
         "0.0",
         "0.5",
         "1.0",

@@ -1,24 +1,30 @@
 """Tasks ask what they say, judge it right, and a bad row, prompt or split is told in a sentence."""
 
 import dataclasses
+import datetime
 import gzip
 import json
 import math
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from jaxlm.architecture import Architecture
 from jaxlm.data.prompts import Prompt, PromptsourceTemplates
+from jaxlm.data.sources import TextFiles
 from jaxlm.data.vocabularies import ByteVocabulary
 from jaxlm.evaluate import main
 from jaxlm.evaluation.intervals import estimate
 from jaxlm.evaluation.measures import Continuation, Generation, RankClassification, TextLikelihood, exact_match, f1
 from jaxlm.evaluation.scoring import ScoringConfig
-from jaxlm.evaluation.suite import EvaluationConfig, evaluate
+from jaxlm.evaluation.suite import EvaluationConfig, SuiteResult, evaluate, failures_in, results_in, try_again
 from jaxlm.evaluation.tasks import EvaluationTask, FewShot, TaskError, evaluate_task, rows_in
 from jaxlm.evaluation.text_model import TextFormat, TextModel
 from jaxlm.exit_status import ExitStatus
+from jaxlm.training.progress import make_console
 from tests.evaluation.models import as_pretrained, make_model
 
 VOCABULARY = ByteVocabulary(extra_ids=0)
@@ -230,6 +236,61 @@ def test_an_error_of_any_kind_costs_its_task_alone_if_asked(trained, make_task, 
         evaluate(config, trained, report=lines.append)
 
 
+def test_rows_with_what_json_lacks(trained, tmp_path):
+    """The text of a date, as rows of parquet files have them, stands in the examples."""
+    dated = [row | {"on": datetime.date(2020, 1, 1 + i)} for i, row in enumerate(ROWS)]
+    pq.write_table(pa.Table.from_pylist(dated), tmp_path / "rows.parquet")
+    task = EvaluationTask("dated", rows_in(str(tmp_path), "rows.parquet"), (RANK,), RANKED, group="on")
+    result = evaluate(
+        EvaluationConfig((task,), scoring=SCORING, samples=0),
+        trained,
+        folder=tmp_path / "out",
+        report=lambda line: None,
+    )
+    examples = [json.loads(line) for line in (tmp_path / "out" / "examples.jsonl").read_text().splitlines()]
+    assert not result.failures and [example["group"] for example in examples][:2] == ["2020-01-01", "2020-01-02"]
+
+
+def test_what_is_to_be_asked_again_and_what_others_read(trained, make_task, tmp_path):
+    """Tasks that write for others are done again with those that failed: their file may be another model's by then."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Writing(EvaluationTask):
+        @property
+        def writes(self):
+            return (str(tmp_path / "shared"),)
+
+        def evaluate(self, subject, **options):
+            asked.append(self.name)
+            return super().evaluate(subject, **options)
+
+    class Broken(RankClassification):
+        def judge(self, model, questions):
+            raise ValueError("not now")
+
+    asked, good = [], make_task()
+    writes = Writing("writes", good.source, good.prompts, good.measure)
+    folder = tmp_path / "out"
+
+    def ask(measure):
+        config = EvaluationConfig(
+            (writes, good, dataclasses.replace(good, name="reads", measure=measure)), scoring=SCORING, samples=0
+        )
+        return evaluate(config, trained, folder=folder, report=lambda line: None)
+
+    assert list(ask(Broken()).failures) == ["reads"]
+    try_again(folder)
+    assert [result.task for result in ask(RANKED).results] == ["writes", "reads"] and asked == ["writes", "writes"]
+    assert list(results_in(folder)["tasks"]) == ["writes", "mine", "reads"] and not failures_in(folder)
+
+
+def test_brackets_in_what_went_wrong_are_shown(capsys):
+    """They are no markup, in nobody's console."""
+    for console in (make_console(), Console(width=200)):
+        console.print(SuiteResult("m", (), {"a": "pip install -e '.[evaluation]' [/x]"}).table())
+        assert "pip install -e '.[evaluation]' [/x]" in capsys.readouterr().out
+
+
 def test_what_a_task_reads_is_looked_for_before_there_is_a_model(make_task, tmp_path):
     task = make_task(train=ROWS, few_shot=FewShot(2))
     task.check()
@@ -237,6 +298,11 @@ def test_what_a_task_reads_is_looked_for_before_there_is_a_model(make_task, tmp_
     with pytest.raises(TaskError, match=r"Task mine: No text at '.*/train.jsonl': nothing is there"):
         task.check()
     task.check(written=[str(tmp_path / "train.jsonl")])
+    for pattern in ("made", "made/**/*.jsonl", "made/*.jsonl"):
+        reading = dataclasses.replace(task, source=TextFiles(str(tmp_path / pattern), held_out=0.0), few_shot=None)
+        reading.check(written=[str(tmp_path / "made" / "rows.jsonl")])
+        with pytest.raises(TaskError, match="nothing is there"):
+            reading.check(written=[str(tmp_path / "elsewhere" / "rows.jsonl")])
     templates = dataclasses.replace(make_task(), prompts=(PromptsourceTemplates(str(tmp_path), "copa"),))
     with pytest.raises(TaskError, match="Task mine: There are no promptsource templates at .*copa/templates.yaml"):
         templates.check()

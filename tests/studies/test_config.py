@@ -144,6 +144,9 @@ def test_what_names_levels_that_were_left_out_is_ignored_and_said():
         "finding 'of a leg' (no cell has such runs)."
     )
     assert study().left_out == ""
+    misspelt = study(design=Grid(({"rate": "1e-2"},)), legs=(Leg("t", only={"rate": ("1e-2",)}),))
+    assert "leg 't' (rate '1e-2'); Grid.exclude (rate '1e-2')" in misspelt.left_out  # it is '0.01'
+    assert study(design=Grid(({"rate": "0.01"},))).left_out == ""
 
 
 @pytest.mark.parametrize(

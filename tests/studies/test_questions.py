@@ -86,6 +86,14 @@ def test_seeds_that_err_on_the_same_rows_make_nothing_surer(tmp_path):
     assert bootstrapped(runs, "own", config(("t", RANKED)))[0]["t"]["a"] == pytest.approx(one["t"]["a"])
 
 
+def test_seeds_that_were_asked_other_rows_are_drawn_without_rows(tmp_path):
+    """A file that grew between two seeds keeps no report from being written."""
+    runs = [run(tmp_path, seed, {"t": RIGHT[seed][:, : 30 + seed]}) for seed in range(2)]
+    bounds, apart = bootstrapped(runs, "own", config(("t", RANKED)))
+    means = sorted(of.scores["own"]["t"]["metrics"]["accuracy"]["value"] for of in runs)
+    assert apart == ("t",) and bounds["t"]["a"] == pytest.approx(tuple(means))
+
+
 def test_the_mean_over_tasks_draws_each_tasks_rows_apart_and_the_seeds_together(tmp_path):
     """Where rows agree, seeds alone are left: the tasks then go up and down as one."""
     even = [np.full((1, 10), value) for value in (0.2, 0.4, 0.9)]

@@ -18,7 +18,7 @@ from jaxlm.exit_status import ExitStatus
 from jaxlm.studies.config import Finding, Grid, Leg, Match, StudyConfig, Together, Tune
 from jaxlm.studies.jobs import expand
 from jaxlm.studies.report import status_rows, write_report
-from jaxlm.studies.results import failed_jobs, status
+from jaxlm.studies.results import failed_jobs, finished_runs, status
 from jaxlm.studies.store import Failure, Store
 from jaxlm.studies.worker import unfinished, work
 from jaxlm.training.loop import Outcome, TrainingDiverged
@@ -404,7 +404,47 @@ def test_a_task_that_fails_loses_neither_the_others_nor_the_legs_to_come(asking,
     lines = store.examples(job, 0)["zero"].read_text()
     assert lines.startswith(before) and lines.count('"task": "blimp"') == 2 and lines.count('"task": "copa"') == 3
     assert "## Failed" not in write_report(study, plan, store).read_text()
-    assert not list(store.path.rglob("partial.json"))
+    assert not list(store.path.rglob("again"))
+
+
+def test_what_is_to_be_asked_again_stays_in_the_report_meanwhile(asking):
+    """And legs that start from it may go on, though the examples are gone and nobody has asked yet."""
+    study, store, _, write = asking
+    write("copa/validation.jsonl.gz", COPA)
+    write("blimp/test.jsonl.gz", [{"sentence_good": "Who?"}])
+    work(study, store, command.train, report=lambda line: None)
+    plan = expand(study, store)
+    job = plan.of_cells[0][2]
+    store.forget_failures(plan.jobs.values())
+    assert store.is_finished(job) and store.seeds_left(job) == [0, 1] and unfinished(plan, store) == [job]
+    scores = [list(run.scores["zero"]) for run in finished_runs(plan, store) if run.leg == "pretrain"]
+    assert scores == [["copa"], ["copa"]] and store.failed_tasks(job, 0)
+    store.examples(job, 0)["zero"].unlink()
+    write("blimp/test.jsonl.gz", [PAIR])
+    work(study, store, command.train, report=lambda line: None)
+    assert list(store.scores(job, 0)["zero"]) == ["copa", "blimp"] and not store.failed_tasks(job, 0)
+
+
+def test_tasks_are_asked_again_beside_a_seed_that_diverged(asking):
+    study, store, train, write = asking
+    write("copa/validation.jsonl.gz", COPA)
+    write("blimp/test.jsonl.gz", [{"sentence_good": "Who?"}])
+    plan = expand(study, store)
+    job = plan.of_cells[0][2]
+
+    def diverging(run, **options):
+        if run.seed == 1:
+            raise TrainingDiverged("nan", 1)
+        return train(run, **options)
+
+    work(study, store, diverging, report=lambda line: None)
+    assert store.diverged(job) and store.failed_tasks(job, 0)
+    store.forget_failures(plan.jobs.values())
+    assert store.diverged(job) and store.seeds_left(job) == [0]
+    write("blimp/test.jsonl.gz", [PAIR])
+    trained = len(train.trained)
+    work(study, store, diverging, report=lambda line: None)
+    assert not store.failed_tasks(job, 0) and not store.seeds_left(job) and len(train.trained) == trained
 
 
 def test_an_evaluation_that_was_taken_back_and_killed_keeps_what_it_had(asking):

@@ -1,10 +1,13 @@
 """The command line: planted duplicates go, the rest stays as it is, and the account adds up."""
 
+import datetime
 import gzip
 import json
 import pathlib
 import random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jaxlm.data.vocabularies import SentencePieceVocabulary
@@ -48,6 +51,22 @@ def run(folder, *flags, data="in/*.jsonl", out="out"):
     deduplicate.main([str(folder / data), "--title=name", *paths, *flags])
     kept = [json.loads(line) for path in sorted((folder / out).iterdir()) for line in gzip.open(path, "rt")]
     return kept, json.loads(account.read_text())
+
+
+def test_brackets_are_text(tmp_path, capsys):
+    """Of forums and of markup; nothing of them is lost in print, and the account is there."""
+    (tmp_path / "a.jsonl").write_text(2 * (json.dumps({"name": "a [/b]", "text": "x [/quote] [bold]kept y"}) + "\n"))
+    kept, account = run(tmp_path, data="*.jsonl")
+    assert len(kept) == 1 and account["kept"]["records"] == 1
+    assert "[bold]kept" in capsys.readouterr().out
+
+
+def test_what_json_lacks_is_said_before_the_work(tmp_path):
+    rows = [{"text": "some words", "at": datetime.date(2020, 1, 1)}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with pytest.raises(SystemExit, match="deduplicate: The record .* cannot be a line of JSON: Object of type date"):
+        deduplicate.main([str(tmp_path / "a.parquet"), f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_planted_duplicates_go_and_nothing_else(folder, capsys):
