@@ -61,6 +61,7 @@ class DataSets:
         self.info = self.vocabulary.info()
         lengths = dict(config.feature_lengths)
         self.converter = feature_converter(architecture, lengths, self.info.pad_id)
+        self._columns = None if architecture.has_encoder_features else np.int64(sum(lengths.values()))
         self.objective = objective.fit(lengths, architecture)
         self._raw_length = self.objective.raw_length(lengths, architecture)
         self._limits = self._probe(lengths, architecture)
@@ -170,6 +171,8 @@ class DataSets:
         """
         step = self._start_step if self.one_pass else step
         rng = generator.at(self._streams[dataset], index, epoch)
+        if self._columns is not None and "segments" in raw:
+            raw = {**raw, "columns": self._columns}
         example = self.objective.corrupt(raw, self.info, rng, step=step)
         example.dataset = dataset
         return example

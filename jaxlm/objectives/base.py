@@ -260,7 +260,9 @@ class Objective(abc.ABC):
 
         Args:
           example: {"targets": int32 [N]} for text, N at most `raw_length`; supervised pairs also have "inputs".
-            Objectives with `takes_segments` also accept "segments", int32 [N], which the `Example` carries on.
+            Objectives with `takes_segments` also accept "segments", int32 [N], which the `Example` carries on, and
+            with them "columns", int64 [], the length of a row that inputs and targets share; without it each has
+            what the whole text without segments would take.
           vocabulary: special ids.
           rng: derived by the caller from (seed, global example index), never from a host's stream.
           step: training step at which the example will be used, for parameters that change over training.

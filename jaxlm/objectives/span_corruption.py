@@ -91,7 +91,7 @@ class SpanCorruption(Objective):
         text, segments = example["targets"], example.get("segments")
         if segments is None:
             return Example(*self._corrupted(text, vocabulary, rng))
-        documents, ids = self._fitting(text, segments)
+        documents, ids = self._fitting(text, segments, example.get("columns"))
         inputs, targets = zip(*(self._corrupted(document, vocabulary, rng) for document in documents))
         return Example(
             np.concatenate(inputs),
@@ -119,29 +119,27 @@ class SpanCorruption(Objective):
             return inputs, np.array([vocabulary.sentinel_ids[0], vocabulary.eos_id], np.int32)
         return inputs, insert(text[is_noise], noise_starts, sentinels, vocabulary.eos_id)
 
-    def _fitting(self, text: np.ndarray, segments: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """The documents whose corruption has room where that of the whole row has, the last one cut; their segments."""
+    def _fitting(
+        self, text: np.ndarray, segments: np.ndarray, columns: np.ndarray | None
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """The documents whose corruption there is room for, the last one cut, and their segments."""
+
+        def takes(length: int) -> np.ndarray:
+            sizes = np.array(self.sizes(length))
+            return sizes if columns is None else sizes.sum(keepdims=True)
+
+        room = takes(len(text)) if columns is None else np.array([columns])
         starts = np.flatnonzero(np.diff(segments, prepend=segments[0] - 1))
-        inputs, targets = self.sizes(len(text))
         documents = []
         for document in np.split(text, starts[1:]):
-            length = self._longest(len(document), inputs, targets)
+            lengths = range(len(document) + 1)
+            length = max(bisect.bisect_left(lengths, True, key=lambda n: bool((takes(n) > room).any())) - 1, 0)
             if length:
                 documents.append(document[:length])
             if length < len(document):
                 break
-            sizes = self.sizes(length)
-            inputs, targets = inputs - sizes[0], targets - sizes[1]
+            room = room - takes(length)
         return documents, segments[starts[: len(documents)]]
-
-    def _longest(self, length: int, inputs: int, targets: int) -> int:
-        """How many tokens of a text of `length` there is room for."""
-
-        def too_long(length: int) -> bool:
-            sizes = self.sizes(length)
-            return sizes[0] > inputs or sizes[1] > targets
-
-        return max(bisect.bisect_left(range(length + 1), True, key=too_long) - 1, 0)
 
     @override
     def restore(self, example: Example, vocabulary: VocabularyInfo) -> np.ndarray:

@@ -348,6 +348,11 @@ def test_documents_are_corrupted_apart(data):
     for tokens, segments in ((targets, ids), (batch["encoder_input_tokens"], batch["encoder_segment_ids"])):
         last = np.diff(segments, axis=1, append=0) != 0
         assert (tokens[last & (segments > 0)] == 1).all()
+    # In a decoder's row what inputs leave is the targets', so that less of the text is left out.
+    columns = (ids > 0).sum() + (batch["encoder_segment_ids"] > 0).sum()
+    options["architecture"] = Architecture.PREFIX_DECODER
+    in_one_row = joined(take(lm_loader(config, **options), 4))["decoder_segment_ids"]
+    assert in_one_row.shape[1] == sum(LENGTHS.values()) and (in_one_row > 0).sum() > columns
 
 
 def test_noise_differs_between_epochs_hosts_and_data_sets(make_text):

@@ -93,6 +93,19 @@ def test_documents_apart_are_corrupted_one_by_one():
     assert 540 < kept < 568 and len(example.inputs) <= 512 and 112 <= len(example.targets) <= 114
 
 
+def test_documents_apart_share_the_columns_of_a_decoders_row():
+    """Short ones have more sentinels and ends than 114 targets hold; where these may take columns of inputs they do."""
+    text, segments = zoo.text(568, np.random.default_rng(0)), np.repeat(np.arange(1, 30, dtype=np.int32), 20)[:568]
+    of = {"targets": text, "segments": segments}
+    apart, shared = (
+        SpanCorruption().corrupt(example, zoo.VOCABULARY, zoo.generator(0))
+        for example in (of, of | {"columns": np.int64(626)})
+    )
+    assert len(apart.inputs) + len(apart.targets) < 560
+    assert 626 - sum(SpanCorruption().sizes(20)) < len(shared.inputs) + len(shared.targets) <= 626
+    assert len(shared.targets) > 114
+
+
 def test_counts_are_float32s_as_t5s():
     """0.15 of 190 tokens is a half in float64, and a little more in T5's float32."""
     assert noise_counts(190, 0.15, 3.0) == (29, 10)
