@@ -407,8 +407,8 @@ def test_a_task_that_fails_loses_neither_the_others_nor_the_legs_to_come(asking,
     assert not list(store.path.rglob("again"))
 
 
-def test_what_is_to_be_asked_again_stays_in_the_report_meanwhile(asking):
-    """And legs that start from it may go on, though the examples are gone and nobody has asked yet."""
+def taken_back(asking):
+    """(the study, its store, plan and first job, writes rows): blimp failed, and is to be asked again."""
     study, store, _, write = asking
     write("copa/validation.jsonl.gz", COPA)
     write("blimp/test.jsonl.gz", [{"sentence_good": "Who?"}])
@@ -416,6 +416,12 @@ def test_what_is_to_be_asked_again_stays_in_the_report_meanwhile(asking):
     plan = expand(study, store)
     job = plan.of_cells[0][2]
     store.forget_failures(plan.jobs.values())
+    return study, store, plan, job, write
+
+
+def test_what_is_to_be_asked_again_stays_in_the_report_meanwhile(asking):
+    """And legs that start from it may go on, though the examples are gone and nobody has asked yet."""
+    study, store, plan, job, write = taken_back(asking)
     assert store.is_finished(job) and store.seeds_left(job) == [0, 1] and unfinished(plan, store) == [job]
     scores = [list(run.scores["zero"]) for run in finished_runs(plan, store) if run.leg == "pretrain"]
     assert scores == [["copa"], ["copa"]] and store.failed_tasks(job, 0)
@@ -449,13 +455,7 @@ def test_tasks_are_asked_again_beside_a_seed_that_diverged(asking):
 
 def test_an_evaluation_that_was_taken_back_and_killed_keeps_what_it_had(asking):
     """Whatever the examples already hold of the tasks that are asked again."""
-    study, store, _, write = asking
-    write("copa/validation.jsonl.gz", COPA)
-    write("blimp/test.jsonl.gz", [{"sentence_good": "Who?"}])
-    work(study, store, command.train, report=lambda line: None)
-    plan = expand(study, store)
-    job = plan.of_cells[0][2]
-    store.forget_failures(plan.jobs.values())
+    study, store, _, job, write = taken_back(asking)
     assert store.evaluations_left(job, 0) == ["zero"] and store.was_asked(job, 0, "zero")
     with (store.evaluation_folder(job, 0, "zero") / "examples.jsonl").open("a") as lines:
         lines.write('{"task": "blimp", "row": 7}\n')  # killed before its results were written
