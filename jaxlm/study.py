@@ -193,7 +193,7 @@ def supervise(study: StudyConfig, store: Store, arguments: list[str], workers: i
     store.forget_failures(plan.jobs.values())
     console = make_console()
     _say_left_out(study, console)
-    processes = [_start_worker(store, arguments, i) for i in range(workers)]
+    processes = [_start_worker(store, arguments, i, workers) for i in range(workers)]
     signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])  # they keep what they have
     try:
         with Live(console=console, refresh_per_second=1, transient=not console.is_terminal) as live:
@@ -220,12 +220,20 @@ def _say_left_out(study: StudyConfig, console: Console) -> None:
         console.print(study.left_out)
 
 
-def _start_worker(store: Store, arguments: list[str], number: int) -> subprocess.Popen:
+def _start_worker(store: Store, arguments: list[str], number: int, workers: int) -> subprocess.Popen:
     logs = store.path / "workers"
     logs.mkdir(exist_ok=True)
     with (logs / f"{number}.log").open("a") as log:
         command = [sys.executable, "-m", "jaxlm.study", *arguments, "--worker"]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    if hasattr(os, "sched_setaffinity"):  # macOS has none
+        os.sched_setaffinity(process.pid, share_of(sorted(os.sched_getaffinity(0)), number, workers))
+    return process
+
+
+def share_of(cores: Sequence[int], number: int, workers: int) -> list[int]:
+    """The cores of one of several workers, whose threads would wait for the others'; all, if there are fewer cores."""
+    return list(cores[number::workers] if workers <= len(cores) else cores)
 
 
 def _status_table(study: StudyConfig, store: Store) -> Table:

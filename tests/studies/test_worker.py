@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import json
+import os
 import pathlib
 import re
 import sys
@@ -478,3 +479,23 @@ def test_a_missing_file_is_said_before_anything_is_trained(asking, tmp_path):
     assert not train.trained
     write("blimp/test.jsonl.gz", [PAIR])
     assert command.work_here(study, store, None) == ExitStatus.FINISHED and len(train.trained) == 4
+
+
+def test_workers_share_the_cores():
+    shares = [command.share_of([0, 1, 2, 5, 7], number, 2) for number in range(2)]
+    assert shares == [[0, 2, 7], [1, 5]]
+    assert command.share_of([4, 6], 2, 3) == [4, 6]  # fewer cores than workers: all have all
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot bind processes to cores")
+def test_a_worker_runs_on_its_cores(tmp_path, monkeypatch):
+    """Threads are made for the cores that a process has when it starts to compute."""
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\nsleep 0.5\nexec {sys.executable} -c 'import os; print(*os.sched_getaffinity(0))'\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    cores = sorted(os.sched_getaffinity(0))
+    for number in range(2):
+        command._start_worker(Store(tmp_path), [], number, 2).wait()
+    found = [sorted(map(int, (tmp_path / "workers" / f"{number}.log").read_text().split())) for number in range(2)]
+    assert found == [command.share_of(cores, number, 2) for number in range(2)]
