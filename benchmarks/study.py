@@ -1,12 +1,15 @@
-"""A study from an empty folder to its report: how long it takes, and what is neither training nor evaluation.
+"""A shipped study, run to its end: what it found, how long that took, and what the same command repeats.
 
-python -m benchmarks.study                             # the toy study; writes results/study.json; about ten minutes
-python -m benchmarks.study --gin_file=gin_configs/studies/yi.gin --name study_yi --workers=2
+python -m benchmarks.study quickstart --workers=2                       # writes results/study_quickstart.json
+python -m benchmarks.study yi --layers shallow                          # with what the layers of these runs do
+python -m benchmarks.study t5gemma --name t5gemma_slow --gin.ADAPTATION_RATE="'LEARNING_RATE = 3e-3'"
 
-The same command is then given a second time, to see what it repeats. The study's folder stays where something failed.
+What is not known here, such as bindings, goes to the study. Without --folder it has an empty one of its own, which
+stays where something failed.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import resource
@@ -15,76 +18,110 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.step import RESULTS
 from jaxlm.configuration import resolve
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.findings import decide
-from jaxlm.studies.jobs import Plan, expand
-from jaxlm.studies.results import account, finished_runs
+from jaxlm.studies.jobs import expand
+from jaxlm.studies.results import Interval, Run, account, finished_runs, interval, matched
 from jaxlm.studies.store import Store
 from jaxlm.training import machine
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    """Runs the study twice, prints what it found and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", help="of gin_configs/studies")
+    parser.add_argument("--folder", help="of the study: what is finished there is not repeated")
+    parser.add_argument("--name", help="the file is results/study_NAME.json; default: the study's")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--layers", metavar="LEG", help="also what tools.layer_similarity says of this leg's runs")
+    args, bindings = parser.parse_known_args()
+    folder = pathlib.Path(args.folder or f"{tempfile.mkdtemp()}/{args.study}").resolve()
+    print(f"The study lies in {folder} while it runs.")
+    described = [f"--gin_file=gin_configs/studies/{args.study}.gin", *bindings, f"--gin.STUDY_DIR='{folder}'"]
+    command = [*described, f"--workers={args.workers}"]
+    took = run_once(command)
+    study, store = resolve(StudyConfig, described), Store(folder)
+    runs = finished_runs(expand(study, store), store)
+    results = {"study": args.study, "bindings": bindings, "seeds": study.seeds, "workers": args.workers, **took}
+    results |= {**time_of(study, store), **found_by(study, runs)}
+    if args.layers:
+        results["layers"] = layers(runs, args.layers, store)
+    trained = sum(results["seconds"].values())
+    again = run_once(command)
+    again["seconds_of_runs"] = sum(time_of(study, store)["seconds"].values()) - trained
+    results |= {"again": again, "machine": machine.facts()}
+    if not args.folder:
+        shutil.rmtree(folder.parent)
+    print(json.dumps(results, indent=1))
+    (RESULTS / f"study_{args.name or args.study}.json").write_text(json.dumps(results, indent=1) + "\n")
+
 
 def run_once(arguments: list[str]) -> dict[str, float]:
-    """Seconds of one command of the study."""
+    """Seconds of one command of the study.
+
+    Raises:
+      subprocess.CalledProcessError: something failed.
+    """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run([sys.executable, "-m", "jaxlm.study", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "jaxlm.study", *arguments], cwd=ROOT, check=True)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     return {"wall_seconds": round(time.monotonic() - start), "cpu_seconds": round(cpu)}
 
 
-def looked_at(study: StudyConfig, plan: Plan, store: Store) -> dict[str, Any]:
-    """What a finished study's folder says of its time and of its claims."""
-    spent, runs = account(plan, store), finished_runs(plan, store)
-    verdicts = [decide(finding, runs) for finding in study.findings]
+def time_of(study: StudyConfig, store: Store) -> dict[str, Any]:
+    """Where the workers' time went, of all that ever worked in the study's folder."""
+    spent = account(expand(study, store), store)
     return {
-        "runs": len({(run.job.address, run.seed) for run in runs}),
         "worker_seconds": round(spent.workers),
         "seconds": {activity.value: round(seconds, 1) for activity, seconds in spent.runs.items()},
         "overhead": round(spent.overhead, 4),
-        "claims": {
-            one.finding.name: {
-                "verdict": one.verdict.value,
-                "difference": one.difference and [one.difference.mean, one.difference.low, one.difference.high],
-                "metric": one.finding.metric,
-            }
-            for one in verdicts
-        },
     }
 
 
-def main() -> None:
-    """Runs the study in a folder of its own, prints what it took and writes the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gin_file", default="gin_configs/studies/quickstart.gin")
-    parser.add_argument("--name", default="study", help="of the file in results/")
-    parser.add_argument("--workers", type=int, default=1)
-    args, rest = parser.parse_known_args()
-    folder = pathlib.Path(tempfile.mkdtemp())
-    print(f"The study lies in {folder} while it runs.")
-    described = [f"--gin_file={args.gin_file}", *rest, f"--gin.STUDY_DIR='{folder}/study'"]
-    command = [*described, f"--workers={args.workers}"]
-    took = run_once(command)
-    study, store = resolve(StudyConfig, described), Store(folder / "study")
-    found = looked_at(study, expand(study, store), store)
-    trained = sum(account(expand(study, store), store).runs.values())
-    again = run_once(command)
-    again["seconds_of_runs"] = sum(account(expand(study, store), store).runs.values()) - trained
-    shutil.rmtree(folder)
-    results = {
-        "study": args.gin_file,
-        "workers": args.workers,
-        **took,
-        **found,
-        "again": again,
-        "machine": machine.facts(),
-    }
-    print(json.dumps(results, indent=1))
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(results, indent=1) + "\n")
+def found_by(study: StudyConfig, runs: Sequence[Run]) -> dict[str, Any]:
+    """The measures of each leg and cell, the claims, and tokens to the same loss, with 95% intervals over seeds."""
+    measures = []
+    for leg, cell in {(run.leg, tuple(run.cell.items())): None for run in runs}:
+        of_cell = [run for run in runs if (run.leg, tuple(run.cell.items())) == (leg, cell)]
+        for metric in study.measures:
+            if None not in (values := [run.last(metric) for run in of_cell]):
+                measures.append({"leg": leg, **dict(cell), "metric": metric, **shown(interval(values))})
+    claims = []
+    for decision in (decide(finding, runs) for finding in study.findings):
+        claim = {"claim": decision.finding.name, "metric": decision.finding.metric, "seeds": decision.seeds}
+        claims.append(claim | {"verdict": decision.verdict.value, "difference": shown(decision.difference)})
+    matches = []
+    for match in filter(None, (matched(match, runs) for match in study.matches)):
+        ratio = {"ratio": shown(match.ratio), "below": match.bound, "seeds_that_reached_it": match.reached}
+        matches.append({"match": match.match.name, **ratio, "loss": match.loss})
+    trained = len({(run.job.address, run.seed) for run in runs})
+    return {"runs": trained, "measures": measures, "claims": claims, "tokens_to_the_same_loss": matches}
+
+
+def shown(values: Interval | None) -> dict[str, Any] | None:
+    """An interval as JSON has it; of one seed without bounds."""
+    if values is None:
+        return None
+    return {name: None if value != value else value for name, value in dataclasses.asdict(values).items()}
+
+
+def layers(runs: Sequence[Run], leg: str, store: Store) -> list[dict[str, Any]]:
+    """What `tools.layer_similarity` says of each run of a leg, two layers at a time."""
+    found = []
+    for folder in dict.fromkeys(store.run_folder(run.job, run.seed).path for run in runs if run.leg == leg):
+        out = store.path / "layers.json"
+        command = [sys.executable, "-m", "tools.layer_similarity", folder, "--span=2", "--batches=16", f"--out={out}"]
+        subprocess.run(command, cwd=ROOT, check=True)
+        found.append(json.loads(out.read_text()))
+    return found
 
 
 if __name__ == "__main__":

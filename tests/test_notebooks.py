@@ -12,11 +12,15 @@ NOTEBOOKS = sorted((pathlib.Path(__file__).resolve().parents[1] / "notebooks").g
 
 # What replaces values of the cell tagged "parameters".
 REDUCED = {
-    "architecture_objective": {"TOKENS": 8000, "SEEDS": (0,)},
+    "architecture_objective": {
+        "TOKENS": 8000,
+        "SEEDS": (0,),
+        "ARCHITECTURES": ("causal", "prefix"),
+        "OBJECTIVES": ("full LM", "span corruption"),
+    },
     "objectives_gallery": {},
     "scaling_a_study": {"RESAMPLES": 5},
 }
-SLOW = {"architecture_objective"}  # nine programs to compile
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -33,11 +37,7 @@ def test_every_notebook_has_its_reduced_size():
     assert {path.stem for path in NOTEBOOKS} == set(REDUCED)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.full] if path.stem in SLOW else []) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path, repository, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     (i,) = (i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ()))
