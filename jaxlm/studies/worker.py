@@ -80,20 +80,27 @@ def check_questions(study: StudyConfig, plan: Plan, store: Store, only: str | No
       only: the label of one cell; None is all.
 
     Raises:
-      ValueError: a task's are not, with leg, evaluation, task and path.
+      ValueError: a task's are not, with leg, evaluation, task and path; or several runs would write the same file.
     """
-    by_leg: dict[tuple[str, str], list[bool]] = {}  # of each run, whether it was asked
+    by_leg: dict[tuple[str, str], dict[tuple[str, int], bool]] = {}  # of each run, whether it was asked
     for cell, leg, job in plan.of_cells:
         for name in leg.evaluations if only in (None, label_of(cell)) else ():
-            known = [False] if job is None else [store.was_asked(job, seed, name) for seed in job.seeds]
-            by_leg.setdefault((leg.name, name), []).extend(known)
+            known = by_leg.setdefault((leg.name, name), {})
+            address, seeds = (label_of(cell), study.seeds) if job is None else (job.address, job.seeds)
+            known |= {(address, seed): job is not None and store.was_asked(job, seed, name) for seed in seeds}
     legs = {leg.name: leg for leg in study.legs}
-    begun = {evaluation_digest(legs[leg].evaluations[name]) for (leg, name), asked in by_leg.items() if any(asked)}
+    begun = {evaluation_digest(legs[leg].evaluations[name]) for (leg, name), of in by_leg.items() if any(of.values())}
     settings = {(leg, name): legs[leg].evaluations[name] for leg, name in by_leg}
     written: set[str] = set()  # by the tasks before
     missing: dict[tuple[str, str], str] = {}  # by evaluation and task
     for (leg, name), of in settings.items():
         for task in resolved_evaluation(of).tasks:
+            if task.writes and (runs := len(by_leg[leg, name])) > 1:
+                raise ValueError(
+                    f"Study {study.study_dir}, leg {leg}, evaluation {name!r}, task {task.name}: its {runs} runs would "
+                    f"write {task.writes[0]}, each over the others'; leave the annotation out here, and ask one model "
+                    f"with python -m jaxlm.evaluate."
+                )
             try:
                 if evaluation_digest(of) not in begun:
                     task.check(written)

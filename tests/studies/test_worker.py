@@ -21,7 +21,7 @@ from jaxlm.studies.jobs import expand
 from jaxlm.studies.report import status_rows, write_report
 from jaxlm.studies.results import failed_jobs, finished_runs, status
 from jaxlm.studies.store import Failure, Store
-from jaxlm.studies.worker import unfinished, work
+from jaxlm.studies.worker import check_questions, unfinished, work
 from jaxlm.training.loop import Outcome, TrainingDiverged
 from jaxlm.training.progress import duration, human
 from tests.evaluation.models import as_pretrained, make_model
@@ -479,6 +479,21 @@ def test_a_missing_file_is_said_before_anything_is_trained(asking, tmp_path):
     assert not train.trained
     write("blimp/test.jsonl.gz", [PAIR])
     assert command.work_here(study, store, None) == ExitStatus.FINISHED and len(train.trained) == 4
+
+
+def test_runs_that_would_write_one_file_are_refused(tmp_path):
+    """Each would overwrite the others' annotation, and what reads it learn from another's; one run may write."""
+    settings = ("gin_configs/evaluation/distilled.gin", f"TAUGHT = '{tmp_path}/taught.jsonl'", "TRAIN = 'rows.jsonl'")
+    leg = Leg("pretrain", evaluations={"teach": settings})
+    study, store = make_study(tmp_path / "study", (leg,), widths=("64",))
+    said = (
+        "leg pretrain, evaluation 'teach', task teacher: its 2 runs would write .*/taught.jsonl, each over the others'"
+    )
+    with pytest.raises(ValueError, match=said):
+        check_questions(study, expand(study, store), store)
+    alone, store = make_study(tmp_path / "alone", (leg,), widths=("64",), seeds=(0,))
+    with pytest.raises(ValueError, match="No text at 'rows.jsonl'"):  # it is only its files that it lacks
+        check_questions(alone, expand(alone, store), store)
 
 
 def test_workers_share_the_cores():
