@@ -228,7 +228,7 @@ def main() -> None:
     store = Store(pathlib.Path(study.study_dir))
     for job in expand(study, store).jobs.values():
         if not store.is_finished(job):
-            raise SystemExit(f"{job.address} is not finished: {store.failure(job)}")
+            raise SystemExit(f"{job.address} is not finished: {store.failures(job)}")
     early = early_probes(study, store, args.work / "early.json")
     assert runner.main([f"--gin_file={gin}", "--report"]) == 0
     runs = finished_runs(expand(study, store), store)

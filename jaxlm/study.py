@@ -134,7 +134,8 @@ def _total(plan: Plan, store: Store, speed: float) -> str:
     left = [
         (job, seed)
         for (_, seed), job in runs.items()
-        if not store.run_is_finished(job, seed) and not store.diverged(job)
+        if not store.run_is_finished(job, seed)
+        and not ((failure := store.failures(job).get(seed)) and failure.diverged)  # which is not tried again
     ]
     now = sum(job.size.flops for job, seed in left if not store.run_is_trained(job, seed))
     waiting = [job for run, job in later.items() if run not in runs]
@@ -256,7 +257,8 @@ def finish(study: StudyConfig, store: Store) -> int:
     path = write_report(study, plan, store)
     failed = {job.address: job for _, _, job in failed_jobs(plan, store)}
     for job in failed.values():
-        print(f"{job.address} ({job.label}) failed: {store.failure(job).error}")
+        for seed, failure in store.failures(job).items():
+            print(f"{job.address} ({job.label}), seed {seed}, failed: {failure.error}")
     lost = {(job.address, seed, task): why for _, _, job, seed, task, why in failed_tasks(plan, store)}
     for (address, seed, task), why in lost.items():
         print(f"{address}, seed {seed}, task {task} failed: {why}")

@@ -244,7 +244,8 @@ def _losses(result: Matched) -> str:
 
 
 def _failures(plan: Plan, store: Store) -> str:
-    found = [(cell, leg, job, store.failure(job)) for cell, leg, job in failed_jobs(plan, store)]
+    failed = failed_jobs(plan, store)
+    found = [(cell, leg, job, failure) for cell, leg, job in failed for failure in store.failures(job).values()]
     rows = [(cell_name(cell), leg.name, str(failure.seed), failure.error) for cell, leg, _, failure in found]
     rows += [(cell_name(cell), leg.name, "", why) for cell, leg, why in plan.refused]
     tasks = [(cell_name(c), leg.name, str(seed), task, why) for c, leg, _, seed, task, why in failed_tasks(plan, store)]
@@ -259,8 +260,9 @@ def _failures(plan: Plan, store: Store) -> str:
             "These tasks could not be asked; the others were, and training went on. The next start tries these again.",
         ]
         lines += ["", *table(("cell", "leg", "seed", "task", "why"), list(dict.fromkeys(tasks)))]
-    if diverged := dict.fromkeys(job.address for _, _, job, failure in found if failure.diverged):
-        notes = ", ".join(f"runs/{address}/failed.json" for address in diverged)
+    diverged = [store.failed_json(job, failure.seed) for _, _, job, failure in found if failure.diverged]
+    if diverged:
+        notes = ", ".join(dict.fromkeys(str(path.relative_to(store.path)) for path in diverged))
         lines += ["", f"What diverged would again; to have it tried all the same, delete {notes}."]
     return "\n".join(lines)
 

@@ -241,7 +241,7 @@ def status(plan: Plan, cell: Cell, leg: Leg, job: Job | None, seed: int, store: 
         return "failed" if refused or any(failed_trials(trials, store) for trials in of_cell) else "waiting"
     if store.run_is_finished(job, seed):
         return "finished"
-    if store.failure(job) is not None:
+    if seed in store.failures(job):
         return "failed"
     return "running" if store.is_claimed(job) else "to do"
 
@@ -257,14 +257,14 @@ def _way_to(plan: Plan, cell: Cell, leg: Leg) -> set[str]:
 
 def failed_trials(trials: Sequence[Job], store: Store) -> list[Job]:
     """Those that keep a cell from a choice: not one that diverged, unless all did."""
-    failed = [trial for trial in trials if store.failure(trial) is not None]
+    failed = [trial for trial in trials if store.failures(trial)]
     lost = [trial for trial in failed if not store.diverged(trial)]
     return lost or (failed if len(failed) == len(trials) else [])
 
 
 def failed_jobs(plan: Plan, store: Store) -> list[tuple[Cell, Leg, Job]]:
-    """The (cell, leg, job) that failed, so that the study is not complete."""
-    found = [entry for entry in plan.of_cells if entry[2] is not None and store.failure(entry[2]) is not None]
+    """The (cell, leg, job) of which a run failed, so that the study is not complete."""
+    found = [entry for entry in plan.of_cells if entry[2] is not None and store.failures(entry[2])]
     return found + [(cell, leg, job) for cell, leg, trials in plan.trials for job in failed_trials(trials, store)]
 
 

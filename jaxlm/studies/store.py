@@ -1,7 +1,7 @@
 """A study's folder: where each run lies, what is finished, failed or being worked on.
 
 study.gin           the study's resolved configuration
-runs/<address>/     the runs of a job: seed<seed>/ (run folders, with evaluations/), failed.json, lock
+runs/<address>/     the runs of a job: seed<seed>/ (run folders, with evaluations/), seed<seed>-failed.json, lock
 workers/            <i>.log: what a worker printed; <began>-<pid>.alive: touched while it lives
 cells.csv report.md figures/    see `jaxlm.studies.report`
 
@@ -33,7 +33,7 @@ _HEARTBEAT = 5.0
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """Why a job failed.
+    """Why a run failed.
 
     Attributes:
       error: a sentence.
@@ -137,12 +137,13 @@ class Store:
         return [name for name in job.evaluations if again[name] or not self.was_asked(job, seed, name)]
 
     def seeds_left(self, job: Job) -> list[int]:
-        """The seeds with something left to do: none of a job that failed, but failed tasks of one that diverged."""
-        if self.failure(job) is not None and not self.diverged(job):
-            return []
-        trained = {seed for seed in job.seeds if self.run_is_trained(job, seed)}
-        asks = [seed for seed in job.seeds if seed in trained and self.evaluations_left(job, seed)]
-        return asks if self.diverged(job) else [seed for seed in job.seeds if seed not in trained or seed in asks]
+        """The seeds whose runs have something left to do, and have not failed."""
+        failed = self.failures(job)
+        return [
+            seed
+            for seed in job.seeds
+            if seed not in failed and (not self.run_is_trained(job, seed) or self.evaluations_left(job, seed))
+        ]
 
     def evaluation_folder(self, job: Job, seed: int, name: str) -> pathlib.Path:
         """Where the answers of a run's model lie; another folder for other questions."""
@@ -171,38 +172,41 @@ class Store:
         """Whether all runs of a job ended as planned."""
         return all(self.run_is_finished(job, seed) for seed in job.seeds)
 
-    def failure(self, job: Job) -> Failure | None:
-        """Why the job failed, if it did. A trial may share its folder with other seeds, whose failures are not its."""
-        try:
-            failure = Failure(**json.loads((self.job_folder(job) / "failed.json").read_text()))
-        except FileNotFoundError:
-            return None
-        return failure if failure.seed in job.seeds else None
+    def failures(self, job: Job) -> dict[int, Failure]:
+        """{seed: why} of the runs of a job that failed."""
+        found = {}
+        for seed in job.seeds:
+            with contextlib.suppress(FileNotFoundError):
+                found[seed] = Failure(**json.loads(self.failed_json(job, seed).read_text()))
+        return found
+
+    def failed_json(self, job: Job, seed: int) -> pathlib.Path:
+        """Where it is noted that a run failed."""
+        return self.job_folder(job) / f"seed{seed}-failed.json"
 
     def diverged(self, job: Job) -> bool:
         """Whether one of its runs did."""
-        failure = self.failure(job)
-        return failure is not None and failure.diverged
+        return any(failure.diverged for failure in self.failures(job).values())
 
     def fail(self, job: Job, failure: Failure) -> None:
         """Notes that a run failed."""
-        path = self.job_folder(job) / "failed.json"
+        path = self.failed_json(job, failure.seed)
         partial = path.with_suffix(".partial")  # others may be reading it
         partial.write_text(json.dumps(dataclasses.asdict(failure), indent=1) + "\n")
         partial.replace(path)
 
     def forget_failures(self, jobs: Iterable[Job]) -> None:
-        """So that those of the jobs that failed, but did not diverge, are tried again, and tasks that failed after
-        training; not one that is worked on."""
+        """So that runs that failed, but did not diverge, are tried again, and tasks that failed after training; not
+        those of a job that is worked on."""
         for job in jobs:
             asked = [self.evaluation_folder(job, seed, name) for seed in job.seeds for name in job.evaluations]
-            failed = self.failure(job) is not None and not self.diverged(job)
+            failed = [seed for seed, failure in self.failures(job).items() if not failure.diverged]
             if not failed and not any(map(failures_in, asked)):
                 continue
             with self.claim(job) as free:
                 if free:
-                    if failed:
-                        (self.job_folder(job) / "failed.json").unlink(missing_ok=True)
+                    for seed in failed:
+                        self.failed_json(job, seed).unlink(missing_ok=True)
                     for folder in filter(failures_in, asked):
                         try_again(folder)
 

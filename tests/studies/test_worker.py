@@ -45,7 +45,8 @@ ASKED = ("gin_configs/evaluation/zero_shot.gin", "EVALUATION_DATA = 'nowhere'")
 
 
 class Trainer:
-    """Stands for training: leaves the folder of a finished run, unless `fails` of the configuration is an error."""
+    """Stands for training: leaves the folder of a finished run, unless `fails` of the configuration is an error, or
+    another outcome."""
 
     def __init__(self, fails=lambda run: None):
         self.fails, self.trained = fails, []
@@ -56,8 +57,10 @@ class Trainer:
         folder.mkdir(parents=True, exist_ok=True)
         line = {"step": 2, "validation/cross_entropy": LOSSES.get(run.batch_size, 5.0)}
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-        if (error := self.fails(run)) is not None:
-            raise error
+        if isinstance(failed := self.fails(run), Outcome):
+            return failed
+        if failed is not None:
+            raise failed
         (folder / "run.json").write_text(json.dumps({"finished_at_step": run.train_steps}))
         return Outcome.FINISHED
 
@@ -88,7 +91,7 @@ def test_a_later_seed_that_diverges_does_not_change_the_choice(tmp_path):
     work(study, store, train, report=lambda line: None)
     plan = expand(study, store)
     assert plan.of_cells[0][2].tuned == 16 and not any(seed == 1 and size == 8 for _, size, seed in train.trained)
-    assert [(leg.name, store.failure(job).seed) for _, leg, job in failed_jobs(plan, store)] == [("pretrain", 1)]
+    assert [(leg.name, list(store.failures(job))) for _, leg, job in failed_jobs(plan, store)] == [("pretrain", [1])]
     report = write_report(study, plan, store).read_text()
     assert "| 64 | 3.0000 | 2.0000 | 1.0000 | 16" in report and "| 64 | pretrain | 1 | Training diverged" in report
 
@@ -271,7 +274,7 @@ def test_an_error_of_any_kind_loses_one_cell_alone(tmp_path):
     assert {job.label for _, _, job in plan.of_cells if store.is_finished(job)} == {"width 64"}
     ((cell, leg, job),) = failed_jobs(plan, store)
     assert (cell, leg.name) == ({"width": "96"}, "pretrain") and not store.diverged(job)
-    assert store.failure(job).error == "RuntimeError: RESOURCE_EXHAUSTED: out of memory"
+    assert {why.error for why in store.failures(job).values()} == {"RuntimeError: RESOURCE_EXHAUSTED: out of memory"}
     assert any("Traceback" in line for line in lines)
 
 
@@ -295,19 +298,31 @@ def test_failures_of_what_another_worker_tries_again_are_left(tmp_path):
     with store.claim(job) as mine:
         assert mine
         store.forget_failures([job])
-        assert store.failure(job) is not None
+        assert list(store.failures(job)) == [0, 1]
     store.forget_failures([job])
-    assert store.failure(job) is None
+    assert not store.failures(job)
 
 
 def test_whoever_reads_a_failure_while_another_is_noted_sees_the_whole_of_it(tmp_path):
     study, store = make_study(tmp_path / "study", (PLAIN,), widths=("64",))
     work(study, store, Trainer(lambda run: OSError("no space left")), report=lambda line: None)
     (job,) = expand(study, store).jobs.values()
-    with (store.job_folder(job) / "failed.json").open() as reader:
+    with store.failed_json(job, 0).open() as reader:
         store.fail(job, Failure("again", 0))
         assert json.load(reader)["error"] == "no space left"
-    assert store.failure(job).error == "again"
+    assert store.failures(job)[0].error == "again"
+
+
+def test_a_seed_after_one_that_diverged_is_trained_although_the_worker_was_stopped_between(tmp_path):
+    """What failed is noted of each seed."""
+    study, store = make_study(tmp_path / "study", (PLAIN, AFTER), widths=("64",))
+    stopped = Trainer(lambda run: TrainingDiverged(3, None) if run.seed == 0 else Outcome.PREEMPTED)
+    assert work(study, store, stopped, report=lambda line: None) is Outcome.PREEMPTED
+    (job,) = (job for job in expand(study, store).jobs.values() if job.leg.name == "pretrain")
+    assert list(store.failures(job)) == [0] and store.seeds_left(job) == [1]
+    train = Trainer()
+    assert work(study, store, train, report=lambda line: None) is Outcome.FINISHED
+    assert train.trained == [(64, 2, 1)] and not store.seeds_left(job)  # nothing starts from half a job
 
 
 def test_models_are_opened_on_the_mesh_of_each_evaluation(tmp_path, monkeypatch):
