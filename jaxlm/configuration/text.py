@@ -40,8 +40,13 @@ def digest(config: Any, *more: str) -> str:
     Fields that are None have no part in it: what is known by its digest is still known when a later version has a
     field more, as long as None keeps its meaning of "without".
     """
-    lines = [line for line in resolved_text(config).splitlines() if not line.endswith(" = None")]
-    return hashlib.sha256("\n".join([*lines, *more]).encode()).hexdigest()[:12]
+    paragraphs = []  # the imports, and a block each
+    for paragraph in resolved_text(config).rstrip("\n").split("\n\n"):
+        head, *lines = paragraph.split("\n")
+        kept = [line for line in lines if not line.endswith(" = None")]
+        if kept or not lines:
+            paragraphs.append("\n".join([head, *kept]))
+    return hashlib.sha256("\n".join(["\n\n".join(paragraphs), *more]).encode()).hexdigest()[:12]
 
 
 def resolve_text(text: str) -> Any:

@@ -79,6 +79,9 @@ def test_a_digest_outlives_new_fields_that_are_none():
     )
     assert resolved_text(older(32, (), zoo.Kind.CAUSAL)) != resolved_text(zoo.Model(32))
     assert digest(older(32, (), zoo.Kind.CAUSAL)) == digest(zoo.Model(32)) == digest(zoo.Model(32))
+    empty = dataclasses.make_dataclass("Block", [], frozen=True, module="zoo")
+    first = dataclasses.make_dataclass("Block", [("width", int | None, None)], frozen=True, module="zoo")
+    assert digest(zoo.Holder(empty())) == digest(zoo.Holder(first())) != digest(zoo.Holder(first(8)))
     others = zoo.Model(33), zoo.Model(32, norm=zoo.Block()), zoo.Model(32, blocks=(zoo.Block(),))
     assert len({digest(model) for model in (zoo.Model(32), *others)} | {digest(zoo.Model(32), "more")}) == 5
 
