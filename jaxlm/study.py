@@ -226,7 +226,11 @@ def _start_worker(store: Store, arguments: list[str], number: int, workers: int)
     logs.mkdir(exist_ok=True)
     with (logs / f"{number}.log").open("a") as log:
         command = [sys.executable, "-m", "jaxlm.study", *arguments, "--worker"]
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        # Large pages for large buffers, unless the user tunes malloc otherwise: without, on a CPU, the kernel maps
+        # them anew each step.
+        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
+        options = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "env": environment}
+        process = subprocess.Popen(command, **options)
     if hasattr(os, "sched_setaffinity"):  # macOS has none
         os.sched_setaffinity(process.pid, share_of(sorted(os.sched_getaffinity(0)), number, workers))
     return process

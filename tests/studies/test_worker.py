@@ -518,14 +518,18 @@ def test_workers_share_the_cores():
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system cannot bind processes to cores")
-def test_a_worker_runs_on_its_cores(tmp_path, monkeypatch):
+def test_a_worker_runs_on_its_cores_with_large_pages(tmp_path, monkeypatch):
     """Threads are made for the cores that a process has when it starts to compute."""
     script = tmp_path / "python"
-    script.write_text(f"#!/bin/sh\nsleep 0.5\nexec {sys.executable} -c 'import os; print(*os.sched_getaffinity(0))'\n")
+    show = 'import os; print(*os.sched_getaffinity(0), os.environ["GLIBC_TUNABLES"])'
+    script.write_text(f"#!/bin/sh\nsleep 0.5\nexec {sys.executable} -c '{show}'\n")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
     cores = sorted(os.sched_getaffinity(0))
     for number in range(2):
         command._start_worker(Store(tmp_path), [], number, 2).wait()
-    found = [sorted(map(int, (tmp_path / "workers" / f"{number}.log").read_text().split())) for number in range(2)]
-    assert found == [command.share_of(cores, number, 2) for number in range(2)]
+    for number in range(2):
+        *own, tunables = (tmp_path / "workers" / f"{number}.log").read_text().split()
+        assert sorted(map(int, own)) == command.share_of(cores, number, 2)
+        assert tunables == "glibc.malloc.hugetlb=1"
