@@ -41,7 +41,11 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
     figures.mkdir(parents=True, exist_ok=True)
     write_csv(store.path / "cells.csv", study, plan, store)
     runs = finished_runs(plan, store)
-    sections = [_head(study, plan, store, runs)]
+    sections = [_head(study, plan, store, runs)]  # then the answers, and what they rest on
+    claims = [finding for finding in study.findings if study.has_runs_of(finding.less, finding.more)]
+    sections.append(findings_section([decide(finding, runs) for finding in claims], len(study.seeds)))
+    if matches := [match for match in study.matches if study.has_runs_of(match.adapted, match.scratch)]:
+        sections.append(_matches([(match.name, matched(match, runs)) for match in matches]))
     for metric in study.measures:
         sections += _measure(study, metric, plan, runs, figures)
     for name in dict.fromkeys(name for leg in study.legs for name in leg.evaluations):
@@ -50,12 +54,8 @@ def write_report(study: StudyConfig, plan: Plan, store: Store) -> pathlib.Path:
         for name in leg.evaluations:
             sections.append(questions_section(study, leg, name, runs, figures))
             sections.append(learned_section(leg.name, name, runs, figures))
-    claims = [finding for finding in study.findings if study.has_runs_of(finding.less, finding.more)]
-    sections.append(findings_section([decide(finding, runs) for finding in claims], len(study.seeds)))
     if plan.trials:
         sections += _tuning(plan, store, figures)
-    if matches := [match for match in study.matches if study.has_runs_of(match.adapted, match.scratch)]:
-        sections.append(_matches([(match.name, matched(match, runs)) for match in matches]))
     if study.ladder is not None:
         sections.append(ladder_section(study.ladder, runs, figures))
     sections.append(_failures(plan, store))
