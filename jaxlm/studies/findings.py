@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from jaxlm.studies.config import Finding
 from jaxlm.studies.page import table
@@ -59,18 +59,12 @@ def decide(finding: Finding, runs: Sequence[Run]) -> Decision:
     less, more = (runs_of(side, runs) for side in (finding.less, finding.more))
     both = less.keys() & more.keys()
     failed = {seed for seed in both if any(_failed(finding.metric, side[seed]) for side in (less, more))}
-    values = (
-        {seed: _value(finding.metric, run) for seed, run in side.items() if seed not in failed} for side in (less, more)
-    )
-    return dataclasses.replace(compare(finding, *values), failed=tuple(sorted(failed)))
-
-
-def compare(finding: Finding, less: Mapping[int, float | None], more: Mapping[int, float | None]) -> Decision:
-    """`decide`, of the metric's values by seed; None where a run has no such metric."""
-    seeds = tuple(sorted(less.keys() & more.keys()))
-    if not seeds or any(None in (less[seed], more[seed]) for seed in seeds):
-        return Decision(finding, seeds, None)
-    return Decision(finding, seeds, interval([more[seed] - less[seed] for seed in seeds]))
+    seeds = tuple(sorted(both - failed))
+    values = {seed: (_value(finding.metric, more[seed]), _value(finding.metric, less[seed])) for seed in seeds}
+    means_of = {_tasks(finding.metric, side[seed]) for side in (less, more) for seed in seeds}
+    comparable = len(means_of) == 1 and not any(None in pair for pair in values.values())
+    difference = interval([high - low for high, low in values.values()]) if comparable else None
+    return Decision(finding, seeds, difference, tuple(sorted(failed)))
 
 
 def _failed(metric: str, run: Run) -> bool:
@@ -81,11 +75,16 @@ def _failed(metric: str, run: Run) -> bool:
 
 
 def _value(metric: str, run: Run) -> float | None:
-    evaluation, *rest = metric.split("/")
+    evaluation, *task, name = metric.split("/")
     if evaluation not in run.scores:
         return run.last(metric)
-    *task, name = rest
     return run.score(evaluation, name, task[0] if task else None)
+
+
+def _tasks(metric: str, run: Run) -> tuple[str, ...]:
+    """What a mean over an evaluation is of; nothing where a metric is none."""
+    evaluation, *task, name = metric.split("/")
+    return () if task else run.tasks_with(evaluation, name)
 
 
 def findings_section(found: Sequence[Decision], seeds: int) -> str:

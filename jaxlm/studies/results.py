@@ -71,20 +71,25 @@ class Run:
         return self.curves[metric].last if metric in self.curves else None
 
     def score(self, evaluation: str, metric: str | None = None, task: str | None = None) -> float | None:
-        """A metric of a task; of no task named: the mean over those of an evaluation. None: it was not asked, or for
-        the mean not all of it.
+        """A metric of a task; of no task named: the mean over those of an evaluation that have it, as reports show.
+        None: it was not asked, or for the mean a task failed.
 
         Args:
           evaluation: its name in the leg.
           metric: None is each task's primary one.
           task: None is the mean.
         """
-        tasks = self.scores.get(evaluation, {})
         if task is None and self.failures.get(evaluation):
             return None
-        asked = tasks.values() if task is None else [tasks[task]] if task in tasks else []
-        found = [of["metrics"].get(metric or of["primary"]) for of in asked]
-        return None if not found or None in found else float(np.mean([value["value"] for value in found]))
+        tasks = self.scores.get(evaluation, {})
+        having = [of for of in self.tasks_with(evaluation, metric) if task in (None, of)]
+        found = [tasks[of]["metrics"][metric or tasks[of]["primary"]]["value"] for of in having]
+        return float(np.mean(found)) if found else None
+
+    def tasks_with(self, evaluation: str, metric: str | None = None) -> tuple[str, ...]:
+        """The tasks of an evaluation that have a metric; None is each task's primary one."""
+        tasks = self.scores.get(evaluation, {})
+        return tuple(name for name, of in tasks.items() if (metric or of["primary"]) in of["metrics"])
 
     def tokens(self, steps: np.ndarray) -> np.ndarray:
         """Tokens that the run itself has seen after these steps."""

@@ -86,6 +86,12 @@ def test_a_score_is_the_mean_over_tasks_or_one_tasks():
     assert decide(Finding("nll", CLAIM.less, CLAIM.more, "zero/z/gold_nll"), asked).verdict is Verdict.NO_METRIC
     in_one = [*asked[:1], run("b", 0, 0, {"x": metrics(2.0), "y": {"accuracy": {"value": 0.5}}})]
     assert decide(claim, in_one).verdict is Verdict.NO_METRIC
+    without = {"accuracy": {"value": 0.5}}  # such as a task that is not about texts' likelihoods
+    more = [
+        run("a", 0, 0, {"x": metrics(1.0), "y": metrics(3.0), "w": without}),
+        run("b", 0, 0, {"x": metrics(2.0), "y": metrics(5.0), "w": without}),
+    ]
+    assert decide(claim, more).difference.mean == pytest.approx(3.5 - 2.0)
     table = answered(asked, "train", "zero", "gold_nll")
     assert list(table) == ["x", "y", "mean"] and table["mean"]["b"].mean == 3.5
     assert math.isnan(table["mean"]["b"].low)
