@@ -2,10 +2,15 @@
 
 import pytest
 
-from benchmarks import decontamination, memory_levers, plan, precision, train_step_gpu
+from benchmarks import architecture_objective, decontamination, memory_levers, plan, precision, train_step_gpu
 from benchmarks.guides import DOCS, with_tables
 
 COPIES = {
+    "architecture_objective": (
+        "studies.md",
+        architecture_objective.committed,
+        "python -m benchmarks.architecture_objective",
+    ),
     "decontamination": ("data.md", decontamination.committed, "python -m benchmarks.decontamination"),
     "plan": ("scaling.md", plan.table, "python -m benchmarks.plan --only floor"),
     "memory_levers": ("memory_and_precision.md", memory_levers.committed, "python -m benchmarks.memory_levers --only"),
