@@ -164,7 +164,7 @@ def test_an_environment_of_another_python_is_left_alone(machine):
     assert not machine.ran()
 
 
-@pytest.mark.parametrize(("arguments", "limit"), [("tests/data", "25m"), ("--full", "0")])
+@pytest.mark.parametrize(("arguments", "limit"), [("tests/data", "45m"), ("--full", "0")])
 def test_tests_have_a_time_limit(machine, arguments, limit):
     executable(machine.bin / "python3.12", FAKE_PYTHON)
     executable(machine.bin / "timeout", '#!/bin/sh\necho "timeout $*" >> "$CALLS"\nexit 124\n')
