@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need, then runs them: ./launch/test.sh [--torch] [--full] [pytest arguments]
 # --torch also installs torch, transformers and lm-evaluation-harness (gigabytes) and compares with them.
-# Without --full the tests must end within 45 minutes; two cores take 12 to 25, the more the less is compiled already.
+# Without --full the tests must end within 45 minutes; two cores take 12 to 20 and more, the more the less is compiled already.
 # JAXLM_TEST_WORKERS (2) sets pytest's processes.
 set -euo pipefail
 # shellcheck source=launch/common.sh
