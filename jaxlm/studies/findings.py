@@ -75,16 +75,17 @@ def _failed(metric: str, run: Run) -> bool:
 
 
 def _value(metric: str, run: Run) -> float | None:
-    evaluation, *task, name = metric.split("/")
+    evaluation = metric.split("/")[0]
     if evaluation not in run.scores:
         return run.last(metric)
+    *task, name = metric.split("/")[1:]
     return run.score(evaluation, name, task[0] if task else None)
 
 
 def _tasks(metric: str, run: Run) -> tuple[str, ...]:
     """What a mean over an evaluation is of; nothing where a metric is none."""
-    evaluation, *task, name = metric.split("/")
-    return () if task else run.tasks_with(evaluation, name)
+    parts = metric.split("/")
+    return run.tasks_with(*parts) if len(parts) == 2 else ()
 
 
 def findings_section(found: Sequence[Decision], seeds: int) -> str:

@@ -92,6 +92,8 @@ def test_a_score_is_the_mean_over_tasks_or_one_tasks():
         run("b", 0, 0, {"x": metrics(2.0), "y": metrics(5.0), "w": without}),
     ]
     assert decide(claim, more).difference.mean == pytest.approx(3.5 - 2.0)
+    unknown = Finding("nll", CLAIM.less, CLAIM.more, "seconds")  # of training, without a prefix
+    assert decide(unknown, asked).verdict is Verdict.NO_METRIC
     table = answered(asked, "train", "zero", "gold_nll")
     assert list(table) == ["x", "y", "mean"] and table["mean"]["b"].mean == 3.5
     assert math.isnan(table["mean"]["b"].low)
