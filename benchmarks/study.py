@@ -83,6 +83,7 @@ def time_of(study: StudyConfig, store: Store) -> dict[str, Any]:
         "worker_seconds": round(spent.workers),
         "seconds": {activity.value: round(seconds, 1) for activity, seconds in spent.runs.items()},
         "overhead": round(spent.overhead, 4),
+        "share_waited": round(spent.share_waited, 4),
     }
 
 

@@ -279,7 +279,7 @@ def _time(spent: Account) -> str:
             "## Time",
             "",
             f"Workers ran for {duration(spent.workers)}; {spent.overhead:.1%} of it was neither training, nor "
-            f"evaluation, nor compilation.",
+            f"evaluation, nor compilation: {spent.share_waited:.1%} waited for the last runs of other workers.",
             "",
             *lines,
         ]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxlm.evaluation.intervals import student
 from jaxlm.studies.config import Cell, Leg, Match, StudyConfig
 from jaxlm.studies.jobs import Job, Plan
-from jaxlm.studies.store import Store
+from jaxlm.studies.store import EVALUATION, WAITING, Store
 from jaxlm.training.goodput import Activity, read_ledger
 from jaxlm.training.report import Curve
 
@@ -293,17 +293,24 @@ class Account:
       workers: from each worker's start to its end.
       runs: by activity, of all runs.
       lost: steps that had to be done again.
+      waiting: workers for what others were doing, with nothing else left to do.
     """
 
     workers: float
     runs: Mapping[Activity, float]
     lost: float
+    waiting: float
 
     @property
     def overhead(self) -> float:
-        """Share of the workers' time that is neither training, nor evaluation, nor compilation."""
+        """Share of the workers' time that is neither training, nor evaluation, nor compilation; with `waiting`."""
         work = sum(self.runs.get(activity, 0.0) for activity in _WORK)
         return 1.0 - work / self.workers if self.workers else math.nan
+
+    @property
+    def share_waited(self) -> float:
+        """`waiting` as a share of the workers' time."""
+        return self.waiting / self.workers if self.workers else math.nan
 
 
 _WORK = (Activity.STEP, Activity.COMPILE, Activity.EVALUATION)
@@ -319,5 +326,5 @@ def account(plan: Plan, store: Store) -> Account:
             lost += found.lost_seconds
             for activity, spent in found.seconds.items():
                 runs[activity] = runs.get(activity, 0.0) + spent
-    runs[Activity.EVALUATION] = runs.get(Activity.EVALUATION, 0.0) + store.evaluation_seconds
-    return Account(store.worker_seconds, runs, lost)
+    runs[Activity.EVALUATION] = runs.get(Activity.EVALUATION, 0.0) + store.noted(EVALUATION)
+    return Account(store.worker_seconds, runs, lost, store.noted(WAITING))

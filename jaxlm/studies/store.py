@@ -2,7 +2,7 @@
 
 study.gin           the study's resolved configuration
 runs/<address>/     the runs of a job: seed<seed>/ (run folders, with evaluations/), seed<seed>-failed.json, lock
-workers/            <i>.log: what a worker printed; <began>-<pid>.alive: touched while it lives
+workers/            <i>.log: what a worker printed; <began>-<pid>.alive: touched while it lives; time.jsonl: see `note`
 cells.csv report.md figures/    see `jaxlm.studies.report`
 
 A job is being worked on while its lock is held, which the kernel lets go of even after SIGKILL.
@@ -29,6 +29,8 @@ from jaxlm.training.run_folder import RunFolder
 
 _HEARTBEAT = 5.0
 """Seconds between a worker's signs of life."""
+EVALUATION, WAITING = "evaluation", "waiting"
+"""What `Store.note` has of workers' time: of trained models; for other workers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +100,16 @@ class Store:
         notes = self.path.glob("workers/*.alive")
         return sum(max(note.stat().st_mtime - float(note.name.partition("-")[0]), 0.0) for note in notes)
 
-    def note_evaluation(self, seconds: float) -> None:
-        """Adds to the time spent on evaluations of trained models, for the account."""
-        with (self.path / "evaluations.jsonl").open("a") as lines:
-            lines.write(json.dumps({"seconds": seconds}) + "\n")
+    def note(self, activity: str, seconds: float) -> None:
+        """Adds to the time that workers spent, outside of runs, on an activity: `EVALUATION` or `WAITING`."""
+        with (self.path / "workers" / "time.jsonl").open("a") as lines:
+            lines.write(json.dumps({activity: seconds}) + "\n")
 
-    @property
-    def evaluation_seconds(self) -> float:
-        """Time spent on evaluations of trained models."""
-        path = self.path / "evaluations.jsonl"
+    def noted(self, activity: str) -> float:
+        """Seconds that were noted of an activity."""
+        path = self.path / "workers" / "time.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        return sum(json.loads(line)["seconds"] for line in lines)
+        return sum(json.loads(line).get(activity, 0.0) for line in lines)
 
     def job_folder(self, job: Job) -> pathlib.Path:
         """Where the runs of a job lie."""

@@ -1,5 +1,6 @@
 """A worker: takes one job after another that nobody else works on, and runs its seeds in this process."""
 
+import collections
 import time
 import traceback
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from jaxlm.run import Programs
 from jaxlm.studies.config import StudyConfig
 from jaxlm.studies.jobs import Job, Plan, expand, label_of
 from jaxlm.studies.settings import evaluation_digest, resolved_evaluation
-from jaxlm.studies.store import Failure, Store
+from jaxlm.studies.store import EVALUATION, WAITING, Failure, Store
 from jaxlm.training.loop import Outcome, TrainingDiverged
 
 _PATIENCE = 2.0
@@ -49,10 +50,12 @@ def work(
     with store.alive(began):
         while True:
             # Anew each time: trials that ended say what comes next.
-            left = unfinished(expand(study, store), store, only)
+            plan = expand(study, store)
+            left, to_come = unfinished(plan, store, only), flops_to_come(plan)
             if not left:
                 return Outcome.FINISHED
             ready = [job for job in left if all(map(store.is_finished, job.needs))]
+            ready.sort(key=lambda job: -to_come[job.address])
             if not ready and not any(store.is_claimed(job) for job in left):
                 return Outcome.FINISHED  # what is left starts from what has failed
             for job in ready:
@@ -66,6 +69,7 @@ def work(
                     break
             else:
                 time.sleep(_PATIENCE)
+                store.note(WAITING, _PATIENCE)
 
 
 def check_questions(study: StudyConfig, plan: Plan, store: Store, only: str | None = None) -> None:
@@ -117,6 +121,32 @@ def unfinished(plan: Plan, store: Store, only: str | None = None) -> list[Job]:
     """The jobs of a study, or of the cell labelled `only`, that are not done and have not failed."""
     wanted = plan.jobs.values() if only is None else jobs_of(plan, only)
     return [job for job in wanted if store.seeds_left(job)]
+
+
+def flops_to_come(plan: Plan) -> dict[str, float]:
+    """By a job's address, the FLOPs of its runs and of the longest row of jobs that start from them.
+
+    Workers take the longest first, so that none is left with a long row of jobs when the others have nothing to do.
+    """
+    waiting = [(label_of(cell), leg.name, job) for cell, leg, jobs in plan.waiting for job in jobs]
+    trials = [(label_of(cell), leg.name, job) for cell, leg, jobs in plan.trials for job in jobs]
+    after = collections.defaultdict(list)
+    for job in (*plan.jobs.values(), *(job for *_, job in waiting)):
+        for needed in job.needs:
+            after[_which(needed)].append(job)
+    chosen = {(cell, leg): job for cell, leg, job in waiting if job.trial is None}
+    for cell, leg, job in (*trials, *waiting):
+        if job.trial is not None and (cell, leg) in chosen:
+            after[_which(job)].append(chosen[cell, leg])
+
+    def longest(job: Job) -> float:
+        return len(job.seeds) * job.size.flops + max(map(longest, after[_which(job)]), default=0.0)
+
+    return {address: longest(job) for address, job in plan.jobs.items()}
+
+
+def _which(job: Job) -> tuple:
+    return job.address, job.waits, job.trial  # a run that waits for its trials may have the address of one of them
 
 
 def jobs_of(plan: Plan, label: str) -> list[Job]:
@@ -174,7 +204,7 @@ def _evaluate(job: Job, seed: int, store: Store, report: Callable[[str], None]) 
             model, mesh = None, asked.parallel  # never two at a time
             model = pretrained.load(store.run_folder(job, seed).path, parallel=mesh.on() if mesh else None)
         evaluate(asked, model, folder=folder, report=report, tolerant=True)
-    store.note_evaluation(time.time() - began)
+    store.note(EVALUATION, time.time() - began)
 
 
 def _trial(job: Job) -> str:

@@ -1,5 +1,6 @@
 """Workers and trials without training: what is chosen, what fails, what is tried again."""
 
+import contextlib
 import csv
 import dataclasses
 import gzip
@@ -19,9 +20,9 @@ from jaxlm.exit_status import ExitStatus
 from jaxlm.studies.config import Finding, Grid, Leg, Match, StudyConfig, Together, Tune
 from jaxlm.studies.jobs import expand
 from jaxlm.studies.report import status_rows, write_report
-from jaxlm.studies.results import failed_jobs, finished_runs, status
+from jaxlm.studies.results import account, failed_jobs, finished_runs, status
 from jaxlm.studies.store import Failure, Store
-from jaxlm.studies.worker import check_questions, unfinished, work
+from jaxlm.studies.worker import check_questions, flops_to_come, unfinished, work
 from jaxlm.training.loop import Outcome, TrainingDiverged
 from jaxlm.training.progress import duration, human
 from tests.evaluation.models import as_pretrained, make_model
@@ -233,6 +234,51 @@ def test_the_plan_counts_what_comes_after_trials(tmp_path, monkeypatch, capsys):
     rows, total = shown()
     assert not any("after trials" in cell for row in rows for cell in row)
     assert "9 runs that differ, 2 of them to do: 0 FLOPs," in total  # they are trained, but not evaluated
+
+
+def test_what_has_the_most_to_come_is_first(tmp_path):
+    study, store = make_study(tmp_path / "study", (PLAIN, dataclasses.replace(AFTER, only={"width": ("64",)})))
+    plan = expand(study, store)
+    of = {(cell["width"], leg.name): job for cell, leg, job in plan.of_cells}
+    small, after, large = of["64", "pretrain"], of["64", "after"], of["96", "pretrain"]
+    assert small.size.flops < large.size.flops < 2 * small.size.flops
+    to_come = flops_to_come(plan)
+    assert to_come[after.address] == pytest.approx(2 * small.size.flops)
+    assert to_come[small.address] == pytest.approx(4 * small.size.flops)
+    train = Trainer()
+    work(study, store, train, report=lambda line: None)
+    assert [width for width, _, seed in train.trained if seed == 0] == [64, 96, 64]
+
+
+def test_what_comes_after_trials_is_to_come(tmp_path):
+    tuned = Leg("adapt", after="pretrain", tune=Tune("BATCH_SIZE", (2, 4)))
+    study, store = make_study(tmp_path / "study", (TUNED, tuned, Leg("last", after="adapt")), widths=("64",))
+    plan = expand(study, store)
+    # Its own batch, the cheapest's two seeds, the dearer trial, the cheaper one's two seeds, the last leg's.
+    batches = {trial.trial[1]: trial for trial in plan.trials[0][2]}
+    one = batches[4].size.flops / 4
+    assert flops_to_come(plan)[batches[16].address] == pytest.approx((16 + 2 * 4 + 4 + 2 * 2 + 2 * 2) * one)
+
+
+def test_waiting_for_another_worker_is_in_the_account(tmp_path, monkeypatch):
+    study, store = make_study(tmp_path / "study", (PLAIN,), widths=("64",))
+    plan = expand(study, store)
+    (job,) = plan.jobs.values()
+    with contextlib.ExitStack() as other:
+        other.enter_context(store.claim(job))
+        slept = []
+
+        def sleep(seconds):
+            slept.append(seconds)
+            if len(slept) == 3:
+                other.close()
+
+        monkeypatch.setattr("jaxlm.studies.worker.time.sleep", sleep)
+        work(study, store, Trainer(), report=lambda line: None, began=time.time() - 60.0)
+    spent = account(plan, store)
+    assert spent.waiting == sum(slept) == 6.0
+    assert 0.0 < spent.share_waited < 0.1 < spent.overhead
+    assert f"{spent.share_waited:.1%} waited for" in write_report(study, plan, store).read_text()
 
 
 def test_claims_of_levels_that_were_left_out_are_not_in_the_report(tmp_path, monkeypatch, capsys):
