@@ -11,6 +11,7 @@ stays where something failed.
 import argparse
 import dataclasses
 import json
+import operator
 import pathlib
 import resource
 import shutil
@@ -23,13 +24,16 @@ from typing import Any
 
 from benchmarks.step import RESULTS
 from jaxlm.configuration import resolve
-from jaxlm.studies.config import StudyConfig
+from jaxlm.studies.config import Ladder, StudyConfig
 from jaxlm.studies.findings import decide
 from jaxlm.studies.jobs import expand
+from jaxlm.studies.ladder import Estimate, fit_surface
+from jaxlm.studies.ladder_section import ladder_points
 from jaxlm.studies.results import Interval, Run, account, finished_runs, interval, matched
 from jaxlm.studies.store import Store
 from jaxlm.training import machine
 
+OF_A_LAW = ("E", "A", "alpha", "B", "beta", "parameters_exponent")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -51,6 +55,8 @@ def main() -> None:
     runs = finished_runs(expand(study, store), store)
     results = {"study": args.study, "bindings": bindings, "seeds": study.seeds, "workers": args.workers, **took}
     results |= {**time_of(study, store), **found_by(study, runs)}
+    if study.ladder is not None:
+        results["laws"] = laws(study.ladder, runs)
     if args.layers:
         results["layers"] = layers(runs, args.layers, store)
     trained = sum(results["seconds"].values())
@@ -107,7 +113,17 @@ def found_by(study: StudyConfig, runs: Sequence[Run]) -> dict[str, Any]:
     return {"runs": trained, "measures": measures, "claims": claims, "tokens_to_the_same_loss": matches}
 
 
-def shown(values: Interval | None) -> dict[str, Any] | None:
+def laws(ladder: Ladder, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The scaling law of each group of runs, with 95% intervals over runs drawn with replacement, and its error."""
+    found = []
+    for levels, points in ladder_points(ladder, runs).items():
+        fitted = fit_surface(points, resamples=ladder.resamples)
+        numbers = {name: shown(fitted.estimate(operator.attrgetter(name))) for name in OF_A_LAW}
+        found.append({"group": levels, "runs": len(points), "error": fitted.error, **numbers})
+    return found
+
+
+def shown(values: Interval | Estimate | None) -> dict[str, Any] | None:
     """An interval as JSON has it; of one seed without bounds."""
     if values is None:
         return None
