@@ -10,7 +10,6 @@ from jaxlm.decoding.previews import Prompt, preview, prompts_of
 from jaxlm.evaluation.ngram import ngram_baseline, xz_baselines
 from jaxlm.layers.context import Context
 from jaxlm.layers.stacking import StackLayout
-from jaxlm.models.accounting import count_parameters
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.parallel import multihost
 from jaxlm.parallel.parallelism import Parallelism
@@ -46,9 +45,9 @@ def make_plan(run: RunConfig, parts: Parts, parallel: Parallelism, step: int) ->
         **{name: text for name, text in machine.facts().items() if name in ("devices", "processes", "XLA flags")},
         "folder": str(run.model_dir),
     }
-    met, total = count_parameters(parts.model, active=True), sum(groups.values())
-    if met < total:
-        facts["experts"] = f"each token meets {met:,} of the {total:,} parameters"
+    total = sum(groups.values())
+    if parts.active_parameters < total:
+        facts["experts"] = f"each token meets {parts.active_parameters:,} of the {total:,} parameters"
     if len(run.phases) > 1:
         facts["stages"] = "\n".join(_stages(run))
     if parallel.stages.count > 1:

@@ -19,7 +19,7 @@ from jaxlm.data.tasks import Mixture, resolve
 from jaxlm.decoding.previews import SampleConfig
 from jaxlm.layers.positions import LearnedPositions
 from jaxlm.models import ModelConfig, ReplacedTokenDetectorConfig, build_model
-from jaxlm.models.accounting import flops_per_token
+from jaxlm.models.accounting import count_parameters, flops_per_token
 from jaxlm.objectives.base import Distillation, LossConfig, Objective
 from jaxlm.objectives.full_lm import FullLM
 from jaxlm.parallel.parallelism import ParallelConfig, Parallelism
@@ -212,6 +212,7 @@ class Program:
       step: the training step; of a teacher it knows the shapes.
       flops_per_token: forward and backward, and a teacher's forward, see `jaxlm.models.accounting`.
       row_tokens: columns of a row, of all stacks together.
+      active_parameters: those that a token meets, see `jaxlm.models.accounting`.
     """
 
     model: ModelConfig
@@ -223,6 +224,7 @@ class Program:
     step: TrainStep
     flops_per_token: float
     row_tokens: int
+    active_parameters: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +243,7 @@ class Parts:
       names: of data sets, objectives and layers in metrics.
       flops_per_token: forward and backward, see `jaxlm.models.accounting`.
       row_tokens: columns of a row, of all stacks together.
+      active_parameters: those that a token meets, see `jaxlm.models.accounting`.
     """
 
     phase: Phase
@@ -255,18 +258,28 @@ class Parts:
     names: metrics.Names
     flops_per_token: float
     row_tokens: int
+    active_parameters: int
 
 
 class Programs:
     """The programs of one configuration after another: runs that differ in their seeds alone trace and compile once."""
 
     def __init__(self):
+        self._run: RunConfig | None = None
         self._key: str | None = None
         self._made: dict[str, Any] = {}
         self._teacher: tuple[Distillation | None, Tree] = None, {}
 
     def shared[T](self, run: RunConfig, name: str, make: Callable[[], T]) -> T:
         """What `make` gives, or gave for the last run if that was another seed of this one; `name` says of what."""
+        if run is not self._run:
+            self._turn_to(run)
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def _turn_to(self, run: RunConfig) -> None:
+        """Forgets what was made, unless it was for another seed of this run."""
         seedless = dataclasses.replace(
             run, model_dir="", seed=0, warm_start=None, branch=None, data=dataclasses.replace(run.data, seed=0)
         )
@@ -277,9 +290,7 @@ class Programs:
         key = resolved_text(seedless)
         if key != self._key:
             self._key, self._made = key, {}
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
+        self._run = run
 
     def teacher(self, distillation: Distillation, parallel: Parallelism) -> Tree:
         """A teacher's parameters, read once for all phases of a run."""
@@ -424,6 +435,7 @@ def make_program(run: RunConfig, phase: Phase, parallel: Parallelism, layout: Ba
         ),
         flops_per_token=flops,
         row_tokens=sum(lengths),
+        active_parameters=count_parameters(model, active=True),
     )
 
 
@@ -486,6 +498,7 @@ def assemble(run: RunConfig, phase: Phase, parallel: Parallelism, programs: Prog
         names=names,
         flops_per_token=program.flops_per_token,
         row_tokens=program.row_tokens,
+        active_parameters=program.active_parameters,
     )
 
 
