@@ -107,8 +107,9 @@ def found_by(study: StudyConfig, runs: Sequence[Run]) -> dict[str, Any]:
         claims.append(claim | {"verdict": decision.verdict.value, "difference": shown(decision.difference)})
     matches = []
     for match in filter(None, (matched(match, runs) for match in study.matches)):
-        ratio = {"ratio": shown(match.ratio), "below": match.bound, "seeds_that_reached_it": match.reached}
-        matches.append({"match": match.match.name, **ratio, "loss": match.loss})
+        bounds = {"ratio": shown(match.ratio), "at_least": match.at_least, "below": match.below}
+        by_seed = {"ratios": match.ratios, "reached": [when.value for when in match.reached], "loss": match.loss}
+        matches.append({"match": match.match.name, **bounds, **by_seed})
     trained = len({(run.job.address, run.seed) for run in runs})
     return {"runs": trained, "measures": measures, "claims": claims, "tokens_to_the_same_loss": matches}
 

@@ -216,31 +216,14 @@ def _tuning(plan: Plan, store: Store, figures: pathlib.Path) -> list[str]:
 def _matches(found: Sequence[tuple[str, Matched | None]]) -> str:
     rows = []
     for name, result in found:
-        if result is None:
-            rows.append((name, "runs are missing", ""))
-        elif result.ratio is None:
-            some = f"reached by {result.reached} of {len(result.loss)} seeds" if result.reached else "not reached"
-            rows.append((name, f"{some}: below {result.bound:.2f}", _losses(result)))
-        else:
-            ratio = result.ratio
-            bounds = "" if math.isnan(ratio.low) else f" ({ratio.low:.2f} to {ratio.high:.2f})"
-            rows.append((name, f"{ratio.mean:.2f}{bounds}{_cheaper(ratio)}", _losses(result)))
+        losses = () if result is None else result.loss
+        rows.append((name, str(result or "runs are missing"), " ".join(f"{loss:.4f}" for loss in losses)))
     head = "## Tokens to the same loss\n\nTokens of the run from scratch over the adapted one's, at the former's last "
     return (
         head
         + "loss; above 1 the adaptation is cheaper.\n\n"
         + "\n".join(table(("comparison", "ratio (95% interval)", "loss"), rows))
     )
-
-
-def _cheaper(ratio: Interval) -> str:
-    if math.isnan(ratio.low):
-        return ""
-    return ", cheaper" if ratio.low > 1 else ", dearer" if ratio.high < 1 else ", not decided"
-
-
-def _losses(result: Matched) -> str:
-    return " ".join(f"{loss:.4f}" for loss in result.loss)
 
 
 def _failures(plan: Plan, store: Store) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import enum
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -153,23 +154,65 @@ def cell_name(cell: Cell) -> str:
     return " · ".join(cell.values()) or "all"
 
 
+class Reached(enum.Enum):
+    """When a run was at a loss."""
+
+    BETWEEN = "between two evaluations"
+    EARLIER = "at its first evaluation or before"
+    NEVER = "never"
+
+
 @dataclasses.dataclass(frozen=True)
 class Matched:
-    """The outcome of a `Match`.
+    """The outcome of a `Match`, of the seeds that both kinds of runs have.
 
     Attributes:
       match: what was compared.
-      ratio: T_scratch / T_adapted over seeds; None where a seed did not get there.
-      bound: where one did not: the mean ratio is below this.
+      ratios: T_scratch / T_adapted by seed; of one that was there at its first evaluation already it is at least this,
+        of one that never was, below this.
+      reached: when the adapted runs were there, by seed.
       loss: the scratch runs' last losses, by seed.
-      reached: how many seeds did get there.
     """
 
     match: Match
-    ratio: Interval | None
-    bound: float | None
+    ratios: tuple[float, ...]
+    reached: tuple[Reached, ...]
     loss: tuple[float, ...]
-    reached: int
+
+    @property
+    def ratio(self) -> Interval | None:
+        """The mean over seeds; None where that of one is a bound."""
+        return interval(self.ratios) if set(self.reached) == {Reached.BETWEEN} else None
+
+    @property
+    def at_least(self) -> float | None:
+        """What the mean is at the least, where seeds were there at their first evaluation."""
+        return float(np.mean(self.ratios)) if self._bounded_by(Reached.EARLIER) else None
+
+    @property
+    def below(self) -> float | None:
+        """What the mean is below, where seeds were never there."""
+        return float(np.mean(self.ratios)) if self._bounded_by(Reached.NEVER) else None
+
+    def _bounded_by(self, reached: Reached) -> bool:
+        return reached in self.reached and set(self.reached) <= {reached, Reached.BETWEEN}
+
+    def __str__(self) -> str:
+        """The ratio with its interval and whether that decides, or what is known of it."""
+        if (ratio := self.ratio) is not None:
+            if math.isnan(ratio.low):
+                return f"{ratio.mean:.2f}"
+            verdict = "cheaper" if ratio.low > 1 else "dearer" if ratio.high < 1 else "not decided"
+            return f"{ratio.mean:.2f} ({ratio.low:.2f} to {ratio.high:.2f}), {verdict}"
+        seeds, there = len(self.reached), len(self.reached) - self.reached.count(Reached.NEVER)
+        early = self.reached.count(Reached.EARLIER)
+        if self.at_least is not None:
+            when = "all seeds" if early == seeds else f"{early} of {seeds} seeds"
+            return f"at least {self.at_least:.2f}: {when} reached it before the first evaluation or there"
+        some = f"reached by {there} of {seeds} seeds" if there else "not reached"
+        if self.below is not None:
+            return f"{some}: below {self.below:.2f}"
+        return f"{some}, by {early} of them before the first evaluation or there: not known"
 
 
 def matched(match: Match, runs: Sequence[Run]) -> Matched | None:
@@ -178,16 +221,14 @@ def matched(match: Match, runs: Sequence[Run]) -> Matched | None:
     seeds = sorted(sides[0].keys() & sides[1].keys())
     if not seeds or any(match.metric not in side[seed].curves for side in sides for seed in seeds):
         return None
-    ratios, losses, reached = [], [], 0
+    ratios, reached, losses = [], [], []
     for seed in seeds:
         adapted, scratch = sides[0][seed], sides[1][seed]
         losses.append(scratch.last(match.metric))
-        spent = tokens_to(adapted, match.metric, losses[-1])
-        reached += spent is not None
-        ratios.append(scratch.job.size.tokens / (adapted.job.size.tokens if spent is None else spent))
-    if reached < len(seeds):
-        return Matched(match, None, float(np.mean(ratios)), tuple(losses), reached)
-    return Matched(match, interval(ratios), None, tuple(losses), reached)
+        when, spent = tokens_to(adapted, match.metric, losses[-1])
+        reached.append(when)
+        ratios.append(scratch.job.size.tokens / spent)
+    return Matched(match, tuple(ratios), tuple(reached), tuple(losses))
 
 
 def runs_of(side: Mapping[str, str], runs: Sequence[Run]) -> dict[int, Run]:
@@ -196,18 +237,21 @@ def runs_of(side: Mapping[str, str], runs: Sequence[Run]) -> dict[int, Run]:
     return {run.seed: run for run in runs if run.leg == side["leg"] and levels.items() <= run.cell.items()}
 
 
-def tokens_to(run: Run, metric: str, loss: float) -> float | None:
-    """Tokens after which a run's metric is at `loss` for the first time, between evaluations by a straight line."""
+def tokens_to(run: Run, metric: str, loss: float) -> tuple[Reached, float]:
+    """When a run's metric is at `loss` for the first time, and after how many tokens of the run.
+
+    Between two evaluations by a straight line; if it was there at the first, that one's tokens; if never, all tokens.
+    """
     curve = run.curves[metric]
     tokens = run.tokens(curve.steps)
     below = np.flatnonzero(curve.values <= loss)
     if not len(below):
-        return None
+        return Reached.NEVER, float(run.job.size.tokens)
     i = below[0]
     if i == 0:
-        return float(tokens[0])
+        return Reached.EARLIER, float(tokens[0])
     share = (curve.values[i - 1] - loss) / (curve.values[i - 1] - curve.values[i])
-    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+    return Reached.BETWEEN, float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
 
 
 def write_csv(path: pathlib.Path, study: StudyConfig, plan: Plan, store: Store) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm.studies.config import Match
 from jaxlm.studies.report import _matches
-from jaxlm.studies.results import Run, interval, matched, tokens_to
+from jaxlm.studies.results import Reached, Run, interval, matched, tokens_to
 from jaxlm.studies.store import Store
 from jaxlm.training.report import Curve
 
@@ -34,28 +34,49 @@ def test_the_interval_is_students():
 
 def test_tokens_to_a_loss_are_read_between_evaluations():
     curve = run("a", [4.0, 3.0, 2.0, 2.5])
-    assert tokens_to(curve, METRIC, 2.5) == pytest.approx(2500)  # half way from 3.0 to 2.0, the first time
-    assert tokens_to(curve, METRIC, 5.0) == 1000
-    assert tokens_to(curve, METRIC, 1.9) is None
+    assert tokens_to(curve, METRIC, 2.5) == (Reached.BETWEEN, 2500)  # half way from 3.0 to 2.0, the first time
+    assert tokens_to(curve, METRIC, 5.0) == (Reached.EARLIER, 1000)
+    assert tokens_to(curve, METRIC, 1.9) == (Reached.NEVER, 4000)
     # A run that goes on from step 50 counts its own tokens.
-    assert tokens_to(run("a", [4.0, 2.0], first=50), METRIC, 3.0) == pytest.approx(1500)
+    assert tokens_to(run("a", [4.0, 2.0], first=50), METRIC, 3.0) == (Reached.BETWEEN, 1500)
 
 
 def test_a_match_is_the_ratio_of_tokens_at_the_scratch_runs_last_loss():
     match = Match("m", {"leg": "adapt", "kind": "x"}, {"leg": "scratch"})
     scratch = [run("scratch", [4.0, 3.0, 2.0], seed=seed) for seed in (0, 1)]
-    adapted = [run("adapt", [3.0, 1.0], seed=seed, cell={"kind": "x"}) for seed in (0, 1)]
+    adapted = [run("adapt", [3.0, 1.0], seed=seed, cell={"kind": "x"}) for seed in (0, 1)]  # at 2.0 half way
     other = [run("adapt", [0.0, 0.0], seed=0, cell={"kind": "y"})]
     found = matched(match, scratch + other + adapted)
     assert found.ratio.values == pytest.approx((2.0, 2.0)) and found.loss == (2.0, 2.0)
     never = matched(match, [*scratch, run("adapt", [3.0, 2.5], cell={"kind": "x"})])
-    assert never.ratio is None and never.bound == pytest.approx(1.5) and never.reached == 0
+    assert never.ratio is None and never.below == pytest.approx(1.5) and never.reached == (Reached.NEVER,)
+    assert str(never) == "not reached: below 1.50"
     # Two seeds of three get there: what is known of the mean is what each says.
     scratch.append(run("scratch", [4.0, 3.0, 2.0], seed=2))
     some = matched(match, [*scratch, *adapted, run("adapt", [3.0, 2.5], seed=2, cell={"kind": "x"})])
-    assert some.ratio is None and some.reached == 2 and some.bound == pytest.approx((2.0 + 2.0 + 1.5) / 3)
+    assert some.ratio is None and some.at_least is None and some.below == pytest.approx((2.0 + 2.0 + 1.5) / 3)
     assert "| m | reached by 2 of 3 seeds: below 1.83 |" in _matches([("m", some)])
     assert matched(match, scratch) is None
+
+
+def test_a_ratio_that_the_first_evaluation_bounds_is_no_ratio():
+    """Seeds that were there at their first look may have been long before; an interval of these would be of looks."""
+    match = Match("m", {"leg": "adapt"}, {"leg": "scratch"})
+    scratch = [run("scratch", [4.0, 3.0, 2.0], seed=seed) for seed in (0, 1, 2)]
+    early, between, never = [1.9, 1.5], [3.0, 1.0], [3.0, 2.5]
+
+    def of(*curves):
+        return matched(match, [*scratch, *(run("adapt", losses, seed=seed) for seed, losses in enumerate(curves))])
+
+    found = of(early, between, early)
+    assert found.ratio is None and found.below is None
+    assert found.ratios == (3.0, 2.0, 3.0) and found.at_least == pytest.approx(8 / 3)
+    assert str(found) == "at least 2.67: 2 of 3 seeds reached it before the first evaluation or there"
+    assert str(of(early, early)) == "at least 3.00: all seeds reached it before the first evaluation or there"
+    found = of(early, between, never)
+    assert found.ratio is found.at_least is found.below is None
+    assert str(found) == "reached by 2 of 3 seeds, by 1 of them before the first evaluation or there: not known"
+    assert str(of(between, between, between)) == "2.00 (2.00 to 2.00), cheaper" and str(of(between)) == "2.00"
 
 
 def test_workers_are_counted_while_they_live_and_when_they_were_killed(tmp_path, monkeypatch):
