@@ -154,8 +154,7 @@ def findings_table(summary: dict[str, Any]) -> str:
     rows += [f"| {name} | {' | '.join(found.get(of, '') for of in columns)} |" for name, found in claims.items()]
     rows += ["", "| tokens from scratch over those of the adaptation, at equal loss | ratio |", "|---|--:|"]
     for match in summary["tokens_to_the_same_loss"]:
-        ratio = with_half_width(match["ratio"], 2) if match["ratio"] else f"below {match['below']:.2f}"
-        rows.append(f"| {match['match']} | {ratio} |")
+        rows.append(f"| {match['match']} | {match['in_words']} |")
     return "\n".join(rows)
 
 

@@ -89,7 +89,7 @@ def time_of(study: StudyConfig, store: Store) -> dict[str, Any]:
         "worker_seconds": round(spent.workers),
         "seconds": {activity.value: round(seconds, 1) for activity, seconds in spent.runs.items()},
         "overhead": round(spent.overhead, 4),
-        "share_waited": round(spent.share_waited, 4),
+        **({"share_waited": round(spent.share_waited, 4)} if spent.waiting else {}),
     }
 
 
@@ -109,7 +109,7 @@ def found_by(study: StudyConfig, runs: Sequence[Run]) -> dict[str, Any]:
     for match in filter(None, (matched(match, runs) for match in study.matches)):
         bounds = {"ratio": shown(match.ratio), "at_least": match.at_least, "below": match.below}
         by_seed = {"ratios": match.ratios, "reached": [when.value for when in match.reached], "loss": match.loss}
-        matches.append({"match": match.match.name, **bounds, **by_seed})
+        matches.append({"match": match.match.name, "in_words": str(match), **bounds, **by_seed})
     trained = len({(run.job.address, run.seed) for run in runs})
     return {"runs": trained, "measures": measures, "claims": claims, "tokens_to_the_same_loss": matches}
 

@@ -218,12 +218,15 @@ def _matches(found: Sequence[tuple[str, Matched | None]]) -> str:
     for name, result in found:
         losses = () if result is None else result.loss
         rows.append((name, str(result or "runs are missing"), " ".join(f"{loss:.4f}" for loss in losses)))
-    head = "## Tokens to the same loss\n\nTokens of the run from scratch over the adapted one's, at the former's last "
-    return (
-        head
-        + "loss; above 1 the adaptation is cheaper.\n\n"
-        + "\n".join(table(("comparison", "ratio (95% interval)", "loss"), rows))
-    )
+    lines = [
+        "## Tokens to the same loss",
+        "",
+        "Tokens of the run from scratch over the adapted one's, at the former's last loss; above 1 the adaptation is "
+        "cheaper. A seed that was there at its first evaluation may have been there before (≥); one that never was "
+        "would have needed more (<).",
+        "",
+    ]
+    return "\n".join([*lines, *table(("comparison", "ratio (95% interval)", "loss"), rows)])
 
 
 def _failures(plan: Plan, store: Store) -> str:
@@ -257,12 +260,13 @@ def _time(spent: Account) -> str:
         (activity.value.replace("_", " "), duration(seconds)) for activity, seconds in spent.runs.items() if seconds
     ]
     lines = table(("of all runs", "time"), rows)
+    waited = f": {spent.share_waited:.1%} waited for the last runs of other workers" if spent.waiting else ""
     return "\n".join(
         [
             "## Time",
             "",
             f"Workers ran for {duration(spent.workers)}; {spent.overhead:.1%} of it was neither training, nor "
-            f"evaluation, nor compilation: {spent.share_waited:.1%} waited for the last runs of other workers.",
+            f"evaluation, nor compilation{waited}.",
             "",
             *lines,
         ]

@@ -204,15 +204,11 @@ class Matched:
                 return f"{ratio.mean:.2f}"
             verdict = "cheaper" if ratio.low > 1 else "dearer" if ratio.high < 1 else "not decided"
             return f"{ratio.mean:.2f} ({ratio.low:.2f} to {ratio.high:.2f}), {verdict}"
-        seeds, there = len(self.reached), len(self.reached) - self.reached.count(Reached.NEVER)
-        early = self.reached.count(Reached.EARLIER)
+        bound = {Reached.EARLIER: "≥ ", Reached.BETWEEN: "", Reached.NEVER: "< "}
+        seeds = ", ".join(f"{bound[when]}{ratio:.2f}" for when, ratio in zip(self.reached, self.ratios, strict=True))
         if self.at_least is not None:
-            when = "all seeds" if early == seeds else f"{early} of {seeds} seeds"
-            return f"at least {self.at_least:.2f}: {when} reached it before the first evaluation or there"
-        some = f"reached by {there} of {seeds} seeds" if there else "not reached"
-        if self.below is not None:
-            return f"{some}: below {self.below:.2f}"
-        return f"{some}, by {early} of them before the first evaluation or there: not known"
+            return f"at least {self.at_least:.2f} (by seed {seeds})"
+        return f"not known (by seed {seeds})" if self.below is None else f"below {self.below:.2f} (by seed {seeds})"
 
 
 def matched(match: Match, runs: Sequence[Run]) -> Matched | None:

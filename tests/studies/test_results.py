@@ -50,12 +50,12 @@ def test_a_match_is_the_ratio_of_tokens_at_the_scratch_runs_last_loss():
     assert found.ratio.values == pytest.approx((2.0, 2.0)) and found.loss == (2.0, 2.0)
     never = matched(match, [*scratch, run("adapt", [3.0, 2.5], cell={"kind": "x"})])
     assert never.ratio is None and never.below == pytest.approx(1.5) and never.reached == (Reached.NEVER,)
-    assert str(never) == "not reached: below 1.50"
+    assert str(never) == "below 1.50 (by seed < 1.50)"
     # Two seeds of three get there: what is known of the mean is what each says.
     scratch.append(run("scratch", [4.0, 3.0, 2.0], seed=2))
     some = matched(match, [*scratch, *adapted, run("adapt", [3.0, 2.5], seed=2, cell={"kind": "x"})])
     assert some.ratio is None and some.at_least is None and some.below == pytest.approx((2.0 + 2.0 + 1.5) / 3)
-    assert "| m | reached by 2 of 3 seeds: below 1.83 |" in _matches([("m", some)])
+    assert "| m | below 1.83 (by seed 2.00, 2.00, < 1.50) |" in _matches([("m", some)])
     assert matched(match, scratch) is None
 
 
@@ -71,11 +71,10 @@ def test_a_ratio_that_the_first_evaluation_bounds_is_no_ratio():
     found = of(early, between, early)
     assert found.ratio is None and found.below is None
     assert found.ratios == (3.0, 2.0, 3.0) and found.at_least == pytest.approx(8 / 3)
-    assert str(found) == "at least 2.67: 2 of 3 seeds reached it before the first evaluation or there"
-    assert str(of(early, early)) == "at least 3.00: all seeds reached it before the first evaluation or there"
+    assert str(found) == "at least 2.67 (by seed ≥ 3.00, 2.00, ≥ 3.00)"
     found = of(early, between, never)
     assert found.ratio is found.at_least is found.below is None
-    assert str(found) == "reached by 2 of 3 seeds, by 1 of them before the first evaluation or there: not known"
+    assert str(found) == "not known (by seed ≥ 3.00, 2.00, < 1.50)"
     assert str(of(between, between, between)) == "2.00 (2.00 to 2.00), cheaper" and str(of(between)) == "2.00"
 
 
