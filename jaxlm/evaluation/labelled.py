@@ -9,9 +9,10 @@ a whole model (`finetuning.py`) or a linear probe (`probing.py`), is not its mat
 """
 
 import abc
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, override
 
 import jax
@@ -234,7 +235,8 @@ class SequenceClassification(_Classes):
 
         found = {split: pairs_of(split) for split in SPLITS}
         if self.taught:  # classes are keys of JSON, so texts
-            classes = _numbered(name for _, chances in found["train"][:1] for name in chances)
+            judges = [label for split in SPLITS[1:] for _, label in found[split]]
+            classes = _numbered((name for _, chances in found["train"][:1] for name in chances), like=judges)
             labels = {split: [(text, str(label)) for text, label in found[split]] for split in SPLITS[1:]}
             labels["train"] = [(text, _distribution(classes, of, i)) for i, (text, of) in enumerate(found["train"])]
         else:
@@ -490,11 +492,15 @@ def _encoded(vocabulary: Vocabulary, texts: list[str], split: str) -> list[np.nd
     return encoded
 
 
-def _numbered(labels: Any) -> dict[Any, int]:
+def _numbered(labels: Iterable[Any], like: Sequence[Any] = ()) -> dict[Any, int]:
+    """{class: its index}, in order; texts in that of the numbers that they name, where what they are `like` are numbers."""
     found = set(labels)
     if len(found) < 2:
         raise ValueError(f"the training rows have the labels {sorted(found, key=str)} alone; there is nothing to learn")
     ordered = sorted(found) if len({type(label) for label in found}) == 1 else sorted(found, key=str)
+    if like and all(isinstance(label, int | float) for label in like):
+        with contextlib.suppress(ValueError):  # what names no number is no label's, which the first label will say
+            ordered = sorted(found, key=float)
     return {label: i for i, label in enumerate(ordered)}
 
 

@@ -314,6 +314,21 @@ def test_a_sweep_goes_on_from_the_best_model_of_another(annotated, rows, kinds):
         FinetuningSweep("then", kinds["words"], after=first)
 
 
+def test_taught_classes_are_in_the_order_of_the_labels(tmp_path):
+    """Keys of JSON are texts, "10" before "2"; a model that learnt from them goes on with labels that are numbers."""
+    names = [str(i) for i in range(12)]
+    taught = {name: 0.5 if name in ("2", "10") else 0.0 for name in reversed(names)}
+    (tmp_path / "taught.jsonl").write_text(json.dumps({"text": "a", "taught": taught}) + "\n")
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"text": "a", "label": i}) + "\n" for i in range(12)))
+    splits = {"validation": "labels.jsonl", "test": "labels.jsonl"}
+    rows = {split: LabelledRows(str(tmp_path), train=f"{split}.jsonl", **splits) for split in ("taught", "labels")}
+    examples, classes = SequenceClassification(rows["taught"], taught="taught").read(VOCABULARY, None)
+    of_labels, known = SequenceClassification(rows["labels"]).read(VOCABULARY, None)
+    assert list(classes) == names and list(known) == list(range(12))
+    assert np.flatnonzero(examples["train"].labels[0]).tolist() == [2, 10]
+    assert list(examples["test"].labels) == list(of_labels["test"].labels)
+
+
 def test_a_sweep_does_not_go_on_with_other_classes(rows, kinds, folder):
     (folder / "two.jsonl").write_text("".join(json.dumps({"text": x * 8, "label": x}) + "\n" for x in "xy" * 16))
     two = SequenceClassification(dataclasses.replace(rows, train="two.jsonl", validation="two.jsonl", test="two.jsonl"))
