@@ -3,8 +3,8 @@
     python -m benchmarks.well_read_students --data DATA --work WORK    # writes results/well_read_students.json
 
 DATA holds finetune/banking77: requests to a bank of 77 intents. Teacher and student are encoders of bytes, pretrained
-as masked language models on the requests without their labels. The teacher is finetuned on LABELS of them and labels
-TEXTS of the others; students learn from these for as many steps as one that is finetuned on the same LABELS labels, and
+as masked language models on the requests without their labels. The teacher is finetuned on LABELS of them for
+TEACHER_STEPS, until it knows more than a student would, and labels TEXTS of the others; students learn from these for as many steps as one that is finetuned on the same LABELS labels, and
 all of them again from random parameters: pre-trained distillation (PD), distillation, pretraining and finetuning (PF),
 finetuning. One goes on with the labels after distillation, the paper's last step. Students are judged on the test
 split, by the learning rate that the validation split chose, over SEEDS of head, order and dropout. What WORK holds
@@ -37,6 +37,7 @@ from jaxlm.training import machine
 
 LABELS, TEXTS = 1000, (1000, 8000)
 STEPS, BATCH, RATES, SEEDS = 400, 32, (1e-3, 3e-3), (0, 1, 2)
+TEACHER_STEPS = 1600
 LENGTH = 128
 SIZES = {
     "teacher": {"NUM_LAYERS": 3, "WIDTH": 96, "NUM_HEADS": 3, "NUM_KV_HEADS": 3, "HEAD_DIM": 32, "HIDDEN": 384},
@@ -78,8 +79,8 @@ def untrained(model: Pretrained) -> Pretrained:
     return dataclasses.replace(model, model=build_model(model.config, key=jax.random.key(1)))
 
 
-def sweep(name: str, file: str, rows: pathlib.Path, examples: int, **options) -> FinetuningSweep:
-    """STEPS steps on a file of so many rows."""
+def sweep(name: str, file: str, rows: pathlib.Path, examples: int, *, steps: int = STEPS, **options) -> FinetuningSweep:
+    """Steps on a file of so many rows."""
     files = LabelledRows(str(rows), train=file, validation="validation.jsonl", test="test.jsonl")
     taught = "taught" if file.startswith("taught") else None
     return FinetuningSweep(
@@ -88,9 +89,8 @@ def sweep(name: str, file: str, rows: pathlib.Path, examples: int, **options) ->
         batch_size=BATCH,
         max_length=LENGTH,
         rates=RATES,
-        seeds=SEEDS,
-        epochs=STEPS * BATCH / examples,
-        **options,
+        epochs=steps * BATCH / examples,
+        **{"seeds": SEEDS} | options,
     )
 
 
@@ -117,9 +117,8 @@ def main() -> None:
     known = json.loads(cached.read_text()) if cached.exists() else {}
     teacher, small = (pretrain(who, rows, args.work) for who in SIZES)
     annotation = Annotation(str(rows / "texts.jsonl"), str(rows / f"taught_{max(TEXTS)}.jsonl"))
-    found = {
-        "teacher": judged(sweep("teacher", "labels.jsonl", rows, LABELS, annotation=annotation), teacher, known, cached)
-    }
+    teaching = sweep("teacher", "labels.jsonl", rows, LABELS, steps=TEACHER_STEPS, seeds=(0,), annotation=annotation)
+    found = {"teacher": judged(teaching, teacher, known, cached)}
     lines = pathlib.Path(annotation.output).read_text().splitlines(keepends=True)
     for count in TEXTS[:-1]:
         (rows / f"taught_{count}.jsonl").write_text("".join(lines[:count]))
@@ -141,7 +140,14 @@ def main() -> None:
         f"{of}, less {other}": dataclasses.asdict(interval(np.subtract(found[of]["test"], found[other]["test"])))
         for of, other in pairs
     }
-    record = {"accuracy": found, "differences": differences, "labels": LABELS, "steps": STEPS, "sizes": SIZES}
+    record = {
+        "accuracy": found,
+        "differences": differences,
+        "labels": LABELS,
+        "steps": STEPS,
+        "teacher_steps": TEACHER_STEPS,
+        "sizes": SIZES,
+    }
     args.out.write_text(json.dumps(record | {"machine": machine.facts()}, indent=1) + "\n")
     for name, estimate in differences.items():
         print(f"{name}: {estimate['value']:+.4f} [{estimate['low']:+.4f}, {estimate['high']:+.4f}]")

@@ -493,7 +493,7 @@ def _encoded(vocabulary: Vocabulary, texts: list[str], split: str) -> list[np.nd
 
 
 def _numbered(labels: Iterable[Any], like: Sequence[Any] = ()) -> dict[Any, int]:
-    """{class: its index}, in order; texts in that of the numbers that they name, where what they are `like` are numbers."""
+    """{class: its index}, in order: the numbers' that texts name, where what they are `like` are numbers."""
     found = set(labels)
     if len(found) < 2:
         raise ValueError(f"the training rows have the labels {sorted(found, key=str)} alone; there is nothing to learn")
