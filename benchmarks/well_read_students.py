@@ -3,12 +3,12 @@
     python -m benchmarks.well_read_students --data DATA --work WORK    # writes results/well_read_students.json
 
 DATA holds finetune/banking77: requests to a bank of 77 intents. Teacher and student are encoders of bytes, pretrained
-as masked language models on the requests without their labels. The teacher is finetuned on LABELS of them for
-TEACHER_STEPS, until it knows more than a student would, and labels TEXTS of the others; students learn from these for as many steps as one that is finetuned on the same LABELS labels, and
-all of them again from random parameters: pre-trained distillation (PD), distillation, pretraining and finetuning (PF),
-finetuning. One goes on with the labels after distillation, the paper's last step. Students are judged on the test
-split, by the learning rate that the validation split chose, over SEEDS of head, order and dropout. What WORK holds
-already is not done again.
+as masked language models on the requests without their labels. The teacher is finetuned on LABELS of them, for
+TEACHER_STEPS, so that it knows more than a student would, and labels TEXTS of the others; students learn from these for
+as many steps as one that is finetuned on the same LABELS labels, and all of them again from random parameters:
+pre-trained distillation (PD), distillation, pretraining and finetuning (PF), finetuning. One goes on with the labels
+after distillation, the paper's last step. Students are judged on the test split, by the learning rate that the
+validation split chose, over SEEDS of head, order and dropout. What WORK holds already is not done again.
 """
 
 import argparse
