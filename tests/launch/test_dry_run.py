@@ -3,6 +3,7 @@
 `pytest tests/launch/test_dry_run.py --update-golden` writes the outputs into the document anew.
 """
 
+import functools
 import pathlib
 import re
 import shlex
@@ -58,7 +59,9 @@ class Machine:
         env = {"TMPDIR": str(self.folder / "tmp"), "JAXLM_HARDWARE": "gpu" if "gpu" in command else "cpu"} | env
         pipe = subprocess.PIPE
         bash = [str(self.bin / "bash"), "-c", command]
-        return subprocess.Popen(bash, cwd=self.clone, env=env, stdout=pipe, stderr=pipe, text=True)
+        # A shell has what it starts in the background ignore Ctrl-C, the tests and what they start in turn.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        return subprocess.Popen(bash, cwd=self.clone, env=env, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
 
     def run(self, command: str, **env: str) -> subprocess.CompletedProcess:
         """Runs it in the clone."""
@@ -139,11 +142,14 @@ esac
     command = "./launch/tpu_vm.sh --name=a --zone=z --type=v6e-8 --existing=yes --gin_file=my_run.gin"
     with machine.start(command) as script:
         calls = machine.calls / "gcloud"
-        while not (calls.exists() and "train.sh" in calls.read_text()):
-            assert script.poll() is None, script.stderr.read()
-            time.sleep(0.05)
-        script.send_signal(signal.SIGINT)
-        assert script.wait(timeout=60) == 75
+        try:
+            while not (calls.exists() and "train.sh" in calls.read_text()):
+                assert script.poll() is None, script.stderr.read()
+                time.sleep(0.05)
+            script.send_signal(signal.SIGINT)
+            assert script.wait(timeout=60) == 75
+        finally:
+            script.kill()  # or the end of the block would wait for it
     *_, asked, ended = calls.read_text().splitlines()
     assert "[j]axlm.train" in asked and ended == "saved"
 
