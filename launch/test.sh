@@ -20,6 +20,8 @@ done
 
 ensure_environment "$root/requirements/$packages.lock.txt"
 use_compilation_cache
+# Products of small matrices in several threads, beside other processes, do little but wait.
+export OPENBLAS_NUM_THREADS="${OPENBLAS_NUM_THREADS:-1}"
 cd "$root"
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m ruff format --check .

@@ -6,9 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.study import found_by
-from jaxlm.studies.config import Finding, Grid, Leg, Match, StudyConfig
+from benchmarks.study import found_by, laws
+from jaxlm.studies.config import Finding, Grid, Ladder, Leg, Match, StudyConfig
 from jaxlm.studies.jobs import Job, Size
+from jaxlm.studies.ladder import LossSurface
 from jaxlm.studies.results import Run
 from jaxlm.training.report import Curve
 
@@ -50,7 +51,23 @@ def test_what_is_written_of_finished_runs():
     assert claim["difference"]["values"] == pytest.approx([0.5, 0.6])
     assert claim["verdict"] == "not decided"  # t(0.975, 1) = 12.7 times 0.05
     (match,) = found["tokens_to_the_same_loss"]
-    assert match["ratio"]["values"] == pytest.approx([1000 / 750, 1000 / 700]) and match["seeds_that_reached_it"] == 2
+    assert match["ratio"]["values"] == pytest.approx([1000 / 750, 1000 / 700]) == match["ratios"]
+    assert match["reached"] == ["between two evaluations"] * 2 and match["in_words"].startswith("1.38 (")
+
+
+def test_the_law_of_a_ladder():
+    """Its numbers, of losses that it made."""
+    law = LossSurface(E=1.5, A=20.0, alpha=0.4, B=30.0, beta=0.3)
+    runs = []
+    for parameters in (1e4, 1e5, 1e6):
+        for tokens in (1e5, 1e6, 1e7):
+            made = run(f"{parameters:g}/{tokens:g}", 0, law(parameters, tokens))
+            size = Size(int(parameters), 10, int(tokens), 6 * parameters * tokens)
+            runs.append(dataclasses.replace(made, job=dataclasses.replace(made.job, size=size)))
+    (found,) = json.loads(json.dumps(laws(Ladder("train", resamples=2), runs), allow_nan=False))
+    assert found["runs"] == 9 and found["error"] < 1e-3
+    assert found["alpha"]["value"] == pytest.approx(0.4, rel=0.02)
+    assert found["parameters_exponent"]["value"] == pytest.approx(0.3 / 0.7, rel=0.02)
 
 
 def test_one_seed_and_missing_runs():
