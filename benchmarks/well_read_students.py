@@ -79,8 +79,10 @@ def untrained(model: Pretrained) -> Pretrained:
     return dataclasses.replace(model, model=build_model(model.config, key=jax.random.key(1)))
 
 
-def sweep(name: str, file: str, rows: pathlib.Path, examples: int, *, steps: int = STEPS, **options) -> FinetuningSweep:
-    """Steps on a file of so many rows."""
+def sweep(
+    name: str, file: str, rows: pathlib.Path, examples: int, *, steps: int = STEPS, seeds=SEEDS, **options
+) -> FinetuningSweep:
+    """So many steps on a file of so many rows."""
     files = LabelledRows(str(rows), train=file, validation="validation.jsonl", test="test.jsonl")
     taught = "taught" if file.startswith("taught") else None
     return FinetuningSweep(
@@ -89,8 +91,9 @@ def sweep(name: str, file: str, rows: pathlib.Path, examples: int, *, steps: int
         batch_size=BATCH,
         max_length=LENGTH,
         rates=RATES,
+        seeds=seeds,
         epochs=steps * BATCH / examples,
-        **{"seeds": SEEDS} | options,
+        **options,
     )
 
 

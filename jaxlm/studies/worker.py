@@ -1,6 +1,7 @@
 """A worker: takes one job after another that nobody else works on, and runs its seeds in this process."""
 
 import collections
+import functools
 import time
 import traceback
 from collections.abc import Callable
@@ -139,6 +140,7 @@ def flops_to_come(plan: Plan) -> dict[str, float]:
         if job.trial is not None and (cell, leg) in chosen:
             after[_which(job)].append(chosen[cell, leg])
 
+    @functools.cache  # several trials come before the same run
     def longest(job: Job) -> float:
         return len(job.seeds) * job.size.flops + max(map(longest, after[_which(job)]), default=0.0)
 
